@@ -1,0 +1,592 @@
+"""negatives.py: edits, determinism, sources, errors.  No test needs a download or a GPU."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from negatives import NEGATIVE_TYPES, DataError, main, make_negatives, read_captions
+
+SCRIPT = Path(__file__).parent.parent / "negatives.py"
+HORSE = "A man riding a brown horse on the beach."
+
+
+def answers(caption, name, seeds=40, **options):
+    """Every negative of one type that some seed gives, None included."""
+    return {make_negatives(caption, seed=s, types=(name,), **options)[name] for s in range(seeds)}
+
+
+def run(*argv, stdin=None):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, argv)],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """A manifest of 600 captions, some of them of the same image."""
+    path = tmp_path / "in.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i, caption in enumerate(generated(600)):
+            row = {"image": f"{i // 3}.jpg", "image_id": i // 3, "caption": caption}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def generated(count, seed=0):
+    """Captions from a small grammar, with odd spaces and marks."""
+    g = random.Random(seed)
+    for _ in range(count):
+        subject = g.choice(["A man", "Two young boys", "The brown dog", "a WOMAN", "An old horse"])
+        act = g.choice(["riding", "holding", "sitting on", "is standing near", "walking past"])
+        thing = g.choice(["a red bus", "an apple", "the wooden table", "a skateboard", "3 cats"])
+        place = g.choice([" on the beach", " in a kitchen", "  under a tree", ""])
+        end = g.choice([".", "", "  ", " !", " \u2026"])
+        yield f"{subject} {act} {thing}{place}{end}"
+
+
+# What each type does
+
+
+@pytest.mark.parametrize(
+    ("caption", "name", "wanted"),
+    [
+        ("A cat under a chair.", "relation", {"A cat on top of a chair.", "A chair under a cat."}),
+        ("A dog in front of a bus", "relation", {"A dog behind a bus", "A bus in front of a dog"}),
+        ("A ball inside a kitchen", "relation", {"A ball outside a kitchen"}),
+        ("A cup to the left of a plate", "relation", {"A cup to the right of a plate"}),
+        ("A dog next to a tree", "relation", {"A dog far away from a tree"}),
+        ("A cow eating an apple", "relation", {"An apple eating a cow"}),
+        ("A man is riding two horses", "relation", {"Two horses are riding a man"}),
+        ("A dog chases two cats", "relation", {"Two cats chase a dog"}),
+        ("A room with a bed", "relation", {"A room without a bed"}),
+        ("The old house", "attribute", {"The new house"}),
+        ("The old man", "attribute", {"The young man"}),
+        ("An open window", "attribute", {"A closed window"}),
+        ("A LARGE dog", "attribute", {"A SMALL dog"}),
+        ("Tall tower", "attribute", {"Short tower"}),
+        ("A boy smiling", "action", {"A boy crying", "A boy frowning"}),
+        ("A car parked on a street", "action", {
+            f"A car {act} on a street" for act in ("burning", "moving", "speeding")}),
+        ("A plate topped with cake", "action", {
+            f"A plate {act} of cake" for act in ("emptied", "cleared")}),
+        ("Some sheep", "attribute", {None}),
+        ("Some sheep", "action", {None}),
+        ("Some sheep", "relation", {None}),
+    ],
+)  # fmt: skip
+def test_a_caption_has_exactly_these_negatives(caption, name, wanted):
+    assert answers(caption, name) == wanted
+
+
+def test_an_attribute_stays_in_its_dimension():
+    colours = {re.fullmatch(r"An? (\w+) ball", n)[1] for n in answers("A red ball", "attribute")}
+    assert {"blue", "green", "yellow"} <= colours
+    assert not colours & {"red", "large", "wooden", "pink", "orange"}  # these two are too near
+
+
+def test_a_number_becomes_another_number():
+    assert answers("Two cats", "attribute") == {
+        f"{n} cats" for n in ("Three", "Four", "Five", "Six")
+    }
+
+
+def test_an_object_becomes_another_of_its_kind_in_the_same_number():
+    found = answers("Three dogs and a cat", "object", seeds=80)
+    assert "Three rabbits and a cat" in found
+    assert all(re.search(r"^Three \w+s and a cat$|^Three dogs and an? \w+$", n) for n in found)
+
+
+def test_irregular_plurals_are_known():
+    assert answers("two women", "object") == {"two men", "two boys"}
+    assert "two mice" in answers("two squirrels", "object")
+    assert "two shelves" in answers("two tables", "object")
+
+
+def test_an_object_never_becomes_its_hypernym_or_synonym():
+    found = " ".join(answers("A man on a couch", "object", seeds=100))
+    assert not re.search(r"\b(person|people|guy|sofa|human)\b", found)
+
+
+def test_the_sex_of_a_person_agrees_with_the_pronouns():
+    assert all("man" in n.split() for n in answers("A man with his dog", "object"))
+    assert answers("A girl with her hair", "object") == {None}
+
+
+def test_an_action_keeps_its_inflection_and_complement():
+    assert all(
+        re.search(r"A man \w+ing a horse", n) for n in answers("A man riding a horse", "action")
+    )
+    assert all(
+        re.search(r"A man \w+s a horse", n) for n in answers("A man rides a horse", "action")
+    )
+    assert all(re.search(r"Men \w+ a horse", n) for n in answers("Men ride a horse", "action"))
+    assert "A man is sleeping on a bench" in answers("A man is sitting on a bench", "action")
+
+
+def test_an_action_that_could_go_on_at_the_same_time_is_not_offered():
+    found = " ".join(answers("A man holding a banana", "action"))
+    assert not re.search("eating|carrying|cutting|using", found)
+
+
+def test_a_compound_is_replaced_whole():
+    found = answers("A garden chair", "object")
+    assert "A couch" in found
+    assert not any("garden" in n for n in found)
+
+
+# What an edit leaves alone
+
+
+def test_a_word_inside_another_word_is_never_touched():
+    for negative in answers("A car on a carpet near a scar", "object", seeds=80):
+        assert re.search(r"\bscar\b", negative)
+        assert ("carpet" in negative.split()) != ("car" in negative.split())
+    assert answers("the catcher mandolin", "object") <= {
+        None,
+        *answers("the catcher mandolin", "object"),
+    }
+
+
+def test_articles_follow_the_next_sound():
+    for negative in answers("An apple on an orange plate", "object", seeds=100):
+        for article, word in re.findall(r"\b(an?) (\w+)", negative, re.IGNORECASE):
+            assert (article.lower() == "an") == (word[0] in "aeiou"), negative
+    assert answers("an elephant", "object") & {"a zebra", "a lion"}
+    assert "a unicorn" not in answers("a uniform", "object")
+
+
+def test_capitals_stay_where_they_were():
+    assert answers("Dogs on grass", "object") <= {
+        n for n in answers("Dogs on grass", "object") if n[0].isupper() and n[1:] == n[1:].lower()
+    }
+    assert all(n.isupper() for n in answers("A DOG", "object"))
+    assert answers("Man riding a horse", "relation") == {"A horse riding man"}
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "A man and a woman",
+        "A tennis player",
+        "A group of people",
+        "A bunch of bananas",
+        "A bowl of rice and a cup of coffee",
+        "The side of a street",
+        "A zebra and a zebra",
+        "A man hugging a woman",
+        "A picture of a dog",
+    ],
+)
+def test_nothing_changes_places_where_the_meaning_would_stay_or_break(caption):
+    assert answers(caption, "relation") == {None}
+
+
+def test_a_phrase_moves_whole():
+    found = answers("A group of people riding two brown horses", "relation")
+    assert found == {"Two brown horses riding a group of people"}
+
+
+def test_a_verb_between_singular_and_plural_agrees_or_nothing_is_swapped():
+    assert answers("There is a man riding two horses", "relation") == {None}
+    assert answers("A group of men rides a horse", "relation") == {None}
+
+
+def test_a_swap_never_starts_in_a_coordination():
+    assert answers("A cow and a dog chasing a ball", "relation") == {None}
+
+
+def test_idioms_are_not_relations():
+    assert answers("A man looking at a building", "relation") == {None}
+    assert answers("a horse ridden by a man", "relation") == {None}
+    assert answers("a horse ridden bareback by a man", "relation") == {None}
+    assert answers("a woman dressed in black", "relation") == {None}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_text_outside_the_edit_is_unchanged(seed):
+    tested = 0
+    for caption in generated(200, seed):
+        for name in ("attribute", "object", "action"):
+            negative = make_negatives(caption, seed=seed, types=(name,))[name]
+            if negative is None:
+                continue
+            start = len(longest_common_prefix(caption, negative))
+            end = len(longest_common_prefix(caption[start:][::-1], negative[start:][::-1]))
+            changed = caption[start : len(caption) - end]
+            # one edit: at most a verb with its particle, or "a" and the word after it
+            assert len(changed.split()) <= 3, (caption, negative)
+            tested += 1
+    assert tested > 300
+
+
+def longest_common_prefix(one, two):
+    size = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    return one[:size] if size is not None else min(one, two, key=len)
+
+
+def test_odd_spaces_and_marks_survive():
+    negative = make_negatives("  A  red   bus !! (on \u2026 Monday)\t", types=("attribute",))[
+        "attribute"
+    ]
+    assert re.fullmatch(r"  An?  \w+   bus !! \(on \u2026 Monday\)\t", negative)
+
+
+# Forbidden words, and the four together
+
+
+def test_forbidden_words_are_respected_in_any_form():
+    everything = answers("A dog", "object")
+    assert "A cat" in everything
+    assert "A cat" not in answers("A dog", "object", forbidden=frozenset({"cats"}))
+    assert "A cat" not in answers("A dog", "object", forbidden=frozenset({"kitten"}))
+    assert answers("An open door", "attribute", forbidden=frozenset({"shut"})) == {None}
+
+
+def test_a_word_named_elsewhere_in_the_caption_is_not_brought_in():
+    assert not any(n.count("cat") > 1 for n in answers("A dog and a cat", "object") if n)
+
+
+def test_other_captions_of_the_image_forbid_their_words(tmp_path):
+    rows = [{"image_id": 1, "caption": "A man."}, {"image_id": 1, "caption": "A woman and a girl."}]
+    alone = [{"image_id": 1, "caption": "A man."}]
+    for name, content in (("both", rows), ("alone", alone)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        main([str(path), "--out", str(tmp_path / f"{name}.out")])
+    assert records(tmp_path / "both.out")[0]["negatives"]["object"] is None
+    assert records(tmp_path / "alone.out")[0]["negatives"]["object"] in ("A woman.", "A girl.")
+
+
+def test_no_negative_equals_the_caption_or_another_one():
+    for caption in generated(300):
+        found = [n for n in make_negatives(caption).values() if n is not None]
+        plain = [" ".join(text.casefold().split()) for text in [caption, *found]]
+        assert len(set(plain)) == len(plain)
+
+
+def test_keys_come_in_the_order_of_the_types():
+    assert NEGATIVE_TYPES == ("relation", "attribute", "object", "action")
+    assert tuple(make_negatives(HORSE)) == NEGATIVE_TYPES
+    assert tuple(make_negatives(HORSE, types=("object", "relation"))) == ("relation", "object")
+
+
+def test_an_unknown_type_is_refused():
+    with pytest.raises(ValueError, match="unknown negative type 'verb'"):
+        make_negatives(HORSE, types=("verb",))
+
+
+# Determinism
+
+
+def test_the_same_arguments_give_the_same_negatives_in_another_process():
+    code = f"from negatives import make_negatives as m; print(m({HORSE!r}, seed=3, key=7))"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": salt, "PYTHONPATH": str(SCRIPT.parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for salt in ("1", "2")
+    }
+    assert seen == {str(make_negatives(HORSE, seed=3, key=7))}
+
+
+def test_seed_and_key_change_the_choices():
+    assert len({str(make_negatives(HORSE, seed=s)) for s in range(20)}) > 5
+    assert len({str(make_negatives(HORSE, key=k)) for k in range(20)}) > 5
+
+
+def test_workers_do_not_change_a_byte(manifest, tmp_path):
+    for workers in ("1", "2", "3"):
+        main([str(manifest), "--out", str(tmp_path / workers), "--workers", workers])
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+def test_the_order_of_the_captions_does_not_matter(manifest, tmp_path):
+    other = tmp_path / "reversed.jsonl"
+    other.write_text("".join(reversed(manifest.read_text().splitlines(keepends=True))))
+    for path in (manifest, other):
+        main([str(path), "--out", str(path.with_suffix(".out"))])
+    assert records(other.with_suffix(".out"))[::-1] == records(manifest.with_suffix(".out"))
+
+
+def test_another_seed_gives_another_file(manifest, tmp_path):
+    for seed in ("0", "1"):
+        main([str(manifest), "--out", str(tmp_path / seed), "--seed", seed])
+    assert records(tmp_path / "0") != records(tmp_path / "1")
+
+
+# The command
+
+
+def test_the_header_counts_what_the_lines_hold(manifest, tmp_path):
+    out = tmp_path / "out.jsonl"
+    main([str(manifest), "--out", str(out), "--types", "object", "relation", "--seed", "4"])
+    header, rows = json.loads(out.read_text().splitlines()[0]), records(out)
+    counts = {n: sum(r["negatives"][n] is not None for r in rows) for n in ("relation", "object")}
+    assert header == {
+        "manifest": 1, "engine": "lexicon", "seed": 4, "types": ["relation", "object"],
+        "source": "in.jsonl", "captions": 600, "negatives": counts,
+    }  # fmt: skip
+    assert list(rows[0]) == ["image", "image_id", "caption", "negatives"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_its_own_output_can_be_read_again(manifest, tmp_path):
+    main([str(manifest), "--out", str(tmp_path / "out.jsonl")])
+    assert list(read_captions(tmp_path / "out.jsonl")) == list(read_captions(manifest))
+
+
+def test_text_prints_one_line_for_each_type(capsys):
+    main(["--text", HORSE])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(
+        NEGATIVE_TYPES
+    )
+
+
+def test_stats_explain_every_null(manifest, tmp_path, capsys):
+    main([str(manifest), "--out", str(tmp_path / "out.jsonl"), "--stats"])
+    text = capsys.readouterr().out
+    for name in NEGATIVE_TYPES:
+        made = int(re.search(rf"^{name} +(\d+) of 600", text, re.MULTILINE)[1])
+        block = text.split(f"{name} ")[1].split("of 600")[1].split("\n\n")[0]
+        block = re.split(r"\n\w", block)[0]
+        assert made + sum(map(int, re.findall(r"(\d+) null:", block))) == 600
+
+
+def test_limit_reads_the_first_captions_only(manifest, tmp_path):
+    main([str(manifest), "--out", str(tmp_path / "out.jsonl"), "--limit", "5"])
+    assert len(records(tmp_path / "out.jsonl")) == 5
+
+
+# Sources
+
+IMAGE = "val2014/COCO_val2014_000000000009.jpg"
+CAPTION = "A dog on a couch."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "image", "image_id"),
+    [
+        ("a.jsonl", json.dumps({"image": IMAGE, "image_id": 9, "caption": CAPTION}), IMAGE, 9),
+        ("a.jsonl", '{"manifest": 1}\n\n' + json.dumps({"caption": CAPTION}), None, None),
+        (
+            "coco.json",
+            json.dumps(
+                {
+                    "images": [{"id": 9, "file_name": IMAGE}],
+                    "annotations": [{"image_id": 9, "id": 1, "caption": CAPTION}],
+                }
+            ),
+            IMAGE,
+            9,
+        ),
+        ("list.json", json.dumps([{"image": IMAGE, "caption": [CAPTION]}]), IMAGE, None),
+        (
+            "dataset_coco.json",
+            json.dumps(
+                {
+                    "images": [
+                        {
+                            "filepath": "val2014",
+                            "filename": IMAGE.split("/")[1],
+                            "cocoid": 9,
+                            "sentences": [{"raw": CAPTION}],
+                        }
+                    ]
+                }
+            ),
+            IMAGE,
+            9,
+        ),
+        ("a.csv", f'filepath,title\n{IMAGE},"{CAPTION}"\n', IMAGE, None),
+        ("a.tsv", f"image\tcaption\n{IMAGE}\t{CAPTION}\n", IMAGE, None),
+        ("a.csv", f"title\tfilepath\n{CAPTION}\t{IMAGE}\n", IMAGE, None),
+        ("bom.csv", f"\ufeffcaption,image\n{CAPTION},{IMAGE}\n", IMAGE, None),
+    ],
+)
+def test_every_source_gives_the_same_record(tmp_path, name, content, image, image_id):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    expected = {"image": image, "image_id": image_id, "caption": CAPTION}
+    assert list(read_captions(tmp_path / name)) == [expected]
+
+
+def test_columns_of_a_table_can_be_named(tmp_path):
+    (tmp_path / "a.csv").write_text("photo,text\n1.jpg,A dog\n")
+    found = list(read_captions(tmp_path / "a.csv", image_column="photo", caption_column="text"))
+    assert found == [{"image": "1.jpg", "image_id": None, "caption": "A dog"}]
+
+
+def test_lines_on_stdin_are_captions(tmp_path):
+    result = run("-", "--out", tmp_path / "out.jsonl", stdin="A dog\nA cat\u2028 on a mat\n")
+    assert result.returncode == 0, result.stderr
+    assert [r["caption"] for r in records_by_line(tmp_path / "out.jsonl")] == [
+        "A dog",
+        "A cat\u2028 on a mat",
+    ]
+
+
+def records_by_line(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"caption": "A dog"}\nnonsense\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"caption": "A dog"}\n{"caption": 3}\n', "a.jsonl:2: want a caption"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: want a JSON object"),
+        ("a.json", '[\n{"caption": "A"},\n}', "a.json:3: not JSON"),
+        ("a.json", '[{"image": "1.jpg"}]', "record 0: neither COCO nor Karpathy"),
+        ("a.json", '{"annotations": [{"image_id": 1}]}', "record 0: neither COCO nor Karpathy"),
+        ("a.json", "3", "a.json:1: neither COCO nor Karpathy"),
+        ("a.json", '{"info": 1}', "a.json:1: neither COCO nor Karpathy"),
+        ("a.csv", "photo,text\n1.jpg,A dog\n", "a.csv:1: columns are photo, text"),
+        ("a.csv", "image,caption\n1.jpg,A dog\n2.jpg\n", "a.csv:3: want a caption"),
+        ("a.jsonl", "", "no captions"),
+        ("a.json", "", "a.json:1: not JSON"),
+        ("a.csv", "", "no captions"),
+        ("a.png", "x", "unknown kind of file"),
+        ("a.jsonl", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_sentence_and_leaves_nothing(
+    tmp_path, monkeypatch, name, content, message
+):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        main([str(path), "--out", str(tmp_path / "out.jsonl")])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_the_command_ends_with_one_line_and_code_2(tmp_path):
+    result = run(tmp_path / "missing.json", "--out", tmp_path / "out.jsonl")
+    assert result.returncode == 2
+    assert re.fullmatch(r"negatives\.py: error: .*missing\.json: cannot be read.*\n", result.stderr)
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_not_overwritten_unless_told(manifest, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    with pytest.raises(DataError, match="exists already"):
+        main([str(manifest), "--out", str(out)])
+    assert out.read_text() == "precious"
+    main([str(manifest), "--out", str(out), "--overwrite"])
+    assert len(records(out)) == 600
+
+
+def test_an_unwritable_folder_is_one_sentence(manifest, tmp_path):
+    with pytest.raises(DataError, match="cannot be written"):
+        main([str(manifest), "--out", str(tmp_path / "no" / "such" / "out.jsonl")])
+
+
+def test_a_crash_halfway_keeps_the_old_file_and_no_partial(manifest, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    (tmp_path / "out.jsonl.partial").write_text("torn by an earlier crash")
+    calls = iter(range(1000))
+
+    def tear(job):
+        if next(calls) > 300:
+            raise OSError(28, "No space left on device")
+        return "x\n", []
+
+    monkeypatch.setattr("negatives._work", tear)
+    with pytest.raises(DataError, match="No space left"):
+        main([str(manifest), "--out", str(out), "--overwrite"])
+    assert out.read_text() == "precious"
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["in.json"],
+        ["in.json", "--text", "A dog"],
+        ["in.json", "--out", "o", "--workers", "0"],
+        ["in.json", "--out", "o", "--limit", "0"],
+        ["in.json", "--out", "o", "--types", "verb"],
+        ["in.json", "--out", "o", "--engine", "spacy"],
+    ],
+)
+def test_a_wrong_option_ends_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+# Strange captions
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        " ",
+        "\x00\x01\x02",
+        "\U0001f600 \U0001f436",
+        "\u732b\u304c\u5bdd\u3066\u3044\u308b",
+        "Un homme avec un chien dans la rue",
+        "...",
+        "1234 5678",
+        "a" * 10_000,
+        "###",
+    ],
+)
+def test_what_is_not_an_english_sentence_has_no_negatives(caption):
+    assert set(make_negatives(caption).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "unit", ["a dog ", "a ", "and ", "black and ", "of ", "hot ", "-", "\u0130", "very "]
+)
+def test_a_caption_of_ten_thousand_letters_is_fast_and_changes_early(unit):
+    caption = unit * (10_000 // len(unit))
+    start = time.perf_counter()
+    found = make_negatives(caption)
+    assert time.perf_counter() - start < 0.2
+    assert all(n is None or n.endswith(caption[1000:]) for n in found.values())
+
+
+def test_half_a_character_is_written_and_read_back(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"caption": "A dog \\ud83d on a couch"}\n')
+    main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    assert records(tmp_path / "out.jsonl")[0]["caption"] == "A dog \ud83d on a couch"
+
+
+def test_random_text_never_crashes():
+    g = random.Random(0)
+    words = re.findall(
+        r"\S+", "a an the two dog dogs on in of and with is red riding rides , . that 's x"
+    )
+    for _ in range(3000):
+        caption = " ".join(g.choices(words, k=g.randrange(12)))
+        found = make_negatives(caption, seed=1)
+        assert tuple(found) == NEGATIVE_TYPES
