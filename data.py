@@ -352,7 +352,7 @@ def draw_scene(scene: Scene, width: int) -> Image.Image:
     for thing in scene.things:
         _draw_thing(pen, thing, width)
     if scene.action == "pointing at":
-        _draw_arrow(pen, *scene.things, width)
+        _draw_arrow(pen, scene.things[0], scene.things[1], width)
     return image
 
 
@@ -612,7 +612,7 @@ def _fill_rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def can_pack(model: nn.Module) -> bool:
+def can_pack(model: Any) -> bool:
     """Tell whether the text tower is OpenAI's: causal, read at the end-of-text token."""
     tower = getattr(model, "text", model)
     parts = (
@@ -629,7 +629,7 @@ def can_pack(model: nn.Module) -> bool:
     return pool in ("argmax", "eos") and mask is not None and extra is None
 
 
-def encode_text(model: nn.Module, packed: PackedText) -> Tensor:
+def encode_text(model: Any, packed: PackedText) -> Tensor:
     """Encode packed captions to [M, D]: not normalised, equal to `model.encode_text`.
 
     Every caption sees itself alone: the mask is causal within a caption and closed between
@@ -654,7 +654,7 @@ def encode_text(model: nn.Module, packed: PackedText) -> Tensor:
     return project(x) if isinstance(project, nn.Module) else x @ project
 
 
-def _unpack(packed: PackedText, model: nn.Module) -> Tensor:
+def _unpack(packed: PackedText, model: Any) -> Tensor:
     """The captions one to a row again, padded with 0 to the model's context length."""
     positions, tokens = packed.positions.flatten(), packed.tokens.flatten()
     context = getattr(model, "context_length", None) or model.text.context_length
@@ -745,7 +745,7 @@ def batch_indices(
         yield [(epoch, i) for i in order[first : first + batch].tolist()]
 
 
-def train_transform(model: nn.Module, crop: float = 0.9) -> Callable[[Image.Image], Tensor]:
+def train_transform(model: Any, crop: float = 0.9) -> Callable[[Image.Image], Tensor]:
     """Crop 90 to 100 % of a photo at random, resize, normalise as the model wants it."""
     cfg = model.visual.preprocess_cfg
     size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
@@ -759,7 +759,7 @@ def train_transform(model: nn.Module, crop: float = 0.9) -> Callable[[Image.Imag
     )
 
 
-def shapes_transform(model: nn.Module) -> tuple[Callable[[Image.Image], Tensor], int]:
+def shapes_transform(model: Any) -> tuple[Callable[[Image.Image], Tensor], int]:
     """Normalise drawn scenes, without a crop that could hide a thing; and their width."""
     cfg = model.visual.preprocess_cfg
     size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
