@@ -94,7 +94,8 @@ def load_model(
         DataError: unknown model or tag, or a file that does not hold these weights.
     """
     logging.getLogger().setLevel(logging.ERROR)  # open_clip tells every step of loading
-    state, about = None, {}
+    state: dict[str, torch.Tensor] | None = None
+    about: dict[str, Any] = {}
     if pretrained and (os.path.exists(pretrained) or pretrained.endswith((".pt", ".pth", ".bin"))):
         state, about = read_checkpoint(pretrained)
     name = name or about.get("model")
