@@ -143,7 +143,7 @@ def _negatives_logsumexp(
     logit_scale: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """log of the sum of e^S(a, h) over all negatives h of the global batch, for this rank's anchors.
+    """log sum e^S(a, h) over all negatives h of the global batch, for this rank's anchors a.
 
     Negatives never travel: each rank sums over its own for the anchors of all ranks, and only those
     partial sums, one number for an anchor, are exchanged.
@@ -451,7 +451,7 @@ def ce_clip_loss(
             wrong = _similarity(images[:, None], negatives, scale)[:, 0]  # [B, K]
             theta = wrong.new_zeros(wrong.shape[1]) if thresholds is None else thresholds.to(wrong)
             cmr_value = rank_loss(true, wrong, theta, valid, mean=cmr_mean, group=group)
-            if imc != "none" and not (imc == "paired" and positives is None):
+            if imc != "none" and imc_weight:
                 imc_value = intra_modal_loss(
                     *(texts, negatives, scale, valid),
                     variant=imc,
@@ -521,7 +521,10 @@ def ce_clip_loss_and_grads(
         "positive_features": positive_features,
         "logit_bias": logit_bias,
     }
-    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if v is not None}
+    leaves: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if value is not None:
+            leaves[name] = value.detach().requires_grad_()
     with torch.enable_grad():
         out = ce_clip_loss(**leaves, valid=valid, positive_valid=positive_valid, **options)
         grads = torch.autograd.grad(out["loss"], list(leaves.values()), materialize_grads=True)
