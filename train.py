@@ -224,7 +224,7 @@ def train_step(run: Run, batch: Batch, lr: float, args: argparse.Namespace) -> d
     else:
         run.loss.threshold.value.copy_(theta)
     run.scaler.update()
-    parts = {key: float(value) for key, value in out.items()}
+    parts = {key: float(value.detach()) for key, value in out.items()}
     return {**parts, "grad_norm": float(norm), "applied": float(finite)}
 
 
@@ -559,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{args.model} ({count / 1e6:.1f} million parameters, {model.about['activation']}), "
             f"recipe {args.recipe}, {args.steps} steps of {args.batch_size} on {rank.world} x "
-            f"{rank.device.type}, captions {packing}, {'from the start' if fresh else f'resumed at step {start}'}",
+            f"{rank.device.type}, captions {packing}, from step {start}",
             flush=True,
         )
     loader = make_loader(args, data, model, run.loss, rank, start)
