@@ -221,9 +221,10 @@ def holds(scene: Scene, claim: Claim) -> bool:
 
     if claim.link in ACTIONS:
         acts = {"covering", "touching"} if scene.action == "covering" else {scene.action}
-        pairs = [(scene.claim.first, scene.claim.second)]
+        one, _, two = scene.claim
+        pairs: list[tuple[Phrase | None, Phrase | None]] = [(one, two)]
         if claim.link == "touching":
-            pairs.append((scene.claim.second, scene.claim.first))
+            pairs.append((two, one))
         return claim.link in acts and (claim.first, claim.second) in pairs
     if claim.second is None:
         others = [(0.5, 0.5)]

@@ -69,7 +69,7 @@ MAX_BAD_STEPS = 3
 class Rank(NamedTuple):
     """This process among all, and its device."""
 
-    index: int
+    number: int
     world: int
     device: torch.device
 
@@ -171,13 +171,13 @@ def make_loader(
     """This rank's share of each global batch from step `start` on."""
     local = args.batch_size // rank.world
     batches = batch_indices(len(data), args.batch_size, args.seed, start, args.steps)
-    mine = (batch[rank.index * local : (rank.index + 1) * local] for batch in batches)
+    mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
     kind = "valid" if loss.options["mask_invalid"] else "all"
     negatives = kind if loss.needs_negatives else "none"
     collate = Collate(model.tokenizer, positives=loss.needs_positives, negatives=negatives)
     loader: Any = DataLoader(
-        data,  # type: ignore[arg-type]
-        batch_sampler=mine,  # type: ignore[arg-type]
+        data,
+        batch_sampler=mine,
         num_workers=args.workers,
         collate_fn=collate,
         pin_memory=rank.device.type == "cuda",
@@ -393,7 +393,7 @@ def train(
         lost = not math.isfinite(out["loss"]) if run.scaler.is_enabled() else not out["applied"]
         bad = bad + 1 if lost else 0
         done = step + 1
-        if rank.index == 0 and (done % args.log_every == 0 or done == args.steps or lost):
+        if rank.number == 0 and (done % args.log_every == 0 or done == args.steps or lost):
             now = time.perf_counter()
             left = (now - began) / (done - start) * (args.steps - done)
             line = {
@@ -414,14 +414,14 @@ def train(
             )
         ended = done % per_epoch == 0 or done == args.steps
         signalled = stop.agreed(rank)
-        if rank.index == 0 and not bad and (ended or signalled or done % args.save_every == 0):
+        if rank.number == 0 and not bad and (ended or signalled or done % args.save_every == 0):
             content = checkpoint(run, about, args, done)
             if ended:
                 weights = {key: content[key] for key in ("state_dict", "kit")}
                 save(weights, args.out / f"epoch_{math.ceil(done / per_epoch):02d}.pt")
             save(content, args.out / "latest.pt")
         if signalled:
-            if rank.index == 0:
+            if rank.number == 0:
                 print(f"stopped at step {done}; the same command goes on", flush=True)
             sys.exit(128 + signalled)
 
@@ -548,10 +548,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     start = 0 if fresh else resume(run, latest)
     if start >= args.steps:
-        if rank.index == 0:
+        if rank.number == 0:
             print(f"{args.out} is done: {start} steps; nothing to do")
         return
-    if rank.index == 0:
+    if rank.number == 0:
         start_run(args.out, options, rank)
         trim_metrics(args.out / "metrics.jsonl", start)
         count = sum(p.numel() for p in model.net.parameters())
@@ -564,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     loader = make_loader(args, data, model, run.loss, rank, start)
     train(run, loader, model.about, args, rank, start)
-    if rank.index == 0:
+    if rank.number == 0:
         print(f"done: {args.out}/latest.pt")
 
 

@@ -12,7 +12,10 @@ from losses import CEClipLoss, ce_clip_loss
 
 def batch(b=5, k=4, d=6, seed=0):
     torch.manual_seed(seed)
-    unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, dtype=torch.float64), dim=-1)
+
+    def unit(*s):
+        return torch.nn.functional.normalize(torch.randn(*s, dtype=torch.float64), dim=-1)
+
     return unit(b, d), unit(b, d), unit(b, k, d), torch.rand(b, k) > 0.3, unit(b, d)
 
 
