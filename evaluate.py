@@ -28,6 +28,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from data import (
@@ -359,8 +360,8 @@ class Encoder:
         """Use the device, precision and batch size of the command line."""
         self.model, self.device, self.batch = model, torch.device(args.device), args.batch_size
         self.dtype = PRECISIONS[args.precision]
-        cfg = open_clip.PreprocessCfg(**model.net.visual.preprocess_cfg)
-        self.transform = open_clip.image_transform_v2(cfg, is_train=False)
+        cfg = PreprocessCfg(**model.net.visual.preprocess_cfg)
+        self.transform = image_transform_v2(cfg, is_train=False)
         self.width = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
         self.workers = args.workers
         model.net.eval()
@@ -721,6 +722,11 @@ def main(argv: list[str] | None = None) -> None:
         label: load_model(args.model, path, activation=args.activation, device=args.device)
         for label, path in paths.items()
     }
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
     results = evaluate(models, suites, args)
     table = markdown(results)
     print(show(table))

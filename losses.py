@@ -15,7 +15,8 @@ Paper: Zhang, Awal and Agrawal, "Contrasting Intra-Modal and Ranking Cross-Modal
 Enhance Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
 
   loss = CEClipLoss("ce-clip")
-  out = loss(image_features, text_features, logit_scale.exp(), negative_features, valid)
+  out = loss(image_features, text_features, logit_scale.exp(), negative_features, valid,
+             positive_features)  # another caption of each image; without one: imc="repulsion"
   out["loss"].backward()
 """
 

@@ -298,7 +298,8 @@ def check_run(out: Path, options: dict[str, Any]) -> None:
     try:
         before = json.loads((out / "args.json").read_text(encoding="utf-8"))["options"]
     except (OSError, ValueError, KeyError):
-        if out.is_dir() and not any(out.iterdir()):
+        # A run that was cut off while it wrote its first file left nothing, or args.json.partial.
+        if out.is_dir() and all(path.suffix == ".partial" for path in out.iterdir()):
             return
         raise DataError(f"--out {out}: exists and is not a run; choose another --out") from None
     changed = [
@@ -538,7 +539,8 @@ def main(argv: list[str] | None = None) -> None:
     check_run(args.out, options)
     torch.manual_seed(args.seed)
     fresh = not latest.exists()
-    model = load_model(args.model, args.pretrained if fresh else None, device=str(rank.device))
+    weights = args.pretrained if fresh else str(latest)
+    model = load_model(args.model, weights, device=str(rank.device))
     run = make_run(args, model, rank)
     data = make_dataset(args, model, run.loss)
     args.steps_per_epoch = len(data) // args.batch_size
