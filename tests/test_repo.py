@@ -1,0 +1,59 @@
+"""What the README promises is there: its files, its links, its flags; imports flow one way."""
+
+import ast
+import re
+from pathlib import Path
+
+import evaluate
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+OURS = {"train", "evaluate", "data", "losses", "negatives"}
+MAY_IMPORT = {
+    **{"train": {"evaluate", "data", "losses"}, "evaluate": {"data"}},
+    **{"data": {"negatives"}, "losses": set(), "negatives": set()},
+}
+
+
+def test_imports_flow_one_way():
+    for name, allowed in MAY_IMPORT.items():
+        tree = ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+        found = set()
+        for node in tree:
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+        assert found & OURS <= allowed, name
+
+
+def test_links_and_named_files_exist():
+    links = [x for x in re.findall(r"\]\(([^)#]+)\)", README) if not x.startswith("http")]
+    files = re.findall(r"`((?:scripts|tests)/[\w.-]+|\w+\.py)`", README)
+    assert links
+    for name in [*links, *files]:
+        assert (ROOT / name).exists(), name
+
+
+def test_flags_of_the_readme_exist():
+    sources = "".join((ROOT / f"{name}.py").read_text() for name in OURS)
+    known = set(re.findall(r'"(--[a-z-]+)"', sources)) | {"--nproc_per_node"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
+    assert used
+    assert used <= known, used - known
+
+
+def test_every_metric_is_explained():
+    glossary = README.split("## Metrics")[1].split("\n## ")[0]
+    keys = {"step", "epoch", "loss", "itc", "imc", "cmr", "lr", "logit_scale", "grad_norm"}
+    keys |= {"applied", "images_per_second", "text_tokens_per_second", "memory_mib", "bad_images"}
+    source = Path(train.__file__).read_text() + (ROOT / "losses.py").read_text()
+    for key in keys:
+        assert f'"{key}"' in source, key
+        assert f"`{key}`" in glossary, key
+    assert "`threshold_" in glossary
+
+
+def test_every_suite_is_named():
+    assert all(suite in README for suite in evaluate.SUITES)
