@@ -39,6 +39,7 @@ __all__ = [
     "ce_clip_loss_and_grads",
     "gather_rows",
     "intra_modal_loss",
+    "own_negatives_loss",
     "rank_loss",
 ]
 
@@ -241,6 +242,44 @@ def rank_loss(
     return _global_mean(excess, count, group)
 
 
+def own_negatives_loss(
+    image_text: Tensor,
+    image_negative: Tensor,
+    valid: Tensor,
+    *,
+    focal_gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Softmax of each image over its caption and its own negatives, L = -sum_c y_c (1-p_c)^g log p_c.
+
+    With gamma 0 and no smoothing it is DeGLA's image-grounded contrast (arXiv 2504.16801); with 2
+    and 0.02 the global hard-negative loss of FSC-CLIP (arXiv 2410.05210), which spares what is
+    already told apart and keeps near-synonyms near.
+
+    Args:
+        image_text: logits of the true pairs S(I, T) [B].
+        image_negative: logits S(I, T_k) of each image and its own negatives [B, K].
+        valid: which negatives exist [B, K] bool.
+        focal_gamma: g, how much less a class counts that is already likely.
+        label_smoothing: what the true caption gives up, shared by all classes that exist.
+        group: the process group, or None for the default one.
+
+    Returns:
+        A scalar in nats, the mean over items with a negative; 0 where none has.
+    """
+    logits = torch.cat([image_text[:, None], image_negative], dim=1)  # [B, 1 + K]
+    exists = F.pad(valid, (1, 0), value=True)
+    logits = logits.masked_fill(~exists, torch.finfo(logits.dtype).min / 2)
+    log_p = logits.log_softmax(dim=1)
+    share = label_smoothing / exists.sum(dim=1, keepdim=True)
+    target = exists * share
+    target[:, 0] += 1 - label_smoothing
+    each = -(target * (1 - log_p.exp()) ** focal_gamma * log_p).masked_fill(~exists, 0).sum(dim=1)
+    has = valid.any(dim=1)
+    return _global_mean(each.masked_fill(~has, 0).sum(), has.sum(), group)
+
+
 def intra_modal_loss(
     text_features: Tensor,
     negative_features: Tensor,
@@ -389,10 +428,13 @@ def ce_clip_loss(
     imc_offset: float = 0.0,
     cmr_weight: float = 0.4,
     cmr_mean: str = "valid",
+    own_weight: float = 0.0,
+    focal_gamma: float = 0.0,
+    label_smoothing: float = 0.0,
     mask_invalid: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """L = itc + imc_weight · imc + cmr_weight · cmr, in float32 (float64 stays).
+    """L = itc + imc_weight · imc + cmr_weight · cmr + own_weight · own, in float32 (float64 stays).
 
     In a process group every rank passes its own rows; after DDP has averaged gradients, they equal
     those of one process that holds the whole batch.
@@ -413,12 +455,15 @@ def ce_clip_loss(
         imc_offset: c of imc "repulsion".
         cmr_weight: weight of cmr.
         cmr_mean: "valid" or "all", see `rank_loss`.
+        own_weight: weight of `own_negatives_loss`.
+        focal_gamma: of `own_negatives_loss`.
+        label_smoothing: of `own_negatives_loss`.
         mask_invalid: False keeps missing negatives in the softmaxes, as released.
         group: the process group, or None for the default one.
 
     Returns:
-        Scalars `loss` (with gradient; its value is that of the whole global batch), `itc`, `imc`
-        and `cmr`, and for `RankThreshold.update` the logits `image_text` [B] and
+        Scalars `loss` (with gradient; its value is that of the whole global batch), `itc`, `imc`,
+        `cmr` and `own`, and for `RankThreshold.update` the logits `image_text` [B] and
         `image_negative` [B, K], all without gradient.
 
     Raises:
@@ -446,7 +491,7 @@ def ce_clip_loss(
             bias = torch.as_tensor(logit_bias).to(dtype)
             itc = _sigmoid_contrast(images, texts, scale, bias, hard, counted, group)
         true = _similarity(images[:, None], texts[:, None], scale)[:, 0, 0]  # [B]
-        imc_value = cmr_value = torch.zeros((), dtype=dtype, device=images.device)
+        imc_value = cmr_value = own_value = torch.zeros((), dtype=dtype, device=images.device)
         wrong = true.new_zeros(valid.shape)
         if negatives is not None:
             wrong = _similarity(images[:, None], negatives, scale)[:, 0]  # [B, K]
@@ -463,12 +508,16 @@ def ce_clip_loss(
                     mask_invalid=mask_invalid,
                     group=group,
                 )
-        loss = itc + imc_weight * imc_value + cmr_weight * cmr_value
-        parts = torch.stack([loss, itc, imc_value, cmr_value]).detach()
+            if own_weight:
+                softened = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing}
+                own_value = own_negatives_loss(true, wrong, valid, **softened, group=group)
+        loss = itc + imc_weight * imc_value + cmr_weight * cmr_value + own_weight * own_value
+        parts = torch.stack([loss, itc, imc_value, cmr_value, own_value]).detach()
         parts = _sum_over_ranks(parts, group) / _world(group)[1]
         loss = loss + (parts[0] - loss).detach() if _world(group)[1] > 1 else loss
     return {
         **{"loss": loss, "itc": parts[1], "imc": parts[2], "cmr": parts[3]},
+        "own": parts[4],
         **{"image_text": true.detach(), "image_negative": wrong.detach()},
     }
 
@@ -564,6 +613,7 @@ class CEClipLoss(nn.Module):
         chosen: dict[str, Any] = {
             **{"negatives_in_itc": True, "imc": "paired", "imc_weight": 0.2, "imc_offset": 0.0},
             **{"cmr_weight": 0.4, "cmr_mean": "valid", "mask_invalid": True},
+            **{"own_weight": 0.0, "focal_gamma": 0.0, "label_smoothing": 0.0},
             **{"threshold": "adaptive", "cap": 10.0, "fixed_threshold": 5.0},
             **{"reset_each_epoch": False},
         }
@@ -590,7 +640,7 @@ class CEClipLoss(nn.Module):
         """Whether the loss reads negative_features."""
         o = self.options
         intra = o["imc"] != "none" and o["imc_weight"] != 0
-        return bool(o["negatives_in_itc"] or intra or o["cmr_weight"] != 0)
+        return bool(o["negatives_in_itc"] or intra or o["cmr_weight"] or o["own_weight"])
 
     def forward(
         self,
@@ -618,8 +668,8 @@ class CEClipLoss(nn.Module):
             output_dict: as open_clip asks: True for {"contrastive_loss": loss}, False for loss.
 
         Returns:
-            Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, and
-            `threshold_<type>`, the margins that this loss was computed with.
+            Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, `own`,
+            and `threshold_<type>`, the margins that this loss was computed with.
 
         Raises:
             ValueError: shapes do not fit, or K is not the number of types.
