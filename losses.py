@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The losses of CE-CLIP, exact and in plain torch; copy this file into any code base.
+"""The losses of CE-CLIP, exact, fused and distributed; copy this file into any code base.
 
-A batch has B images I, their captions T and up to K hard negatives T_1 ... T_K of each caption.
-With unit-length features and s = logit_scale, similarities are logits S(a, b) = s <a, b>.
+Zhang, Awal and Agrawal, "Contrasting Intra-Modal and Ranking Cross-Modal Hard Negatives to Enhance
+Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
+
+  B  images I and captions T of the global batch; b of them are on this rank
+  K  hard negatives N_1 ... N_K of each caption; `valid` tells which exist
+  D  width of the features, which are unit vectors
+  S  similarities are logits, S(x, y) = logit_scale <x, y>
 
   L = itc + 0.2 imc + 0.4 cmr
 
-  itc  image-text contrast with the hard negatives in the images' denominator
-  imc  intra-modal contrast: a caption is nearer to another true caption than to its negatives
-  cmr  cross-modal rank: a true caption beats negative k by a margin theta_k, which grows as the
+  itc  image-text contrast; the hard negatives of the whole batch stand in the images' denominator
+  imc  intra-modal contrast: a caption is nearer to its positive than to its negatives
+  cmr  cross-modal rank: a caption beats its negative k by a margin theta_k, which grows as the
        model learns (the curriculum)
-
-Paper: Zhang, Awal and Agrawal, "Contrasting Intra-Modal and Ranking Cross-Modal Hard Negatives to
-Enhance Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
 
   loss = CEClipLoss("ce-clip")
   out = loss(image_features, text_features, logit_scale.exp(), negative_features, valid,
@@ -22,8 +24,13 @@ Enhance Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,7 +54,7 @@ NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 IMC_VARIANTS = ("none", "paired", "paper", "repulsion", "released")
 THRESHOLDS = ("adaptive", "fixed", "max", "released")
 
-# What a recipe switches on.  Options that it does not name have the defaults of CEClipLoss.
+# What a recipe switches on; what it does not name has the default of Options or RankThreshold.
 RECIPES: dict[str, dict[str, Any]] = {
     "clip": {"negatives_in_itc": False, "imc": "none", "cmr_weight": 0.0},
     "negclip": {"imc": "none", "cmr_weight": 0.0},
@@ -61,157 +68,43 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def _similarity(a: Tensor, b: Tensor, logit_scale: Tensor) -> Tensor:
-    """Logits of all pairs, [..., N, D] x [..., M, D] -> [..., N, M]; all products are made here."""
-    return logit_scale * (a @ b.mT)
+class Options(NamedTuple):
+    """What the loss is made of; every keyword of `ce_clip_loss`."""
+
+    negatives_in_itc: bool = True  # hard negatives in the images' denominator
+    imc: str = "paired"  # variant of `intra_modal_loss`, or "none"
+    imc_scope: str = "own"  # its denominator: "own" negatives, or those of the whole "batch"
+    imc_weight: float = 0.2
+    imc_offset: float = 0.0  # the constant of "repulsion", a cosine
+    cmr_weight: float = 0.4
+    cmr_mean: str = "valid"  # over the negatives that exist, or over "all" slots, as released
+    own_weight: float = 0.0  # of `own_negatives_loss`
+    focal_gamma: float = 0.0
+    label_smoothing: float = 0.0
+    mask_invalid: bool = True  # False: missing negatives stay in the softmaxes, as released
+    backend: str = "auto"  # "plain" is the oracle; "torch" and "triton" are the fused paths
+    workspace_mib: float = 0  # memory of the fused paths; 0 means 32 on CPU and 512 on CUDA
+    operands: str = "auto"  # of matrix products: "bfloat16" on CUDA where features or autocast are
+    # half precision (fp16 overflows), else "float32"; sums are float32, of float64 float64
+    check: bool = False  # also look at values: unit length, finite, forgotten masks
 
 
-def _world(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Rank and number of ranks; 0 and 1 outside a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
+class Inputs(NamedTuple):
+    """The tensors of this rank; K is 0 where there are no negatives."""
+
+    images: Tensor  # [b, D]
+    texts: Tensor  # [b, D]
+    negatives: Tensor  # [b, K, D], 0 where they do not count
+    positives: Tensor | None  # [b, D]
+    valid: Tensor  # [b, K] bool, which negatives exist
+    counted: Tensor  # [b, K] bool, which stand in the softmaxes: `valid`, or all
+    positive_valid: Tensor  # [b] bool
+    scale: Tensor  # scalar
+    bias: Tensor | None  # scalar, of SigLIP
+    thresholds: Tensor  # [K]
 
 
-class _GatherRows(torch.autograd.Function):
-    """all_gather whose backward adds up what every rank's loss says of these rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.rows = group, len(x)
-        parts = [torch.empty_like(x) for _ in range(_world(group)[1])]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        start = _world(ctx.group)[0] * ctx.rows
-        return grad[start : start + ctx.rows], None
-
-
-def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Gather the rows of all ranks, with gradients: [b, ...] -> [W·b, ...] in the order of ranks.
-
-    The gradient of a row is the sum of what all ranks' losses want of it.  Without a process group
-    x is returned as it is.
-
-    Raises:
-        ValueError: ranks hold different numbers of rows.
-    """
-    world = _world(group)[1]
-    if world == 1:
-        return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device), group=group)
-    rows = [int(size) for size in sizes]
-    if len(set(rows)) > 1:
-        raise ValueError(
-            f"ranks hold {min(rows)} and {max(rows)} rows; local batches must be equal"
-        )
-    return _GatherRows.apply(x, group)
-
-
-def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum a tensor without gradient over all ranks."""
-    x = x.detach().clone()
-    if _world(group)[1] > 1:
-        dist.all_reduce(x, group=group)
-    return x
-
-
-def _global_mean(values: Tensor, count: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean over all ranks' `count` entries, W-fold: DDP divides gradients by W again.
-
-    Args:
-        values: sum of this rank's entries, a scalar with gradient.
-        count: how many entries this rank has, a scalar.
-        group: the process group, or None for the default one.
-    """
-    total = _sum_over_ranks(count.to(values.dtype), group)
-    return _world(group)[1] * values / total.clamp(min=1)
-
-
-def _own_rows(x: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor:
-    start = _world(group)[0] * rows
-    return x[start : start + rows]
-
-
-def _negatives_logsumexp(
-    anchors: Tensor,
-    negatives: Tensor,
-    valid: Tensor,
-    logit_scale: Tensor,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """log sum e^S(a, h) over all negatives h of the global batch, for this rank's anchors a.
-
-    Negatives never travel: each rank sums over its own for the anchors of all ranks, and only those
-    partial sums, one number for an anchor, are exchanged.
-
-    Args:
-        anchors: the gathered images or captions [B, D].
-        negatives: this rank's negatives [b, K, D].
-        valid: which of them count [b, K].
-        logit_scale: scalar.
-        group: the process group, or None for the default one.
-
-    Returns:
-        [b]; so low that it adds nothing where no negative is valid.
-    """
-    logits = _similarity(anchors, negatives.flatten(0, 1), logit_scale)  # [B, b·K]
-    lowest = torch.finfo(logits.dtype).min / 2
-    partial = logits.masked_fill(~valid.flatten(), lowest).logsumexp(dim=1)  # [B]
-    if _world(group)[1] > 1:
-        partial = _GatherRows.apply(partial[None], group).logsumexp(dim=0)
-    return _own_rows(partial, len(negatives), group)
-
-
-def _image_text_contrast(
-    images: Tensor,
-    texts: Tensor,
-    logit_scale: Tensor,
-    negatives: Tensor | None,
-    valid: Tensor | None,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Half of images to texts (with hard negatives) plus half of texts to images (without)."""
-    rows = len(images)
-    all_images, all_texts = gather_rows(images, group), gather_rows(texts, group)
-    own = _own_rows(torch.arange(len(all_images), device=images.device), rows, group)
-    to_text = _similarity(images, all_texts, logit_scale)  # [b, B]
-    to_image = _similarity(texts, all_images, logit_scale)
-    true = to_text.gather(1, own[:, None])[:, 0]
-    denominator = to_text.logsumexp(dim=1)
-    if negatives is not None and valid is not None:
-        hard = _negatives_logsumexp(all_images, negatives, valid, logit_scale, group)
-        denominator = torch.logaddexp(denominator, hard)
-    return ((denominator - true).mean() + F.cross_entropy(to_image, own)) / 2
-
-
-def _sigmoid_contrast(
-    images: Tensor,
-    texts: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    negatives: Tensor | None,
-    valid: Tensor | None,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """SigLIP's loss: each pair of an image and a text is a question of its own, answered yes or no.
-
-    Every valid negative of the batch is one more text, wrong for every image.
-    """
-    rows = len(images)
-    all_images, all_texts = gather_rows(images, group), gather_rows(texts, group)
-    own = _own_rows(torch.eye(len(all_images), device=images.device), rows, group)
-    logits = _similarity(images, all_texts, logit_scale) + logit_bias
-    total = -F.logsigmoid((2 * own - 1) * logits).sum()
-    if negatives is not None and valid is not None:
-        wrong = _similarity(all_images, negatives.flatten(0, 1), logit_scale) + logit_bias
-        total = total - F.logsigmoid(-wrong).masked_fill(~valid.flatten(), 0).sum()
-    return total / rows
+# The terms, plainly: what the fused core must equal
 
 
 def rank_loss(
@@ -221,25 +114,47 @@ def rank_loss(
     valid: Tensor,
     *,
     mean: str = "valid",
-    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Cross-modal rank loss (section 3.3): mean of relu(theta_k + S(I, T_k) - S(I, T)).
+    """Cross-modal rank loss (section 3.3): mean of relu(theta_k + S(I, N_k) - S(I, T)).
 
     Args:
         image_text: logits of the true pairs S(I, T) [B].
-        image_negative: logits S(I, T_k) of each image and its own negatives [B, K].
+        image_negative: logits S(I, N_k) of each image and its own negatives [B, K].
         thresholds: theta, in logits [K].
         valid: which negatives exist [B, K] bool.
         mean: over the "valid" entries, or over "all" K·B slots as in the released code.
-        group: the process group, or None for the default one.
 
     Returns:
         A scalar in logits; 0 where nothing is valid.
     """
-    gap = image_text[:, None] - image_negative
-    excess = F.relu(thresholds - gap).masked_fill(~valid, 0).sum()
-    count = valid.sum() if mean == "valid" else torch.tensor(valid.numel(), device=valid.device)
-    return _global_mean(excess, count, group)
+    excess = F.relu(thresholds + image_negative - image_text[:, None])
+    count = valid.sum() if mean == "valid" else valid.numel()
+    return excess.masked_fill(~valid, 0).sum() / torch.as_tensor(count).clamp(min=1)
+
+
+def intra_modal_loss(
+    numerator: Tensor, text_negative: Tensor, valid: Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """Intra-modal contrast (section 3.2, equation 3): mean of -log(e^n / (e^n + sum e^S(T, N))).
+
+    What the numerator n is makes the variant: "paired" S(T, T+), T+ another caption of the image;
+    "paper" S(I, T), our best guess of equation 3; "repulsion" a constant, which only pushes. In
+    "released" n is S(T, first negative of the batch), and stands in the sum already.
+
+    Args:
+        numerator: logits n [B].
+        text_negative: logits S(T, N) with the own negatives [B, K], or those of the batch [B, BK].
+        valid: which of these stand in the denominator, bool of the same shape.
+        counts: which items count [B] bool; None means all.
+
+    Returns:
+        A scalar in nats; 0 where no item counts.
+    """
+    logits = text_negative.masked_fill(~valid, -torch.inf)
+    each = torch.cat([numerator[:, None], logits], dim=1).logsumexp(dim=1) - numerator
+    if counts is None:
+        return each.mean()
+    return each.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
 
 
 def own_negatives_loss(
@@ -249,112 +164,105 @@ def own_negatives_loss(
     *,
     focal_gamma: float = 0.0,
     label_smoothing: float = 0.0,
-    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Softmax of each image over its caption and its own negatives, L = -sum_c y_c (1-p_c)^g log p_c.
+    """Softmax of each image over its caption and its own negatives, -sum_c y_c (1-p_c)^g log p_c.
 
     With gamma 0 and no smoothing it is DeGLA's image-grounded contrast (arXiv 2504.16801); with 2
     and 0.02 the global hard-negative loss of FSC-CLIP (arXiv 2410.05210), which spares what is
-    already told apart and keeps near-synonyms near.
+    already told apart.
 
     Args:
         image_text: logits of the true pairs S(I, T) [B].
-        image_negative: logits S(I, T_k) of each image and its own negatives [B, K].
+        image_negative: logits S(I, N_k) of each image and its own negatives [B, K].
         valid: which negatives exist [B, K] bool.
-        focal_gamma: g, how much less a class counts that is already likely.
+        focal_gamma: g, how much less a class counts that is already likely; 0, or 1 and more.
         label_smoothing: what the true caption gives up, shared by all classes that exist.
-        group: the process group, or None for the default one.
 
     Returns:
         A scalar in nats, the mean over items with a negative; 0 where none has.
     """
-    logits = torch.cat([image_text[:, None], image_negative], dim=1)  # [B, 1 + K]
-    exists = F.pad(valid, (1, 0), value=True)
-    logits = logits.masked_fill(~exists, torch.finfo(logits.dtype).min / 2)
-    log_p = logits.log_softmax(dim=1)
-    share = label_smoothing / exists.sum(dim=1, keepdim=True)
-    target = exists * share
-    target[:, 0] += 1 - label_smoothing
+    log_p, target, exists = _own_softmax(image_text, image_negative, valid, label_smoothing)
     each = -(target * (1 - log_p.exp()) ** focal_gamma * log_p).masked_fill(~exists, 0).sum(dim=1)
     has = valid.any(dim=1)
-    return _global_mean(each.masked_fill(~has, 0).sum(), has.sum(), group)
+    return each.masked_fill(~has, 0).sum() / has.sum().clamp(min=1)
 
 
-def intra_modal_loss(
-    text_features: Tensor,
-    negative_features: Tensor,
-    logit_scale: Tensor,
-    valid: Tensor,
-    *,
-    variant: str = "paired",
-    positive_features: Tensor | None = None,
-    positive_valid: Tensor | None = None,
-    image_features: Tensor | None = None,
-    offset: float = 0.0,
-    mask_invalid: bool = True,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Intra-modal contrast of captions and their hard negatives (section 3.2, equation 3).
+def _own_softmax(
+    image_text: Tensor, image_negative: Tensor, valid: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, smoothed targets and which classes exist, all [B, 1 + K]."""
+    exists = F.pad(valid, (1, 0), value=True)
+    logits = torch.cat([image_text[:, None], image_negative], dim=1)
+    log_p = logits.masked_fill(~exists, torch.finfo(logits.dtype).min / 2).log_softmax(dim=1)
+    target = exists * (smoothing / exists.sum(dim=1, keepdim=True))
+    target = torch.cat([target[:, :1] + 1 - smoothing, target[:, 1:]], dim=1)
+    return log_p, target.to(log_p.dtype), exists
 
-    Args:
-        text_features: captions [B, D].
-        negative_features: their negatives [B, K, D].
-        logit_scale: scalar, already exponentiated.
-        valid: which negatives exist [B, K] bool.
-        variant: what stands in the numerator, above the numerator plus own negatives:
-            "paired" e^S(T, T+), T+ another caption of the image; items without one are left out;
-            "paper" e^S(I, T), our best guess of equation 3; "repulsion" e^(s c), a constant;
-            "released" the arbitrary first negative of the whole batch, above all negatives of it.
-        positive_features: T+ [B, D], for "paired".
-        positive_valid: which T+ exist [B] bool; None means all.
-        image_features: I [B, D], for "paper".
-        offset: c of "repulsion", a cosine.
-        mask_invalid: "released" only: leave missing negatives out of the denominator.
-        group: the process group, or None for the default one.
 
-    Returns:
-        A scalar; 0 where no item counts.
+def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """The loss of the global batch, every tensor gathered; its terms; this rank's own logits."""
+    here = slice(_world(group)[0] * len(x.images), (_world(group)[0] + 1) * len(x.images))
+    x = Inputs(*(t if t is None else gather_rows(t, group) for t in x[:7]), *x[7:])  # type: ignore[arg-type]
+    everyones, b = x.negatives.flatten(0, 1), len(x.images)  # [BK, D]
+    logits = x.scale * x.images @ torch.cat([x.texts, everyones]).T  # [B, B + BK]
+    missing = ~x.counted.flatten() if o.mask_invalid else None
+    if missing is not None:
+        logits = logits.masked_fill(F.pad(missing, (b, 0)), -torch.inf)
+    pairs, true = logits[:, :b], logits[:, :b].diagonal()
+    own = logits[:, b:].view(b, b, -1).diagonal().T  # [B, K]
+    to_text = logits if o.negatives_in_itc else pairs
+    if x.bias is None:
+        itc = (to_text.logsumexp(dim=1) + pairs.logsumexp(dim=0) - 2 * true).mean() / 2
+    else:  # SigLIP: each pair, and each image with each negative, is a question of its own
+        itc = (F.softplus(to_text + x.bias).sum() - (true + x.bias).sum()) / b
+    imc = cmr = mine = torch.zeros_like(itc)
+    if o.imc != "none" and o.imc_weight:
+        imc = _plain_imc(x, o, everyones, missing)
+    if o.cmr_weight:
+        cmr = rank_loss(true, own, x.thresholds, x.valid, mean=o.cmr_mean)
+    if o.own_weight:
+        softened = {"focal_gamma": o.focal_gamma, "label_smoothing": o.label_smoothing}
+        mine = own_negatives_loss(true, own, x.valid, **softened)
+    loss = itc + o.imc_weight * imc + o.cmr_weight * cmr + o.own_weight * mine
+    return loss, torch.stack([itc, imc, cmr, mine]), true[here], own[here]
 
-    Raises:
-        ValueError: the variant is unknown, or lacks the features that it needs.
-    """
-    rows = torch.tensor(len(text_features), device=text_features.device)
-    if variant == "released":
-        counted = valid if mask_invalid else torch.ones_like(valid)
-        everyone = gather_rows(text_features, group)
-        total = _negatives_logsumexp(everyone, negative_features, counted, logit_scale, group)
-        first = gather_rows(negative_features[:1, 0], group)[:1]  # [1, D], of the first rank
-        target = _similarity(text_features, first, logit_scale)[:, 0]
-        return _global_mean((total - target).sum(), rows, group)
-    if variant == "paired" and positive_features is not None:
-        numerator = _similarity(text_features[:, None], positive_features[:, None], logit_scale)
-    elif variant == "paper" and image_features is not None:
-        numerator = _similarity(text_features[:, None], image_features[:, None], logit_scale)
-    elif variant == "repulsion":
-        numerator = (logit_scale * offset).expand(len(text_features), 1, 1)
-    elif variant in ("paired", "paper"):
-        needed = "positive_features" if variant == "paired" else "image_features"
-        raise ValueError(f"the {variant} intra-modal loss needs {needed}")
-    else:
-        raise ValueError(f"imc is {variant!r}; it must be one of {', '.join(IMC_VARIANTS)}")
-    logits = _similarity(text_features[:, None], negative_features, logit_scale)[:, 0]  # [B, K]
-    logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min / 2)
-    numerator = numerator.reshape(-1, 1)  # [B, 1]
-    each = torch.cat([numerator, logits], dim=1).logsumexp(dim=1) - numerator[:, 0]
-    if variant == "paired" and positive_valid is not None:
-        each, rows = each.masked_fill(~positive_valid, 0), positive_valid.sum()
-    return _global_mean(each.sum(), rows, group)
+
+def _plain_imc(x: Inputs, o: Options, everyones: Tensor, missing: Tensor | None) -> Tensor:
+    numerator, counts = _numerator(x, o, everyones[0] if len(everyones) else None)
+    if not _whole_batch(o):
+        own = x.scale * (x.negatives @ x.texts[..., None])[..., 0]  # [B, K]
+        return intra_modal_loss(numerator, own, x.counted, counts)
+    if not x.counted.any():
+        return 0 * x.scale
+    batch = x.scale * x.texts @ everyones.T  # [B, BK]
+    if missing is not None:
+        batch = batch.masked_fill(missing, -torch.inf)
+    if o.imc == "released":
+        return (batch.logsumexp(dim=1) - numerator).mean()
+    return intra_modal_loss(numerator, batch, x.counted.flatten().expand(batch.shape), counts)
+
+
+def _numerator(x: Inputs, o: Options, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logit n of the intra-modal loss, and which items count, both [b]."""
+    everybody = torch.ones_like(x.positive_valid)
+    if o.imc == "paired" and x.positives is not None:
+        return x.scale * (x.positives * x.texts).sum(dim=1), x.positive_valid
+    if o.imc == "paper":
+        return x.scale * (x.images * x.texts).sum(dim=1), everybody
+    if o.imc == "released" and first is not None:
+        return x.scale * x.texts @ first, everybody
+    return (x.scale * o.imc_offset).expand(len(x.texts)), everybody
 
 
 class RankThreshold(nn.Module):
     """The margins theta of the rank loss, one for each type of negative: the curriculum.
 
     Modes, all clamped to [0, cap] and taken over the whole global batch of the previous step:
-        adaptive: mean gap S(I, T) - S(I, T_k) over the valid negatives of type k (equation 6);
+        adaptive: mean gap S(I, T) - S(I, N_k) over the valid negatives of type k (equation 6);
         max: the largest of these gaps, divided by 5;
         fixed: `value`, never changed;
         released: as adaptive, but the mean of S(I, T) is over all images of the batch, and that
-            of S(I, T_k) over those that are not 0.
+            of S(I, N_k) over those that are not 0.
     A type without a valid negative keeps its theta.
     """
 
@@ -369,8 +277,7 @@ class RankThreshold(nn.Module):
             ValueError: the mode is unknown, or cap is not positive.
         """
         super().__init__()
-        if mode not in THRESHOLDS:
-            raise ValueError(f"threshold is {mode!r}; it must be one of {', '.join(THRESHOLDS)}")
+        _choose("threshold", mode, THRESHOLDS)
         if not cap > 0:
             raise ValueError(f"cap is {cap}; it must be more than 0 logits")
         self.mode, self.cap = mode, cap
@@ -389,173 +296,100 @@ class RankThreshold(nn.Module):
         valid: Tensor,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Set theta for the next step from this step's logits [B], [B, K] and their mask [B, K]."""
+        """Set theta for the next step from this step's logits [b], [b, K] and their mask [b, K]."""
         if self.mode == "fixed":
             return
         gap = (image_text[:, None] - image_negative).masked_fill(~valid, 0)
         if self.mode == "released":
             valid = valid & (image_negative != 0)
-        count = _sum_over_ranks(valid.sum(0), group)
+        negative = image_negative.masked_fill(~valid, 0)
+        rows = torch.stack([valid, gap, negative, image_text[:, None].expand_as(gap)])
+        count, gaps, negatives, texts = _sum_over_ranks(rows.sum(dim=1), group)  # [K] each
         if self.mode == "max":
-            new = gap.masked_fill(~valid, -torch.inf).amax(dim=0)
+            new = gap.masked_fill(~valid, -torch.inf).amax(dim=0) / 5
             if _world(group)[1] > 1:
                 dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
-            new = new / 5
         elif self.mode == "adaptive":
-            new = _sum_over_ranks(gap.sum(0), group) / count
+            new = gaps / count
         else:
-            images = _sum_over_ranks(torch.tensor(len(image_text), device=gap.device), group)
-            negative = image_negative.masked_fill(~valid, 0).sum(0)
-            new = _sum_over_ranks(image_text.sum(), group) / images
-            new = new - _sum_over_ranks(negative, group) / count
+            new = texts / (len(image_text) * _world(group)[1]) - negatives / count
         self.value.copy_(torch.where(count > 0, new.clamp(0, self.cap), self.value))
+
+
+# The loss of a step
 
 
 def ce_clip_loss(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     negative_features: Tensor | None = None,
     valid: Tensor | None = None,
     positive_features: Tensor | None = None,
     positive_valid: Tensor | None = None,
-    logit_bias: Tensor | None = None,
+    logit_bias: Tensor | float | None = None,
     *,
     thresholds: Tensor | None = None,
-    negatives_in_itc: bool = True,
-    imc: str = "paired",
-    imc_weight: float = 0.2,
-    imc_offset: float = 0.0,
-    cmr_weight: float = 0.4,
-    cmr_mean: str = "valid",
-    own_weight: float = 0.0,
-    focal_gamma: float = 0.0,
-    label_smoothing: float = 0.0,
-    mask_invalid: bool = True,
     group: dist.ProcessGroup | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """L = itc + imc_weight · imc + cmr_weight · cmr + own_weight · own, in float32 (float64 stays).
 
-    In a process group every rank passes its own rows; after DDP has averaged gradients, they equal
-    those of one process that holds the whole batch.
+    In a process group every rank passes its own b rows; after DDP has averaged gradients, they
+    equal those of one process that holds the whole batch.  The fused paths make the gradients
+    together with the value, so they can be used once: no second backward, no second derivative.
 
     Args:
-        image_features: unit-length images [B, D].
-        text_features: unit-length captions [B, D].
+        image_features: unit-length images [b, D].
+        text_features: unit-length captions [b, D].
         logit_scale: scalar, already exponentiated.
-        negative_features: unit-length negatives [B, K, D]; anything, NaN too, where not valid.
-        valid: which negatives exist [B, K] bool; None means all.
-        positive_features: another caption of each image [B, D], for imc "paired".
-        positive_valid: which of those exist [B] bool; None means all.
+        negative_features: unit-length negatives [b, K, D]; anything, NaN too, where not valid.
+        valid: which negatives exist [b, K] bool; None means all.
+        positive_features: another caption of each image [b, D], for imc "paired".
+        positive_valid: which of those exist [b] bool; None means all.
         logit_bias: scalar; if given, itc is SigLIP's.
         thresholds: theta in logits [K]; None means 0.
-        negatives_in_itc: put the negatives into the images' denominator.
-        imc: see `intra_modal_loss`, or "none".
-        imc_weight: weight of imc.
-        imc_offset: c of imc "repulsion".
-        cmr_weight: weight of cmr.
-        cmr_mean: "valid" or "all", see `rank_loss`.
-        own_weight: weight of `own_negatives_loss`.
-        focal_gamma: of `own_negatives_loss`.
-        label_smoothing: of `own_negatives_loss`.
-        mask_invalid: False keeps missing negatives in the softmaxes, as released.
         group: the process group, or None for the default one.
+        **options: the fields of `Options`.
 
     Returns:
         Scalars `loss` (with gradient; its value is that of the whole global batch), `itc`, `imc`,
-        `cmr` and `own`, and for `RankThreshold.update` the logits `image_text` [B] and
-        `image_negative` [B, K], all without gradient.
+        `cmr` and `own`, and for `RankThreshold.update` the logits `image_text` [b] and
+        `image_negative` [b, K], all without gradient.
 
     Raises:
-        ValueError: shapes, mask or options do not fit, or ranks hold different numbers of rows.
+        ValueError: shapes, dtypes, mask or options do not fit, or ranks hold different numbers of
+            rows.
     """
-    valid = _check(image_features, text_features, negative_features, valid, positive_features)
-    dtype = torch.promote_types(image_features.dtype, torch.float32)
-    with torch.autocast(image_features.device.type, enabled=False):
-        images, texts, scale = (
-            x.to(dtype) for x in (image_features, text_features, torch.as_tensor(logit_scale))
-        )
-        negatives = positives = None
-        counted = valid if mask_invalid else torch.ones_like(valid)
-        if negative_features is not None and valid.shape[1]:
-            # Zeros under the mask before any product: NaN times 0 is NaN, in gradients too.
-            negatives = torch.where(counted[..., None], negative_features.to(dtype), 0.0)
-        if positive_features is not None:
-            positives = positive_features.to(dtype)
-            if positive_valid is not None:
-                positives = torch.where(positive_valid[:, None], positives, 0.0)
-        hard = negatives if negatives_in_itc else None
-        if logit_bias is None:
-            itc = _image_text_contrast(images, texts, scale, hard, counted, group)
-        else:
-            bias = torch.as_tensor(logit_bias).to(dtype)
-            itc = _sigmoid_contrast(images, texts, scale, bias, hard, counted, group)
-        true = _similarity(images[:, None], texts[:, None], scale)[:, 0, 0]  # [B]
-        imc_value = cmr_value = own_value = torch.zeros((), dtype=dtype, device=images.device)
-        wrong = true.new_zeros(valid.shape)
-        if negatives is not None:
-            wrong = _similarity(images[:, None], negatives, scale)[:, 0]  # [B, K]
-            theta = wrong.new_zeros(wrong.shape[1]) if thresholds is None else thresholds.to(wrong)
-            cmr_value = rank_loss(true, wrong, theta, valid, mean=cmr_mean, group=group)
-            if imc != "none" and imc_weight:
-                imc_value = intra_modal_loss(
-                    *(texts, negatives, scale, valid),
-                    variant=imc,
-                    positive_features=positives,
-                    positive_valid=positive_valid,
-                    image_features=images,
-                    offset=imc_offset,
-                    mask_invalid=mask_invalid,
-                    group=group,
-                )
-            if own_weight:
-                softened = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing}
-                own_value = own_negatives_loss(true, wrong, valid, **softened, group=group)
-        loss = itc + imc_weight * imc_value + cmr_weight * cmr_value + own_weight * own_value
-        parts = torch.stack([loss, itc, imc_value, cmr_value, own_value]).detach()
-        parts = _sum_over_ranks(parts, group) / _world(group)[1]
-        loss = loss + (parts[0] - loss).detach() if _world(group)[1] > 1 else loss
+    o = _backend(_options(options), image_features)
+    x = _inputs(
+        *(image_features, text_features, negative_features, positive_features),
+        *(valid, positive_valid, logit_scale, logit_bias, thresholds, o),
+    )
+    if o.backend == "plain":
+        with torch.autocast(x.images.device.type, enabled=False):
+            loss, parts, true, own = _plain(_clean(x, o), o, group)
+    else:
+        alone = _world(group)[1] == 1
+        name = "" if alone else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
+        needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in x]
+        loss, parts, true, own, *_ = _fused_op(*x, json.dumps(o._asdict()), needs, name)
+    itc, imc, cmr, mine = parts.detach().unbind()
     return {
-        **{"loss": loss, "itc": parts[1], "imc": parts[2], "cmr": parts[3]},
-        "own": parts[4],
-        **{"image_text": true.detach(), "image_negative": wrong.detach()},
+        **{"loss": loss, "itc": itc, "imc": imc, "cmr": cmr, "own": mine},
+        **{"image_text": true.detach(), "image_negative": own.detach()},
     }
-
-
-def _check(
-    images: Tensor,
-    texts: Tensor,
-    negatives: Tensor | None,
-    valid: Tensor | None,
-    positives: Tensor | None,
-) -> Tensor:
-    """Refuse shapes that do not fit; return the mask [B, K], with K = 0 without negatives."""
-    b, d = images.shape
-    if texts.shape != (b, d):
-        raise ValueError(f"text_features are {list(texts.shape)}; images want [{b}, {d}]")
-    if positives is not None and positives.shape != (b, d):
-        raise ValueError(f"positive_features are {list(positives.shape)}; images want [{b}, {d}]")
-    if negatives is None:
-        return torch.zeros(b, 0, dtype=torch.bool, device=images.device)
-    if negatives.dim() != 3 or negatives.shape[0] != b or negatives.shape[2] != d:
-        raise ValueError(f"negative_features are {list(negatives.shape)}, not [{b}, K, {d}]")
-    if valid is None:
-        return torch.ones(negatives.shape[:2], dtype=torch.bool, device=images.device)
-    if valid.dtype != torch.bool or valid.shape != negatives.shape[:2]:
-        wanted = list(negatives.shape[:2])
-        raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}; it must be bool {wanted}")
-    return valid
 
 
 def ce_clip_loss_and_grads(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     negative_features: Tensor | None = None,
     valid: Tensor | None = None,
     positive_features: Tensor | None = None,
     positive_valid: Tensor | None = None,
-    logit_bias: Tensor | None = None,
+    logit_bias: Tensor | float | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`ce_clip_loss`, and the gradient of its loss by each input: what cached gradients need.
@@ -569,7 +403,7 @@ def ce_clip_loss_and_grads(
         "logit_scale": torch.as_tensor(logit_scale),
         "negative_features": negative_features,
         "positive_features": positive_features,
-        "logit_bias": logit_bias,
+        "logit_bias": None if logit_bias is None else torch.as_tensor(logit_bias),
     }
     leaves: dict[str, Any] = {}
     for name, value in inputs.items():
@@ -579,6 +413,138 @@ def ce_clip_loss_and_grads(
         out = ce_clip_loss(**leaves, valid=valid, positive_valid=positive_valid, **options)
         grads = torch.autograd.grad(out["loss"], list(leaves.values()), materialize_grads=True)
     return {k: v.detach() for k, v in out.items()}, dict(zip(leaves, grads, strict=True))
+
+
+def _options(given: dict[str, Any]) -> Options:
+    unknown = set(given) - set(Options._fields)
+    if unknown:
+        raise ValueError(f"unknown option {min(unknown)!r}; there are {', '.join(Options._fields)}")
+    o = Options(**given)
+    _choose("imc", o.imc, IMC_VARIANTS)
+    _choose("imc_scope", o.imc_scope, ("own", "batch"))
+    _choose("cmr_mean", o.cmr_mean, ("valid", "all"))
+    _choose("backend", o.backend, ("auto", "plain", "torch", "triton"))
+    return o
+
+
+def _choose(name: str, value: str, wanted: Sequence[str]) -> None:
+    if value not in wanted:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(wanted)}")
+
+
+def _backend(o: Options, features: Tensor) -> Options:
+    """Resolve "auto": Triton for half precision on CUDA, else torch; said once where it is slower."""
+    kind = features.device.type
+    half = features.dtype in (torch.float16, torch.bfloat16) or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float32
+    )
+    operands, backend = o.operands, o.backend
+    if operands == "auto":
+        operands = "bfloat16" if half and kind == "cuda" else "float32"
+    if backend == "auto":
+        backend = "triton" if operands == "bfloat16" and _has_triton(kind) else "torch"
+        if kind == "cuda" and backend == "torch":
+            _say_once(
+                "losses.py: the torch path runs; Triton needs triton and bf16 or fp16 autocast"
+            )
+    if backend == "triton" and not _has_triton(kind):
+        raise ValueError("backend is 'triton', which needs a CUDA device and the package triton")
+    return o._replace(backend=backend, operands=operands)
+
+
+def _has_triton(device: str) -> bool:
+    runs = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _inputs(
+    images: Tensor,
+    texts: Tensor,
+    negatives: Tensor | None,
+    positives: Tensor | None,
+    valid: Tensor | None,
+    positive_valid: Tensor | None,
+    scale: Tensor | float,
+    bias: Tensor | float | None,
+    thresholds: Tensor | None,
+    o: Options,
+) -> Inputs:
+    """Refuse what does not fit; make defaults explicit."""
+    if images.dim() != 2 or not images.is_floating_point():
+        raise ValueError(
+            f"image_features are {images.dtype} {list(images.shape)}; they must be floats [B, D]"
+        )
+    b, d = images.shape
+    forgotten = valid is None
+    negatives = images.new_zeros(b, 0, d) if negatives is None else negatives
+    k = negatives.shape[1] if negatives.dim() == 3 else -1
+    valid = images.new_ones(b, max(k, 0), dtype=torch.bool) if valid is None else valid
+    if positive_valid is None:
+        positive_valid = images.new_ones(b, dtype=torch.bool)
+    thresholds = images.new_zeros(max(k, 0)) if thresholds is None else thresholds[: max(k, 0)]
+    wanted = {
+        **{"text_features": (texts, (b, d)), "negative_features": (negatives, (b, k, d))},
+        **{"positive_features": (positives, (b, d)), "thresholds": (thresholds, (k,))},
+    }
+    masks = {"valid": (valid, (b, k)), "positive_valid": (positive_valid, (b,))}
+    for name, (tensor, shape) in (wanted | masks).items():
+        if tensor is not None and tensor.shape != shape:
+            size = f"[{', '.join('K' if n == -1 else str(n) for n in shape)}]"
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {size}")
+        if tensor is not None and (tensor.dtype == torch.bool) != (name in masks):
+            kind = "a bool mask" if name in masks else "of floats"
+            raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
+    if o.imc == "paired" and o.imc_weight and k > 0 and positives is None:
+        raise ValueError(
+            "imc 'paired' needs positive_features, another caption of each image; without one "
+            "use imc='repulsion'"
+        )
+    counted = valid if o.mask_invalid else torch.ones_like(valid)
+    scale = torch.as_tensor(scale, device=images.device)
+    bias = None if bias is None else torch.as_tensor(bias, device=images.device)
+    x = Inputs(
+        *(images, texts, negatives, positives, valid, counted, positive_valid),
+        *(scale, bias, thresholds),
+    )
+    if o.check:
+        _check_values(x, forgotten)
+    return x
+
+
+def _check_values(x: Inputs, forgotten: bool) -> None:
+    """What only a look at the values shows; it costs a wait for the device."""
+    for name, mask in (("images", None), ("texts", None), ("negatives", x.counted)):
+        norms = getattr(x, name).detach().float().norm(dim=-1)
+        norms = norms if mask is None else norms[mask]
+        if forgotten and name == "negatives" and (norms == 0).any():
+            raise ValueError("negative_features hold rows of zeros; pass `valid` to leave them out")
+        worst = (norms - 1).abs().max() if norms.numel() else torch.zeros(())
+        if not worst < 0.02:
+            raise ValueError(
+                f"{name} are not unit vectors (a norm is off by {float(worst):.3g}); "
+                "pass torch.nn.functional.normalize(features, dim=-1)"
+            )
+
+
+def _clean(x: Inputs, o: Options) -> Inputs:
+    """Float32 (float64 stays), with zeros under the masks: NaN times 0 would be NaN."""
+    dtype = torch.promote_types(x.images.dtype, torch.float32)
+    negatives, positives = x.negatives.to(dtype), x.positives
+    if not x.counted.all():
+        negatives = torch.where(x.counted[..., None], negatives, 0.0)
+    if positives is not None and not x.positive_valid.all():
+        positives = torch.where(x.positive_valid[:, None], positives, 0.0)
+    return x._replace(
+        **{"images": x.images.to(dtype), "texts": x.texts.to(dtype), "negatives": negatives},
+        **{"positives": None if positives is None else positives.to(dtype)},
+        **{"scale": x.scale.to(dtype), "bias": None if x.bias is None else x.bias.to(dtype)},
+        thresholds=x.thresholds.to(dtype),
+    )
 
 
 class CEClipLoss(nn.Module):
@@ -593,6 +559,10 @@ class CEClipLoss(nn.Module):
         *,
         types: Sequence[str] = NEGATIVE_TYPES,
         group: dist.ProcessGroup | None = None,
+        threshold: str | None = None,
+        cap: float = 10.0,
+        fixed_threshold: float = 5.0,
+        reset_each_epoch: bool | None = None,
         **options: Any,
     ) -> None:
         """Take the options of a recipe; keywords overrule it.
@@ -601,34 +571,25 @@ class CEClipLoss(nn.Module):
             recipe: "clip", "negclip", "ce-clip" or "released", see RECIPES.
             types: names of the K types of negatives, in the order of axis K.
             group: the process group, or None for the default one.
-            **options: those of `ce_clip_loss`, and `threshold` (a mode of RankThreshold), `cap`,
-                `fixed_threshold` (both in logits), `reset_each_epoch`.
+            threshold: a mode of RankThreshold (default: the recipe's, else "adaptive").
+            cap: the largest threshold, in logits.
+            fixed_threshold: of the mode "fixed", in logits.
+            reset_each_epoch: whether the trainer should reset thresholds (default: the recipe's).
+            **options: the fields of `Options`.
 
         Raises:
             ValueError: unknown recipe, option, or value of an option.
         """
         super().__init__()
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}")
-        chosen: dict[str, Any] = {
-            **{"negatives_in_itc": True, "imc": "paired", "imc_weight": 0.2, "imc_offset": 0.0},
-            **{"cmr_weight": 0.4, "cmr_mean": "valid", "mask_invalid": True},
-            **{"own_weight": 0.0, "focal_gamma": 0.0, "label_smoothing": 0.0},
-            **{"threshold": "adaptive", "cap": 10.0, "fixed_threshold": 5.0},
-            **{"reset_each_epoch": False},
-        }
-        unknown = set(options) - set(chosen)
-        if unknown:
-            raise ValueError(f"unknown option {min(unknown)!r}; there are {', '.join(chosen)}")
-        chosen |= RECIPES[recipe] | options
-        if chosen["imc"] not in IMC_VARIANTS:
-            wanted = ", ".join(IMC_VARIANTS)
-            raise ValueError(f"imc is {chosen['imc']!r}; it must be one of {wanted}")
+        _choose("recipe", recipe, list(RECIPES))
+        chosen = dict(RECIPES[recipe])
+        mode = chosen.pop("threshold", "adaptive") if threshold is None else threshold
+        reset = chosen.pop("reset_each_epoch", False)
+        chosen.pop("threshold", None)
         self.recipe, self.types, self.group = recipe, tuple(types), group
-        self.reset_each_epoch = chosen.pop("reset_each_epoch")
-        mode, cap, value = (chosen.pop(key) for key in ("threshold", "cap", "fixed_threshold"))
-        self.threshold = RankThreshold(len(self.types), mode, cap, value)
-        self.options = chosen
+        self.reset_each_epoch = reset if reset_each_epoch is None else reset_each_epoch
+        self.threshold = RankThreshold(len(self.types), mode, cap, fixed_threshold)
+        self.options = _options(chosen | options)._asdict()
 
     @property
     def needs_positives(self) -> bool:
@@ -646,30 +607,30 @@ class CEClipLoss(nn.Module):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor,
+        logit_scale: Tensor | float,
         negative_features: Tensor | None = None,
         valid: Tensor | None = None,
         positive_features: Tensor | None = None,
         positive_valid: Tensor | None = None,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool | None = None,
     ) -> Any:
         """Compute the loss with the current thresholds, then, in training, move them on.
 
         Args:
-            image_features: unit-length images [B, D].
-            text_features: unit-length captions [B, D].
+            image_features: unit-length images [b, D].
+            text_features: unit-length captions [b, D].
             logit_scale: scalar, already exponentiated.
-            negative_features: unit-length negatives [B, K, D], K types in the order of `types`.
-            valid: which negatives exist [B, K] bool.
-            positive_features: another caption of each image [B, D].
-            positive_valid: which of those exist [B] bool.
+            negative_features: unit-length negatives [b, K, D], K types in the order of `types`.
+            valid: which negatives exist [b, K] bool.
+            positive_features: another caption of each image [b, D].
+            positive_valid: which of those exist [b] bool.
             logit_bias: scalar; if given, itc is SigLIP's.
             output_dict: as open_clip asks: True for {"contrastive_loss": loss}, False for loss.
 
         Returns:
-            Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, `own`,
-            and `threshold_<type>`, the margins that this loss was computed with.
+            Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, `own`, and
+            `threshold_<type>`, the margins that this loss was computed with.
 
         Raises:
             ValueError: shapes do not fit, or K is not the number of types.
@@ -681,7 +642,8 @@ class CEClipLoss(nn.Module):
         out = ce_clip_loss(
             *(image_features, text_features, logit_scale),
             negative_features if self.needs_negatives else None,
-            *(valid, positive_features, positive_valid, logit_bias),
+            valid if self.needs_negatives else None,
+            *(positive_features, positive_valid, logit_bias),
             thresholds=theta,
             group=self.group,
             **self.options,
@@ -694,3 +656,626 @@ class CEClipLoss(nn.Module):
             return {"contrastive_loss": out["loss"]} if output_dict else out["loss"]
         names = [f"threshold_{name}" for name in self.types]
         return {**out, **dict(zip(names, theta.unbind(), strict=True))}
+
+
+# The fused core
+#
+# The loss is a scalar, so its gradients can be made in the forward pass and only be scaled later.
+# All big terms are log-sum-exps over rows of logits S = q k^T.  A chunk of rows of S lives in one
+# workspace.  It becomes X = exp(S - offset) in place, with any offset near the row's maximum, for
+# rows are never normalised: with total = log(e^extra + sum_j e^S_j), where `extra` stands for what
+# else a row's denominator holds, and with weight w and f = w e^(offset - total) of each row,
+#   d/dq = f (X k)   and   d/dk = X^T (f q),
+# which scales the small operands instead of X.  Images (H) and captions (E) are stacked in a chunk:
+# both meet the same keys, the negatives.  Pairs (A) need their columns' sums first, so they are
+# formed twice, or kept while they are small.
+#
+# Negatives never travel.  Each rank gathers all images and captions, meets them with its own
+# negatives, and ranks exchange one number for a row; so gradients of negatives stay at home, and
+# those of images and captions are summed once.  Every derivative carries the number of ranks as a
+# factor, which DistributedDataParallel divides out again.
+
+
+class _Step(NamedTuple):
+    """What the parts of one fused step share; a gradient that nobody wants is None."""
+
+    x: Inputs
+    o: Options
+    group: dist.ProcessGroup | None
+    here: slice  # this rank's rows among everyone's
+    everyone: tuple[Tensor, Tensor]  # all ranks' images and captions, [B, D] each
+    keys: Tensor  # [M, D], this rank's negatives that count
+    d_everyone: tuple[Tensor | None, Tensor | None]  # [B, D] each
+    d_negatives: Tensor | None  # [b, K, D]
+    d_keys: Tensor | None  # [M, D]
+    work: Tensor  # the workspace, flat, in the dtype of the operands of matrix products
+
+
+class _Own(NamedTuple):
+    """Logits of rows with what is their own, or the loss's derivatives by them."""
+
+    true: Tensor  # S(I, T) [b]
+    negative: Tensor  # S(I, N) [b, K]
+    text: Tensor  # S(T, N) [b, K]
+    numerator: Tensor  # n of the intra-modal loss [b]
+
+
+def _fused(
+    x: Inputs, o: Options, needs: Sequence[bool], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Loss, terms [4], own logits S(I, T) [b] and S(I, N) [b, K], then gradients by the inputs."""
+    raw, x = x, _clean(x, o)
+    _equal_rows(x.images, group)
+    step = _start(x, o, dict(zip(Inputs._fields, needs, strict=True)), group)
+    first, k = None, x.negatives.shape[1]  # the target of imc "released"
+    if o.imc == "released" and k:
+        first = _gather(x.negatives[0, 0], group)[0]
+    numerator, counts = _numerator(x, o, first)
+    own = _Own(
+        x.scale * (x.images * x.texts).sum(dim=1),
+        x.scale * (x.negatives @ x.images[..., None])[..., 0],
+        x.scale * (x.negatives @ x.texts[..., None])[..., 0],
+        numerator,
+    )
+    terms, d, share = _own_terms(step, own, counts)
+
+    blocks = []  # towers that meet the negatives, what else is in their denominators, weights
+    alone = numerator if first is None else torch.full_like(numerator, -torch.inf)
+    if x.bias is None:
+        pairs, rows, columns = _pair_sums(step)
+        if o.negatives_in_itc and k:
+            blocks.append((0, rows, torch.full_like(rows, 0.5 / len(rows))))
+    if _whole_batch(o) and k:
+        blocks.append((1, alone, share))
+    totals = _meet_negatives(step, blocks)
+    of_captions = torch.zeros_like(x.scale)  # sum of S dL/dS over the captions' rows
+    if step.d_everyone[1] is not None and 1 in totals:
+        of_captions = (step.everyone[1] * step.d_everyone[1]).sum()
+    if 1 in totals:
+        weighs = (share > 0) & (totals[1] > -torch.inf)
+        terms[0] = (share * torch.where(weighs, totals[1] - numerator, 0)).sum() / o.imc_weight
+        pull = torch.where(weighs, share * ((alone - totals[1]).exp() - 1), 0)
+        d = d._replace(numerator=pull)
+    d_bias = torch.zeros_like(x.scale)
+    if x.bias is None:
+        rows = totals.get(0, rows)
+        itc = (rows + columns[step.here] - 2 * own.true).mean() / 2
+        _pair_grads(step, pairs, rows, columns)
+    else:
+        itc, d_bias = _sigmoid_contrast(step, own.true)
+    grads = {**_gather_grads(step, own, d, first, of_captions), "bias": d_bias}
+    values = _sum_over_ranks(torch.stack([itc, *terms]), group) / _world(group)[1]
+    weights = values.new_tensor([1.0, o.imc_weight, o.cmr_weight, o.own_weight])
+    found = []
+    for name, t, wanted in zip(Inputs._fields, raw, needs, strict=True):
+        grad = grads.get(name) if wanted else raw.images.new_zeros(0)
+        found.append(torch.zeros_like(t) if grad is None else grad)  # type: ignore[arg-type]
+        if wanted:
+            found[-1] = found[-1].to(t.dtype).view(t.shape)  # type: ignore[union-attr]
+    return [(values * weights).sum(), values, own.true, own.negative, *found]
+
+
+def _whole_batch(o: Options) -> bool:
+    """Whether the intra-modal loss meets the negatives of the whole batch."""
+    released = o.imc == "released"
+    return o.imc_weight != 0 and (released or (o.imc != "none" and o.imc_scope == "batch"))
+
+
+def _start(x: Inputs, o: Options, need: dict[str, bool], group: dist.ProcessGroup | None) -> _Step:
+    rank, b, k = _world(group)[0], len(x.images), x.negatives.shape[1]
+    everyone = (_gather(x.images, group).flatten(0, 1), _gather(x.texts, group).flatten(0, 1))
+    keys, counted = x.negatives.flatten(0, 1), x.counted.flatten()
+    d_negatives = torch.zeros_like(x.negatives) if need["negatives"] else None
+    d_keys = None if d_negatives is None else d_negatives.view_as(keys)
+    if not counted.all():
+        keys = keys[counted]
+        d_keys = None if d_negatives is None else torch.zeros_like(keys)
+    # The derivative by scale is read off the gradients of features.
+    images = need["images"] or (need["scale"] and not (need["texts"] and need["negatives"]))
+    texts = need["texts"] or (need["scale"] and _whole_batch(o))
+    d_images, d_texts = (
+        torch.zeros_like(t) if n else None for t, n in zip(everyone, (images, texts), strict=True)
+    )
+    operands = torch.bfloat16 if o.operands == "bfloat16" else x.images.dtype
+    mib = o.workspace_mib or (512 if x.images.is_cuda else 32)
+    most = max(2 * len(everyone[0]) * max(b, b * k), 1)
+    size = min(max(int(mib * 2**20) // operands.itemsize, 2 * max(b * k, len(everyone[0]))), most)
+    return _Step(
+        *(x, o, group, slice(rank * b, (rank + 1) * b), everyone, keys, (d_images, d_texts)),
+        *(d_negatives, d_keys, x.images.new_empty(size, dtype=operands)),
+    )
+
+
+def _own_terms(step: _Step, own: _Own, counts: Tensor) -> tuple[list[Tensor], _Own, Tensor]:
+    """The terms imc, cmr and own of rows with their own negatives, and their derivatives.
+
+    Also each row's weight in the intra-modal loss [b].
+    """
+    x, o, world = step.x, step.o, _world(step.group)[1]
+    has = x.valid.any(dim=1)
+    sums = torch.stack([x.valid.sum(), has.sum(), counts.sum()])
+    valid, with_negative, counting = world / _sum_over_ranks(
+        sums.to(own.true.dtype), step.group
+    ).clamp(min=1)
+    share = o.imc_weight * counting * counts.to(own.true.dtype)
+    d_text, d_numerator, imc = torch.zeros_like(own.text), torch.zeros_like(own.true), 0 * x.scale
+    if o.imc != "none" and o.imc_weight and not _whole_batch(o):
+        text = own.text.masked_fill(~x.counted, -torch.inf)
+        p = torch.cat([own.numerator[:, None], text], dim=1).log_softmax(dim=1)
+        imc = -(counts * counting * p[:, 0]).sum()
+        d_numerator, d_text = share * (p[:, 0].exp() - 1), share[:, None] * p[:, 1:].exp()
+    excess = x.thresholds + own.negative - own.true[:, None]
+    active = x.valid & (excess > 0)
+    per_slot = valid if o.cmr_mean == "valid" else 1 / max(1, x.valid.numel())
+    cmr = (per_slot * excess.masked_fill(~active, 0)).sum()
+    d_negative = o.cmr_weight * per_slot * active.to(excess.dtype)
+    d_true, mine = -d_negative.sum(dim=1), 0 * x.scale
+    if o.own_weight:
+        log_p, target, exists = _own_softmax(own.true, own.negative, x.valid, o.label_smoothing)
+        p, g = log_p.exp(), o.focal_gamma
+        per_row = with_negative * has[:, None].to(p.dtype)
+        mine = -(per_row * target * (1 - p) ** g * log_p).masked_fill(~exists, 0).sum()
+        by_log_p = -target * (1 - p) ** g
+        if g:
+            by_log_p = by_log_p + target * g * p * (1 - p) ** (g - 1) * log_p
+        d_logits = o.own_weight * per_row * (by_log_p - p * by_log_p.sum(dim=1, keepdim=True))
+        d_true, d_negative = d_true + d_logits[:, 0], d_negative + d_logits[:, 1:]
+    return [imc, cmr, mine], _Own(d_true, d_negative, d_text, d_numerator), share
+
+
+def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Own images with everybody's captions: the logits if they are small, log-sum-exps [b], [B]."""
+    x, texts = step.x, step.everyone[1]
+    if step.o.backend == "triton":
+        row, column = _tiles("sums", x.images * x.scale, texts, step.work.dtype)
+        rows, columns, pairs = row.logsumexp(dim=1), column.logsumexp(dim=0), None
+    else:
+        b, n = len(x.images), len(texts)
+        pairs = x.images.new_empty(b, n) if b * n <= step.work.numel() else None
+        rows, columns = x.images.new_empty(b), texts.new_full((n,), -torch.inf)
+        for chunk in _chunks(b, step.work.numel() // 2 // n):
+            at = step.work[: (chunk.stop - chunk.start) * n].view(-1, n)
+            at = at if pairs is None else pairs[chunk]
+            logits = torch.mm(x.images[chunk] * x.scale, texts.T, out=at)
+            rows[chunk] = logits.logsumexp(dim=1)
+            columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
+    return pairs, rows, _gather(columns, step.group).logsumexp(dim=0)
+
+
+def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor) -> None:
+    """Add what S(I, T) of all pairs gives: (e^(S - row) + e^(S - column) - 2 at the diagonal)/2b."""
+    x, texts, (d_images, d_texts) = step.x, step.everyone[1], step.d_everyone
+    if d_images is None and d_texts is None:
+        return
+    b, n, half = len(x.images), len(texts), step.work.numel() // 2
+    keys = texts.to(step.work.dtype)
+    for chunk in _chunks(b, half // n):
+        q = x.images[chunk] * x.scale
+        at = step.work[: len(q) * n].view(-1, n)
+        if step.o.backend == "triton":
+            first = step.here.start + chunk.start
+            _tiles("pairs", q, keys, step.work.dtype, at, rows[chunk], columns, first=first)
+        else:
+            logits = torch.mm(q, texts.T, out=at) if pairs is None else at.copy_(pairs[chunk])
+            other = step.work[half : half + len(q) * n].view(-1, n)
+            torch.sub(logits, columns, out=other).exp_()
+            logits.sub_(rows[chunk, None]).exp_().add_(other)
+            logits[torch.arange(len(q)), torch.arange(len(q)) + step.here.start + chunk.start] -= 2
+        if d_images is not None:
+            d_images[step.here][chunk] += _product(at, keys) * (0.5 / b * x.scale)
+        if d_texts is not None:
+            _add_product(d_texts, at.T, q * (0.5 / b))
+
+
+def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
+    """Softmax rows of towers over the negatives: adds their gradients, returns totals [b] by tower.
+
+    Args:
+        step: what is common.
+        blocks: tower (0 images, 1 captions), and of its rows [b] each: the log-sum-exp of what else
+            stands in the denominator, and the derivative of the loss by the row's total.
+    """
+    if not blocks:
+        return {}
+    x, towers = step.x, [tower for tower, *_ in blocks]
+    rows = torch.stack([torch.stack(row) for _, *row in blocks])  # [towers, 2, b]
+    extra, weight = _gather(rows, step.group).permute(2, 1, 0, 3).flatten(2)  # [towers, B]
+    totals = torch.empty_like(extra)
+    keys = step.keys.to(step.work.dtype)
+    width = max(1, x.counted.numel() * len(towers))  # equal on all ranks, as chunks must be
+    for chunk in _chunks(len(step.everyone[0]), step.work.numel() // width):
+        q = torch.cat([step.everyone[tower][chunk] for tower in towers]) * x.scale
+        e = extra[:, chunk].flatten()
+        exps, offset, total = _exp_logits(step, q, keys, e)
+        if _world(step.group)[1] > 1:
+            total = _gather(total, step.group).logsumexp(dim=0)
+        total = torch.logaddexp(e, total)
+        totals[:, chunk] = total.view(len(towers), -1)
+        f = torch.where(total > -torch.inf, weight[:, chunk].flatten() * (offset - total).exp(), 0)
+        if step.d_keys is not None:
+            _add_product(step.d_keys, exps.T, q * f[:, None])
+        n = chunk.stop - chunk.start
+        for i, tower in enumerate(towers):
+            d, part = step.d_everyone[tower], slice(i * n, (i + 1) * n)
+            if d is not None:
+                d[chunk] += _product(exps[part], keys) * (f[part, None] * x.scale)
+    return dict(zip(towers, totals[:, step.here], strict=True))
+
+
+def _exp_logits(
+    step: _Step, q: Tensor, keys: Tensor, extra: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(q k^T - offset) [n, M] in the workspace, the offsets [n] and the log-sum-exps [n]."""
+    n, m = len(q), len(keys)
+    if not m:
+        return q.new_zeros(n, 0, dtype=keys.dtype), torch.zeros_like(extra), extra - torch.inf
+    at = step.work[: n * m].view(n, m)
+    if step.o.backend == "triton":
+        # No pass for the maximum: e^x may overflow from 88 on and vanish below -87. A row's total is
+        # at least `floor`, its largest logit at most `bound`: 125 apart are within reach of both.
+        floor = torch.maximum(extra, (q @ keys[0].to(q.dtype)))
+        bound = q.norm(dim=1) * keys.float().norm(dim=1).amax()
+        if ((bound - floor) < 125).all():
+            offset = torch.maximum(floor, bound - 70)
+            sums, _ = _tiles("exp", q, keys, keys.dtype, at, offset)
+            return at, offset, offset + sums.sum(dim=1).log()
+        at = at.float()
+    logits = torch.mm(q, keys.T.to(q.dtype), out=at)
+    top = logits.amax(dim=1)
+    exps = torch.softmax(logits, dim=1, out=logits)  # the fastest exp there is on a CPU
+    total = top - exps.amax(dim=1).log()
+    return exps.to(keys.dtype), total, total
+
+
+def _sigmoid_contrast(step: _Step, true: Tensor) -> tuple[Tensor, Tensor]:
+    """SigLIP's loss: each pair, and each image with each negative, is a question of its own.
+
+    Returns:
+        this rank's share of the loss, times the number of ranks, and its derivative by the bias.
+    """
+    x, o = step.x, step.o
+    d_images, d_texts = step.d_everyone
+    d_own = None if d_images is None else d_images[step.here]
+    questions = [(x.images, step.everyone[1], d_own, d_texts, step.here.start)]
+    if o.negatives_in_itc and len(step.keys):
+        questions.append((step.everyone[0], step.keys, d_images, step.d_keys, -1))
+    loss, d_bias = -(true + x.bias).mean(), torch.zeros_like(x.scale)
+    share = 1 / len(x.images)
+    for images, texts, d_queries, d_keys, first in questions:
+        keys = texts.to(step.work.dtype)
+        for chunk in _chunks(len(images), step.work.numel() // 2 // len(keys)):
+            q = images[chunk] * x.scale
+            at, softplus = _sigmoid_logits(step, q, keys, first + chunk.start if first >= 0 else -1)
+            loss = loss + share * softplus
+            d_bias = d_bias + share * at.sum(dtype=x.scale.dtype)
+            if d_queries is not None:
+                d_queries[chunk] += _product(at, keys) * (share * x.scale)
+            if d_keys is not None:
+                _add_product(d_keys, at.T, q * share)
+    return loss, d_bias
+
+
+def _sigmoid_logits(step: _Step, q: Tensor, keys: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """sigmoid(q k^T + bias) [n, M], less 1 where row i meets column first + i; sum of softplus."""
+    at = step.work[: len(q) * len(keys)].view(len(q), len(keys))
+    if step.o.backend == "triton":
+        softplus, _ = _tiles("sigmoid", q, keys, keys.dtype, at, bias=step.x.bias, first=first)
+        return at, softplus.sum()
+    logits = torch.mm(q, keys.T, out=at).add_(step.x.bias)
+    softplus = F.softplus(logits).sum()
+    logits.sigmoid_()
+    if first >= 0:
+        logits[torch.arange(len(q)), torch.arange(len(q)) + first] -= 1
+    return logits, softplus
+
+
+def _gather_grads(
+    step: _Step, own: _Own, d: _Own, first: Tensor | None, of_captions: Tensor
+) -> dict[str, Tensor]:
+    """Sum gradients over ranks, add what rows with their own give, read off that of the scale."""
+    x, o, s = step.x, step.o, step.x.scale
+    if o.imc == "paper":
+        d = d._replace(true=d.true + d.numerator)
+    grads: dict[str, Any] = {"negatives": step.d_negatives, "positives": None}
+    for name, total in zip(("images", "texts"), step.d_everyone, strict=True):
+        grads[name] = None if total is None else _reduce_rows(total, step.group)
+    if grads["images"] is not None:
+        grads["images"] += s * (
+            d.true[:, None] * x.texts + (d.negative[:, None] @ x.negatives)[:, 0]
+        )
+    if grads["texts"] is not None:
+        grads["texts"] += s * (d.true[:, None] * x.images + (d.text[:, None] @ x.negatives)[:, 0])
+    if grads["negatives"] is not None:
+        if len(step.keys) < x.counted.numel():
+            grads["negatives"][x.counted] = step.d_keys
+        grads["negatives"].addcmul_((s * d.negative)[..., None], x.images[:, None])
+        grads["negatives"].addcmul_((s * d.text)[..., None], x.texts[:, None])
+    pull = s * d.numerator[:, None]
+    if o.imc == "paired" and x.positives is not None:
+        grads["positives"] = pull * x.texts
+        if grads["texts"] is not None:
+            grads["texts"] += pull * x.positives
+    if first is not None:
+        towards = _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
+        if grads["texts"] is not None:
+            grads["texts"] += pull * first
+        if grads["negatives"] is not None and step.here.start == 0:
+            grads["negatives"][0, 0] += towards * x.counted[0, 0]
+    grads["scale"] = _scale_grad(step, own, d, of_captions, grads) / s
+    return grads
+
+
+def _scale_grad(
+    step: _Step, own: _Own, d: _Own, of_captions: Tensor, grads: dict[str, Any]
+) -> Tensor:
+    """Sum of S dL/dS over all logits; features' gradients know it, as S is linear in each of both.
+
+    <I, dI> holds all logits of images; those of captions with texts are added.  Where images are
+    frozen, <T, dT> + <N, dN> hold all logits, but twice those of captions with negatives.
+    """
+    x, imc = step.x, step.o.imc
+    of_captions = of_captions + (own.text * d.text).sum()
+    of_numerator = (own.numerator * d.numerator).sum()
+    if grads["images"] is not None:
+        return (
+            (x.images * grads["images"]).sum()
+            + of_captions
+            + (0 if imc == "paper" else of_numerator)
+        )
+    if grads["texts"] is None or grads["negatives"] is None:
+        return torch.zeros_like(x.scale)  # nobody asked
+    both = (x.texts * grads["texts"]).sum() + (x.negatives * grads["negatives"]).sum()
+    return both - of_captions + {"released": -1, "repulsion": 1}.get(imc, 0) * of_numerator
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, max(1, size)):
+        yield slice(start, min(n, start + max(1, size)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product, summed and returned in float32 at least."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == torch.bfloat16:
+        to += _product(a, b.to(a.dtype))
+    else:
+        to.addmm_(a, b)
+
+
+# As one operator, which torch.compile takes as it is
+
+
+@torch.library.custom_op(
+    "ce_clip::fused",
+    mutates_args=(),
+    schema="(Tensor images, Tensor texts, Tensor negatives, Tensor? positives, Tensor valid, "
+    "Tensor counted, Tensor positive_valid, Tensor scale, Tensor? bias, Tensor thresholds, "
+    "str options, bool[] needs, str group) -> Tensor[]",
+)
+def _fused_op(*arguments: Any) -> list[Tensor]:
+    *tensors, options, needs, name = arguments
+    group = torch.distributed.distributed_c10d._resolve_process_group(name) if name else None
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return _fused(Inputs(*tensors), Options(**json.loads(options)), needs, group)
+
+
+@_fused_op.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    *tensors, _, needs, _ = arguments
+    x = Inputs(*tensors)
+    scalar = x.images.new_empty((), dtype=torch.promote_types(x.images.dtype, torch.float32))
+    own = [scalar.new_empty(4), scalar.new_empty(len(x.images)), scalar.new_empty(x.valid.shape)]
+    grads = [
+        torch.empty_like(t) if t is not None and n else x.images.new_empty(0)
+        for t, n in zip(x, needs, strict=True)
+    ]
+    return [scalar, *own, *grads]
+
+
+def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.needs = inputs[-2]
+    ctx.save_for_backward(*output[4:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    found = [None] * len(ctx.needs)
+    if grads[0] is not None:
+        # In place, for a copy would be as big as all features.
+        found = [
+            kept.mul_(grads[0]) if n else None
+            for kept, n in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+    return (*found, None, None, None)
+
+
+_fused_op.register_autograd(_scale_grads, setup_context=_keep_grads)
+
+
+# Processes
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Gather the rows of all ranks, with gradients: [b, ...] -> [W·b, ...] in the order of ranks.
+
+    The gradient of a row is the sum of what all ranks' losses want of it.  Without a process group
+    x is returned as it is.
+
+    Raises:
+        ValueError: ranks hold different numbers of rows.
+    """
+    if _world(group)[1] == 1:
+        return x
+    _equal_rows(x, group)
+    return _GatherRows.apply(x, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return _gather(x, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_rows(grad, ctx.group), None
+
+
+def _world(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Rank and number of ranks; 0 and 1 outside a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Stack the equally shaped tensors of all ranks, [...] -> [W, ...], without gradients."""
+    if _world(group)[1] == 1:
+        return x[None]
+    found = x.new_empty(_world(group)[1], *x.shape)
+    dist.all_gather(list(found.unbind()), x.contiguous(), group=group)
+    return found
+
+
+def _reduce_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum [W·b, ...] over ranks; each keeps its own rows [b, ...]."""
+    world = _world(group)[1]
+    if world == 1:
+        return x
+    parts = list(x.contiguous().chunk(world))
+    mine = torch.empty_like(parts[0])
+    dist.reduce_scatter(mine, parts, group=group)
+    return mine
+
+
+def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if _world(group)[1] > 1:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def _equal_rows(x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Refuse unequal local batches, for which gathering would wait forever or mix up rows."""
+    if _world(group)[1] > 1:
+        rows = _gather(torch.tensor(len(x), device=x.device), group).tolist()
+        if len(set(rows)) > 1:
+            few, many = min(rows), max(rows)
+            raise ValueError(f"ranks hold {few} and {many} rows; local batches must be equal")
+
+
+# Kernels: one tile of logits q k^T, and what is made of it before it leaves the registers
+
+
+def _tiles(
+    mode: str,
+    q: Tensor,
+    keys: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    row: Tensor | None = None,
+    column: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    first: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Run `_tile` over all logits of q [n, D] and keys [M, D].
+
+    Args:
+        mode: "exp" writes exp(S - row) and its partial sums of rows; "sums" partial log-sum-exps of
+            rows and columns; "pairs" writes exp(S - row) + exp(S - column), less 2 at the diagonal;
+            "sigmoid" writes sigmoid(S + bias), less 1 at the diagonal, and row sums of softplus.
+        q: queries, already scaled.
+        keys: keys.
+        dtype: of the operands, and of `out`.
+        out: where the tile goes [n, M].
+        row: [n].
+        column: [M].
+        bias: scalar.
+        first: the column that row 0 has its diagonal in; -1 for none.
+
+    Returns:
+        partial row results [n, tiles across], partial column results [tiles down, M].
+    """
+    import triton
+
+    n, m, width = len(q), len(keys), q.shape[1]
+    rows, columns, depth = (128, 256, 64) if q.is_cuda else (32, 32, 32)
+    down, across = triton.cdiv(n, rows), triton.cdiv(m, columns)
+    of_rows, of_columns = q.new_empty(n, across), q.new_empty(down, m)
+    nothing = q.new_empty(1)
+    row, column, bias = (nothing if t is None else t for t in (row, column, bias))
+    _kernel()[(down * across,)](
+        *(q.to(dtype).contiguous(), keys.to(dtype).contiguous(), of_rows if out is None else out),
+        *(row.contiguous(), column.contiguous(), bias, of_rows, of_columns, n, m, first),
+        *(width, TILE_MODES.index(mode), rows, columns, depth),
+        num_warps=8,
+        num_stages=3,
+    )
+    return of_rows, of_columns
+
+
+TILE_MODES = ("exp", "sums", "pairs", "sigmoid")
+
+
+@functools.cache
+def _kernel() -> Any:
+    import triton
+
+    globals()["tl"] = triton.language
+    return triton.jit(_tile)
+
+
+# fmt: off
+def _tile(  # type: ignore[no-untyped-def]
+    q, k, out, row, column, bias, of_rows, of_columns, n, m, first,
+    WIDTH: tl.constexpr, MODE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,  # noqa: N803
+):
+    # fmt: on
+    """One tile of logits; see `_tiles`."""
+    across = tl.cdiv(m, COLUMNS)
+    down = tl.cdiv(n, ROWS)
+    # Eight tiles down before one across: neighbours share operands in the cache.
+    band = tl.program_id(0) // (8 * across)
+    tall = min(down - band * 8, 8)
+    i = band * 8 + tl.program_id(0) % (8 * across) % tall
+    j = tl.program_id(0) % (8 * across) // tall
+    r, c = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
+    rows, columns = r < n, c < m
+    s = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        a = tl.load(q + r.to(tl.int64)[:, None] * WIDTH + d[None, :],
+                    mask=rows[:, None] & (d < WIDTH)[None, :], other=0.0)
+        b = tl.load(k + c.to(tl.int64)[None, :] * WIDTH + d[:, None],
+                    mask=columns[None, :] & (d < WIDTH)[:, None], other=0.0)
+        s = tl.dot(a, b, s, input_precision="ieee")
+    inside = rows[:, None] & columns[None, :]
+    if MODE == 1:
+        s = tl.where(inside, s, float("-inf"))
+        top = tl.max(s, axis=1)
+        total = top + tl.log(tl.sum(tl.exp(s - top[:, None]), axis=1))
+        tl.store(of_rows + r * across + j, total, mask=rows)
+        top = tl.max(s, axis=0)
+        total = top + tl.log(tl.sum(tl.exp(s - top[None, :]), axis=0))
+        tl.store(of_columns + i.to(tl.int64) * m + c, total, mask=columns)
+    else:
+        if MODE == 3:
+            s += tl.load(bias)
+            x = tl.sigmoid(s)
+            each = tl.maximum(s, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(s)))
+            tl.store(of_rows + r * across + j, tl.sum(tl.where(inside, each, 0.0), axis=1), mask=rows)
+        else:
+            x = tl.exp(s - tl.load(row + r, mask=rows, other=0.0)[:, None])
+        if MODE == 0:
+            tl.store(of_rows + r * across + j, tl.sum(tl.where(inside, x, 0.0), axis=1), mask=rows)
+        if MODE == 2:
+            x += tl.exp(s - tl.load(column + c, mask=columns, other=0.0)[None, :])
+        if first >= 0:
+            x -= tl.where((first + r)[:, None] == c[None, :], 2.0 if MODE == 2 else 1.0, 0.0)
+        place = out + r.to(tl.int64)[:, None] * m + c[None, :]
+        tl.store(place, x.to(out.dtype.element_ty), mask=inside)
