@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -83,7 +82,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     mask_invalid: bool = True  # False: missing negatives stay in the softmaxes, as released
     backend: str = "auto"  # "plain" is the oracle; "torch" and "triton" are the fused paths
-    workspace_mib: float = 0  # memory of the fused paths; 0 means 32 on CPU and 512 on CUDA
+    workspace_mib: float = 0.0  # memory of the fused paths; 0 means 32 on CPU and 512 on CUDA
     operands: str = "auto"  # of matrix products: "bfloat16" on CUDA where features or autocast are
     # half precision (fp16 overflows), else "float32"; sums are float32, of float64 float64
     check: bool = False  # also look at values: unit length, finite, forgotten masks
@@ -194,9 +193,9 @@ def _own_softmax(
     exists = F.pad(valid, (1, 0), value=True)
     logits = torch.cat([image_text[:, None], image_negative], dim=1)
     log_p = logits.masked_fill(~exists, torch.finfo(logits.dtype).min / 2).log_softmax(dim=1)
-    target = exists * (smoothing / exists.sum(dim=1, keepdim=True))
+    target = exists * (smoothing / exists.sum(dim=1, keepdim=True).to(log_p.dtype))
     target = torch.cat([target[:, :1] + 1 - smoothing, target[:, 1:]], dim=1)
-    return log_p, target.to(log_p.dtype), exists
+    return log_p, target, exists
 
 
 def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
@@ -209,17 +208,16 @@ def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tens
     if missing is not None:
         logits = logits.masked_fill(F.pad(missing, (b, 0)), -torch.inf)
     pairs, true = logits[:, :b], logits[:, :b].diagonal()
-    own = logits[:, b:].view(b, b, -1).diagonal().T  # [B, K]
+    own = logits[:, b:].view(b, b, -1).diagonal().T.masked_fill(~x.counted, 0)  # [B, K]
     to_text = logits if o.negatives_in_itc else pairs
     if x.bias is None:
         itc = (to_text.logsumexp(dim=1) + pairs.logsumexp(dim=0) - 2 * true).mean() / 2
     else:  # SigLIP: each pair, and each image with each negative, is a question of its own
         itc = (F.softplus(to_text + x.bias).sum() - (true + x.bias).sum()) / b
-    imc = cmr = mine = torch.zeros_like(itc)
+    imc = mine = torch.zeros_like(itc)
     if o.imc != "none" and o.imc_weight:
         imc = _plain_imc(x, o, everyones, missing)
-    if o.cmr_weight:
-        cmr = rank_loss(true, own, x.thresholds, x.valid, mean=o.cmr_mean)
+    cmr = rank_loss(true, own, x.thresholds, x.valid, mean=o.cmr_mean)
     if o.own_weight:
         softened = {"focal_gamma": o.focal_gamma, "label_smoothing": o.label_smoothing}
         mine = own_negatives_loss(true, own, x.valid, **softened)
@@ -373,7 +371,7 @@ def ce_clip_loss(
         alone = _world(group)[1] == 1
         name = "" if alone else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
         needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in x]
-        loss, parts, true, own, *_ = _fused_op(*x, json.dumps(o._asdict()), needs, name)
+        loss, parts, true, own, *_ = _fused_op(*x, [str(value) for value in o], needs, name)
     itc, imc, cmr, mine = parts.detach().unbind()
     return {
         **{"loss": loss, "itc": itc, "imc": imc, "cmr": cmr, "own": mine},
@@ -424,6 +422,8 @@ def _options(given: dict[str, Any]) -> Options:
     _choose("imc_scope", o.imc_scope, ("own", "batch"))
     _choose("cmr_mean", o.cmr_mean, ("valid", "all"))
     _choose("backend", o.backend, ("auto", "plain", "torch", "triton"))
+    if 0 < o.focal_gamma < 1 or o.focal_gamma < 0:
+        raise ValueError(f"focal_gamma is {o.focal_gamma}; it must be 0, or 1 or more")
     return o
 
 
@@ -486,7 +486,8 @@ def _inputs(
     valid = images.new_ones(b, max(k, 0), dtype=torch.bool) if valid is None else valid
     if positive_valid is None:
         positive_valid = images.new_ones(b, dtype=torch.bool)
-    thresholds = images.new_zeros(max(k, 0)) if thresholds is None else thresholds[: max(k, 0)]
+    if thresholds is None:
+        thresholds = images.new_zeros(max(k, 0))
     wanted = {
         **{"text_features": (texts, (b, d)), "negative_features": (negatives, (b, k, d))},
         **{"positive_features": (positives, (b, d)), "thresholds": (thresholds, (k,))},
@@ -644,7 +645,7 @@ class CEClipLoss(nn.Module):
             negative_features if self.needs_negatives else None,
             valid if self.needs_negatives else None,
             *(positive_features, positive_valid, logit_bias),
-            thresholds=theta,
+            thresholds=theta if self.needs_negatives and negative_features is not None else None,
             group=self.group,
             **self.options,
         )
@@ -726,7 +727,7 @@ def _fused(
         if o.negatives_in_itc and k:
             blocks.append((0, rows, torch.full_like(rows, 0.5 / len(rows))))
     if _whole_batch(o) and k:
-        blocks.append((1, alone, share))
+        blocks.append((1, alone.double(), share.double()))
     totals = _meet_negatives(step, blocks)
     of_captions = torch.zeros_like(x.scale)  # sum of S dL/dS over the captions' rows
     if step.d_everyone[1] is not None and 1 in totals:
@@ -735,7 +736,7 @@ def _fused(
         weighs = (share > 0) & (totals[1] > -torch.inf)
         terms[0] = (share * torch.where(weighs, totals[1] - numerator, 0)).sum() / o.imc_weight
         pull = torch.where(weighs, share * ((alone - totals[1]).exp() - 1), 0)
-        d = d._replace(numerator=pull)
+        d = d._replace(numerator=pull.to(numerator.dtype))
     d_bias = torch.zeros_like(x.scale)
     if x.bias is None:
         rows = totals.get(0, rows)
@@ -744,7 +745,8 @@ def _fused(
     else:
         itc, d_bias = _sigmoid_contrast(step, own.true)
     grads = {**_gather_grads(step, own, d, first, of_captions), "bias": d_bias}
-    values = _sum_over_ranks(torch.stack([itc, *terms]), group) / _world(group)[1]
+    values = torch.stack([t.to(x.scale.dtype) for t in (itc, *terms)])
+    values = _sum_over_ranks(values, group) / _world(group)[1]
     weights = values.new_tensor([1.0, o.imc_weight, o.cmr_weight, o.own_weight])
     found = []
     for name, t, wanted in zip(Inputs._fields, raw, needs, strict=True):
@@ -824,22 +826,33 @@ def _own_terms(step: _Step, own: _Own, counts: Tensor) -> tuple[list[Tensor], _O
 
 
 def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Own images with everybody's captions: the logits if they are small, log-sum-exps [b], [B]."""
+    """Own images with everybody's captions: the logits if they are small, log-sum-exps [b], [B].
+
+    Sums of rows and columns are float64 throughout: at logits near 100 half a unit in the last place
+    of float32 is an error of 4e-6 in every probability of the row.
+    """
     x, texts = step.x, step.everyone[1]
     if step.o.backend == "triton":
         row, column = _tiles("sums", x.images * x.scale, texts, step.work.dtype)
-        rows, columns, pairs = row.logsumexp(dim=1), column.logsumexp(dim=0), None
+        rows, columns = row.double().logsumexp(dim=1), column.double().logsumexp(dim=0)
+        pairs = None
     else:
         b, n = len(x.images), len(texts)
         pairs = x.images.new_empty(b, n) if b * n <= step.work.numel() else None
-        rows, columns = x.images.new_empty(b), texts.new_full((n,), -torch.inf)
+        rows = x.images.new_empty(b, dtype=torch.float64)
+        columns = texts.new_full((n,), -torch.inf, dtype=torch.float64)
         for chunk in _chunks(b, step.work.numel() // 2 // n):
             at = step.work[: (chunk.stop - chunk.start) * n].view(-1, n)
             at = at if pairs is None else pairs[chunk]
             logits = torch.mm(x.images[chunk] * x.scale, texts.T, out=at)
-            rows[chunk] = logits.logsumexp(dim=1)
-            columns = torch.logaddexp(columns, logits.logsumexp(dim=0))
+            rows[chunk] = _log_sum(logits, 1)
+            columns = torch.logaddexp(columns, _log_sum(logits, 0))
     return pairs, rows, _gather(columns, step.group).logsumexp(dim=0)
+
+
+def _log_sum(logits: Tensor, dim: int) -> Tensor:
+    top = logits.amax(dim=dim, keepdim=True)
+    return top.squeeze(dim).double() + (logits - top).exp_().sum(dim=dim).double().log()
 
 
 def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor) -> None:
@@ -852,15 +865,15 @@ def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor
     for chunk in _chunks(b, half // n):
         q = x.images[chunk] * x.scale
         at = step.work[: len(q) * n].view(-1, n)
+        first, row = step.here.start + chunk.start, rows[chunk].to(q.dtype)
         if step.o.backend == "triton":
-            first = step.here.start + chunk.start
-            _tiles("pairs", q, keys, step.work.dtype, at, rows[chunk], columns, first=first)
+            _tiles("pairs", q, keys, step.work.dtype, at, row, columns.float(), first=first)
         else:
-            logits = torch.mm(q, texts.T, out=at) if pairs is None else at.copy_(pairs[chunk])
+            at = torch.mm(q, texts.T, out=at) if pairs is None else pairs[chunk]
             other = step.work[half : half + len(q) * n].view(-1, n)
-            torch.sub(logits, columns, out=other).exp_()
-            logits.sub_(rows[chunk, None]).exp_().add_(other)
-            logits[torch.arange(len(q)), torch.arange(len(q)) + step.here.start + chunk.start] -= 2
+            torch.sub(at, columns.to(q.dtype), out=other).exp_()
+            at.sub_(row[:, None]).exp_().add_(other)
+            at[torch.arange(len(q)), torch.arange(len(q)) + first] -= 2
         if d_images is not None:
             d_images[step.here][chunk] += _product(at, keys) * (0.5 / b * x.scale)
         if d_texts is not None:
@@ -892,6 +905,7 @@ def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> di
         total = torch.logaddexp(e, total)
         totals[:, chunk] = total.view(len(towers), -1)
         f = torch.where(total > -torch.inf, weight[:, chunk].flatten() * (offset - total).exp(), 0)
+        f = f.to(q.dtype)
         if step.d_keys is not None:
             _add_product(step.d_keys, exps.T, q * f[:, None])
         n = chunk.stop - chunk.start
@@ -908,22 +922,22 @@ def _exp_logits(
     """exp(q k^T - offset) [n, M] in the workspace, the offsets [n] and the log-sum-exps [n]."""
     n, m = len(q), len(keys)
     if not m:
-        return q.new_zeros(n, 0, dtype=keys.dtype), torch.zeros_like(extra), extra - torch.inf
+        return q.new_zeros(n, 0, dtype=keys.dtype), extra, torch.full_like(extra, -torch.inf)
     at = step.work[: n * m].view(n, m)
     if step.o.backend == "triton":
         # No pass for the maximum: e^x may overflow from 88 on and vanish below -87. A row's total is
         # at least `floor`, its largest logit at most `bound`: 125 apart are within reach of both.
-        floor = torch.maximum(extra, (q @ keys[0].to(q.dtype)))
+        floor = torch.maximum(extra, (q @ keys[0].to(q.dtype)).double()).to(q.dtype)
         bound = q.norm(dim=1) * keys.float().norm(dim=1).amax()
         if ((bound - floor) < 125).all():
             offset = torch.maximum(floor, bound - 70)
             sums, _ = _tiles("exp", q, keys, keys.dtype, at, offset)
-            return at, offset, offset + sums.sum(dim=1).log()
+            return at, offset.double(), offset.double() + sums.sum(dim=1).double().log()
         at = at.float()
     logits = torch.mm(q, keys.T.to(q.dtype), out=at)
     top = logits.amax(dim=1)
     exps = torch.softmax(logits, dim=1, out=logits)  # the fastest exp there is on a CPU
-    total = top - exps.amax(dim=1).log()
+    total = top.double() - exps.amax(dim=1).double().log()
     return exps.to(keys.dtype), total, total
 
 
@@ -1053,13 +1067,15 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     mutates_args=(),
     schema="(Tensor images, Tensor texts, Tensor negatives, Tensor? positives, Tensor valid, "
     "Tensor counted, Tensor positive_valid, Tensor scale, Tensor? bias, Tensor thresholds, "
-    "str options, bool[] needs, str group) -> Tensor[]",
+    "str[] options, bool[] needs, str group) -> Tensor[]",
 )
 def _fused_op(*arguments: Any) -> list[Tensor]:
-    *tensors, options, needs, name = arguments
+    *tensors, words, needs, name = arguments
+    kinds = zip(words, Options(), strict=True)
+    o = Options(*(w == "True" if isinstance(d, bool) else type(d)(w) for w, d in kinds))
     group = torch.distributed.distributed_c10d._resolve_process_group(name) if name else None
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _fused(Inputs(*tensors), Options(**json.loads(options)), needs, group)
+        return _fused(Inputs(*tensors), o, needs, group)
 
 
 @_fused_op.register_fake
@@ -1203,7 +1219,7 @@ def _tiles(
     import triton
 
     n, m, width = len(q), len(keys), q.shape[1]
-    rows, columns, depth = (128, 256, 64) if q.is_cuda else (32, 32, 32)
+    rows, columns, depth = TILE if q.is_cuda else (32, 32, 32)
     down, across = triton.cdiv(n, rows), triton.cdiv(m, columns)
     of_rows, of_columns = q.new_empty(n, across), q.new_empty(down, m)
     nothing = q.new_empty(1)
@@ -1219,6 +1235,7 @@ def _tiles(
 
 
 TILE_MODES = ("exp", "sums", "pairs", "sigmoid")
+TILE = (128, 128, 64)  # rows, columns, depth: no spills on sm_90, 96 KiB of shared memory
 
 
 @functools.cache
