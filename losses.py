@@ -52,6 +52,9 @@ __all__ = [
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 IMC_VARIANTS = ("none", "paired", "paper", "repulsion", "released")
 THRESHOLDS = ("adaptive", "fixed", "max", "released")
+SMALL = (
+    2**16
+)  # logits, up to which one step of plain autograd costs less than the fused bookkeeping
 
 # What a recipe switches on; what it does not name has the default of Options or RankThreshold.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -201,7 +204,7 @@ def _own_softmax(
 def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
     """The loss of the global batch, every tensor gathered; its terms; this rank's own logits."""
     here = slice(_world(group)[0] * len(x.images), (_world(group)[0] + 1) * len(x.images))
-    x = Inputs(*(t if t is None else gather_rows(t, group) for t in x[:7]), *x[7:])  # type: ignore[arg-type]
+    x = Inputs(*[t if t is None else gather_rows(t, group) for t in x[:7]], *x[7:])  # type: ignore
     everyones, b = x.negatives.flatten(0, 1), len(x.images)  # [BK, D]
     logits = x.scale * x.images @ torch.cat([x.texts, everyones]).T  # [B, B + BK]
     missing = ~x.counted.flatten() if o.mask_invalid else None
@@ -297,20 +300,20 @@ class RankThreshold(nn.Module):
         """Set theta for the next step from this step's logits [b], [b, K] and their mask [b, K]."""
         if self.mode == "fixed":
             return
-        gap = (image_text[:, None] - image_negative).masked_fill(~valid, 0)
         if self.mode == "released":
             valid = valid & (image_negative != 0)
-        negative = image_negative.masked_fill(~valid, 0)
-        rows = torch.stack([valid, gap, negative, image_text[:, None].expand_as(gap)])
-        count, gaps, negatives, texts = _sum_over_ranks(rows.sum(dim=1), group)  # [K] each
+        gap = (image_text[:, None] - image_negative).masked_fill(~valid, 0)
+        count, gaps = _sum_over_ranks(torch.stack([valid.sum(dim=0), gap.sum(dim=0)]), group)
+        new = gaps / count
         if self.mode == "max":
             new = gap.masked_fill(~valid, -torch.inf).amax(dim=0) / 5
             if _world(group)[1] > 1:
                 dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
-        elif self.mode == "adaptive":
-            new = gaps / count
-        else:
-            new = texts / (len(image_text) * _world(group)[1]) - negatives / count
+        elif self.mode == "released":  # all images' mean, not that of the counted ones
+            own = (image_text[:, None] * valid).sum(dim=0)
+            all_own = torch.stack([own, image_text.sum().expand_as(own)])
+            own, everyone = _sum_over_ranks(all_own, group)
+            new = new - own / count + everyone / (len(image_text) * _world(group)[1])
         self.value.copy_(torch.where(count > 0, new.clamp(0, self.cap), self.value))
 
 
@@ -359,11 +362,14 @@ def ce_clip_loss(
         ValueError: shapes, dtypes, mask or options do not fit, or ranks hold different numbers of
             rows.
     """
-    o = _backend(_options(options), image_features)
+    o = _options(options)
     x = _inputs(
-        *(image_features, text_features, negative_features, positive_features),
-        *(valid, positive_valid, logit_scale, logit_bias, thresholds, o),
+        (image_features, text_features, negative_features, positive_features),
+        (valid, positive_valid),
+        (logit_scale, logit_bias, thresholds),
+        o,
     )
+    o = _backend(o, x, group)
     if o.backend == "plain":
         with torch.autocast(x.images.device.type, enabled=False):
             loss, parts, true, own = _plain(_clean(x, o), o, group)
@@ -432,21 +438,25 @@ def _choose(name: str, value: str, wanted: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(wanted)}")
 
 
-def _backend(o: Options, features: Tensor) -> Options:
-    """Resolve "auto": Triton for half precision on CUDA, else torch; said once where it is slower."""
-    kind = features.device.type
-    half = features.dtype in (torch.float16, torch.bfloat16) or (
+def _backend(o: Options, x: Inputs, group: dist.ProcessGroup | None) -> Options:
+    """Resolve "auto"; said once where a GPU gets less than the kernels."""
+    kind, dtype = x.images.device.type, x.images.dtype
+    half = dtype in (torch.float16, torch.bfloat16) or (
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float32
     )
     operands, backend = o.operands, o.backend
     if operands == "auto":
         operands = "bfloat16" if half and kind == "cuda" else "float32"
     if backend == "auto":
-        backend = "triton" if operands == "bfloat16" and _has_triton(kind) else "torch"
-        if kind == "cuda" and backend == "torch":
-            _say_once(
-                "losses.py: the torch path runs; Triton needs triton and bf16 or fp16 autocast"
-            )
+        small = len(x.images) * (len(x.images) + x.valid.numel()) <= SMALL
+        if (small and _world(group)[1] == 1) or kind not in ("cpu", "cuda"):
+            backend = "plain"
+        elif operands == "bfloat16" and _has_triton(kind):
+            backend = "triton"
+        else:
+            backend = "torch"
+            if kind == "cuda":
+                _say_once("losses.py runs without its kernels: they want triton and half precision")
     if backend == "triton" and not _has_triton(kind):
         raise ValueError("backend is 'triton', which needs a CUDA device and the package triton")
     return o._replace(backend=backend, operands=operands)
@@ -463,18 +473,14 @@ def _say_once(text: str) -> None:
 
 
 def _inputs(
-    images: Tensor,
-    texts: Tensor,
-    negatives: Tensor | None,
-    positives: Tensor | None,
-    valid: Tensor | None,
-    positive_valid: Tensor | None,
-    scale: Tensor | float,
-    bias: Tensor | float | None,
-    thresholds: Tensor | None,
+    features: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    masks: tuple[Tensor | None, Tensor | None],
+    scalars: tuple[Tensor | float, Tensor | float | None, Tensor | None],
     o: Options,
 ) -> Inputs:
     """Refuse what does not fit; make defaults explicit."""
+    (images, texts, negatives, positives), (valid, positive_valid) = features, masks
+    scale, bias, thresholds = scalars
     if images.dim() != 2 or not images.is_floating_point():
         raise ValueError(
             f"image_features are {images.dtype} {list(images.shape)}; they must be floats [B, D]"
@@ -488,17 +494,19 @@ def _inputs(
         positive_valid = images.new_ones(b, dtype=torch.bool)
     if thresholds is None:
         thresholds = images.new_zeros(max(k, 0))
-    wanted = {
-        **{"text_features": (texts, (b, d)), "negative_features": (negatives, (b, k, d))},
-        **{"positive_features": (positives, (b, d)), "thresholds": (thresholds, (k,))},
-    }
-    masks = {"valid": (valid, (b, k)), "positive_valid": (positive_valid, (b,))}
-    for name, (tensor, shape) in (wanted | masks).items():
+    for name, tensor, shape, mask in (
+        ("text_features", texts, (b, d), False),
+        ("negative_features", negatives, (b, k, d), False),
+        ("positive_features", positives, (b, d), False),
+        ("thresholds", thresholds, (k,), False),
+        ("valid", valid, (b, k), True),
+        ("positive_valid", positive_valid, (b,), True),
+    ):
         if tensor is not None and tensor.shape != shape:
             size = f"[{', '.join('K' if n == -1 else str(n) for n in shape)}]"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {size}")
-        if tensor is not None and (tensor.dtype == torch.bool) != (name in masks):
-            kind = "a bool mask" if name in masks else "of floats"
+        if tensor is not None and (tensor.dtype == torch.bool) != mask:
+            kind = "a bool mask" if mask else "of floats"
             raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
     if o.imc == "paired" and o.imc_weight and k > 0 and positives is None:
         raise ValueError(
@@ -540,11 +548,11 @@ def _clean(x: Inputs, o: Options) -> Inputs:
         negatives = torch.where(x.counted[..., None], negatives, 0.0)
     if positives is not None and not x.positive_valid.all():
         positives = torch.where(x.positive_valid[:, None], positives, 0.0)
-    return x._replace(
-        **{"images": x.images.to(dtype), "texts": x.texts.to(dtype), "negatives": negatives},
-        **{"positives": None if positives is None else positives.to(dtype)},
-        **{"scale": x.scale.to(dtype), "bias": None if x.bias is None else x.bias.to(dtype)},
-        thresholds=x.thresholds.to(dtype),
+    return Inputs(
+        *(x.images.to(dtype), x.texts.to(dtype), negatives),
+        None if positives is None else positives.to(dtype),
+        *(x.valid, x.counted, x.positive_valid, x.scale.to(dtype)),
+        *(None if x.bias is None else x.bias.to(dtype), x.thresholds.to(dtype)),
     )
 
 
@@ -828,8 +836,8 @@ def _own_terms(step: _Step, own: _Own, counts: Tensor) -> tuple[list[Tensor], _O
 def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
     """Own images with everybody's captions: the logits if they are small, log-sum-exps [b], [B].
 
-    Sums of rows and columns are float64 throughout: at logits near 100 half a unit in the last place
-    of float32 is an error of 4e-6 in every probability of the row.
+    Sums of rows and columns are float64 throughout: near 100, half a unit in the last place of
+    float32 is an error of 4e-6 in every probability of the row.
     """
     x, texts = step.x, step.everyone[1]
     if step.o.backend == "triton":
@@ -856,7 +864,7 @@ def _log_sum(logits: Tensor, dim: int) -> Tensor:
 
 
 def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor) -> None:
-    """Add what S(I, T) of all pairs gives: (e^(S - row) + e^(S - column) - 2 at the diagonal)/2b."""
+    """Add what all pairs S(I, T) give: (e^(S - row) + e^(S - column), less 2 if true) / 2b."""
     x, texts, (d_images, d_texts) = step.x, step.everyone[1], step.d_everyone
     if d_images is None and d_texts is None:
         return
@@ -922,11 +930,11 @@ def _exp_logits(
     """exp(q k^T - offset) [n, M] in the workspace, the offsets [n] and the log-sum-exps [n]."""
     n, m = len(q), len(keys)
     if not m:
-        return q.new_zeros(n, 0, dtype=keys.dtype), extra, torch.full_like(extra, -torch.inf)
+        return q.new_zeros(n, 0, dtype=keys.dtype), extra, extra.new_full((n,), -torch.inf)
     at = step.work[: n * m].view(n, m)
     if step.o.backend == "triton":
-        # No pass for the maximum: e^x may overflow from 88 on and vanish below -87. A row's total is
-        # at least `floor`, its largest logit at most `bound`: 125 apart are within reach of both.
+        # No pass for the maximum: e^x overflows from 88 on and vanishes below -87.  A row's total
+        # is at least `floor`, its largest logit at most `bound`; 125 apart are in reach of both.
         floor = torch.maximum(extra, (q @ keys[0].to(q.dtype)).double()).to(q.dtype)
         bound = q.norm(dim=1) * keys.float().norm(dim=1).amax()
         if ((bound - floor) < 125).all():
@@ -953,13 +961,15 @@ def _sigmoid_contrast(step: _Step, true: Tensor) -> tuple[Tensor, Tensor]:
     questions = [(x.images, step.everyone[1], d_own, d_texts, step.here.start)]
     if o.negatives_in_itc and len(step.keys):
         questions.append((step.everyone[0], step.keys, d_images, step.d_keys, -1))
-    loss, d_bias = -(true + x.bias).mean(), torch.zeros_like(x.scale)
+    bias = torch.zeros_like(x.scale) if x.bias is None else x.bias
+    loss, d_bias = -(true + bias).mean(), torch.zeros_like(x.scale)
     share = 1 / len(x.images)
     for images, texts, d_queries, d_keys, first in questions:
         keys = texts.to(step.work.dtype)
         for chunk in _chunks(len(images), step.work.numel() // 2 // len(keys)):
             q = images[chunk] * x.scale
-            at, softplus = _sigmoid_logits(step, q, keys, first + chunk.start if first >= 0 else -1)
+            at_first = first + chunk.start if first >= 0 else -1
+            at, softplus = _sigmoid_logits(step, q, keys, bias, at_first)
             loss = loss + share * softplus
             d_bias = d_bias + share * at.sum(dtype=x.scale.dtype)
             if d_queries is not None:
@@ -969,13 +979,15 @@ def _sigmoid_contrast(step: _Step, true: Tensor) -> tuple[Tensor, Tensor]:
     return loss, d_bias
 
 
-def _sigmoid_logits(step: _Step, q: Tensor, keys: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def _sigmoid_logits(
+    step: _Step, q: Tensor, keys: Tensor, bias: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
     """sigmoid(q k^T + bias) [n, M], less 1 where row i meets column first + i; sum of softplus."""
     at = step.work[: len(q) * len(keys)].view(len(q), len(keys))
     if step.o.backend == "triton":
-        softplus, _ = _tiles("sigmoid", q, keys, keys.dtype, at, bias=step.x.bias, first=first)
+        softplus, _ = _tiles("sigmoid", q, keys, keys.dtype, at, bias=bias, first=first)
         return at, softplus.sum()
-    logits = torch.mm(q, keys.T, out=at).add_(step.x.bias)
+    logits = torch.mm(q, keys.T, out=at).add_(bias)
     softplus = F.softplus(logits).sum()
     logits.sigmoid_()
     if first >= 0:
@@ -994,27 +1006,26 @@ def _gather_grads(
     for name, total in zip(("images", "texts"), step.d_everyone, strict=True):
         grads[name] = None if total is None else _reduce_rows(total, step.group)
     if grads["images"] is not None:
-        grads["images"] += s * (
-            d.true[:, None] * x.texts + (d.negative[:, None] @ x.negatives)[:, 0]
-        )
-    if grads["texts"] is not None:
-        grads["texts"] += s * (d.true[:, None] * x.images + (d.text[:, None] @ x.negatives)[:, 0])
+        by_own = (d.negative[:, None] @ x.negatives)[:, 0]
+        grads["images"] += s * (d.true[:, None] * x.texts + by_own)
     if grads["negatives"] is not None:
         if len(step.keys) < x.counted.numel():
             grads["negatives"][x.counted] = step.d_keys
         grads["negatives"].addcmul_((s * d.negative)[..., None], x.images[:, None])
         grads["negatives"].addcmul_((s * d.text)[..., None], x.texts[:, None])
-    pull = s * d.numerator[:, None]
+    pull, towards = (
+        s * d.numerator[:, None],
+        torch.zeros_like(x.texts),
+    )  # of captions, by numerators
     if o.imc == "paired" and x.positives is not None:
-        grads["positives"] = pull * x.texts
-        if grads["texts"] is not None:
-            grads["texts"] += pull * x.positives
+        grads["positives"], towards = pull * x.texts, pull * x.positives
     if first is not None:
-        towards = _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
-        if grads["texts"] is not None:
-            grads["texts"] += pull * first
+        towards, sums = pull * first, _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
         if grads["negatives"] is not None and step.here.start == 0:
-            grads["negatives"][0, 0] += towards * x.counted[0, 0]
+            grads["negatives"][0, 0] += sums * x.counted[0, 0]
+    if grads["texts"] is not None:
+        by_own = (d.text[:, None] @ x.negatives)[:, 0]
+        grads["texts"] += s * (d.true[:, None] * x.images + by_own) + towards
     grads["scale"] = _scale_grad(step, own, d, of_captions, grads) / s
     return grads
 
@@ -1031,11 +1042,8 @@ def _scale_grad(
     of_captions = of_captions + (own.text * d.text).sum()
     of_numerator = (own.numerator * d.numerator).sum()
     if grads["images"] is not None:
-        return (
-            (x.images * grads["images"]).sum()
-            + of_captions
-            + (0 if imc == "paper" else of_numerator)
-        )
+        of_images = (x.images * grads["images"]).sum()
+        return of_images + of_captions + (0 if imc == "paper" else of_numerator)
     if grads["texts"] is None or grads["negatives"] is None:
         return torch.zeros_like(x.scale)  # nobody asked
     both = (x.texts * grads["texts"]).sum() + (x.negatives * grads["negatives"]).sum()
@@ -1071,8 +1079,9 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
 )
 def _fused_op(*arguments: Any) -> list[Tensor]:
     *tensors, words, needs, name = arguments
-    kinds = zip(words, Options(), strict=True)
-    o = Options(*(w == "True" if isinstance(d, bool) else type(d)(w) for w, d in kinds))
+    kinds: Any = zip(words, Options(), strict=True)
+    values: Any = [w == "True" if isinstance(d, bool) else type(d)(w) for w, d in kinds]
+    o = Options(*values)
     group = torch.distributed.distributed_c10d._resolve_process_group(name) if name else None
     with torch.autocast(tensors[0].device.type, enabled=False):
         return _fused(Inputs(*tensors), o, needs, group)
@@ -1185,6 +1194,10 @@ def _equal_rows(x: Tensor, group: dist.ProcessGroup | None) -> None:
 
 # Kernels: one tile of logits q k^T, and what is made of it before it leaves the registers
 
+TILE_MODES = ("exp", "sums", "pairs", "sigmoid")
+TILE = (128, 128, 64)  # rows, columns, depth: no spills on sm_90, 96 KiB of shared memory
+tl: Any = None  # triton.language, once a kernel is asked for
+
 
 def _tiles(
     mode: str,
@@ -1234,10 +1247,6 @@ def _tiles(
     return of_rows, of_columns
 
 
-TILE_MODES = ("exp", "sums", "pairs", "sigmoid")
-TILE = (128, 128, 64)  # rows, columns, depth: no spills on sm_90, 96 KiB of shared memory
-
-
 @functools.cache
 def _kernel() -> Any:
     import triton
@@ -1285,7 +1294,8 @@ def _tile(  # type: ignore[no-untyped-def]
             s += tl.load(bias)
             x = tl.sigmoid(s)
             each = tl.maximum(s, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(s)))
-            tl.store(of_rows + r * across + j, tl.sum(tl.where(inside, each, 0.0), axis=1), mask=rows)
+            each = tl.sum(tl.where(inside, each, 0.0), axis=1)
+            tl.store(of_rows + r * across + j, each, mask=rows)
         else:
             x = tl.exp(s - tl.load(row + r, mask=rows, other=0.0)[:, None])
         if MODE == 0:

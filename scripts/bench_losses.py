@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import multiprocessing
@@ -89,14 +90,14 @@ def chunked(
         intra = scale * texts[mine] @ hard.T
         own = scale * (negatives[mine] @ images[mine][..., None])[..., 0]
         true = to_text.gather(1, labels[:, None])
-        total = {"label_smoothing": 0.0, "reduction": "sum"}
-        itc = F.cross_entropy(to_text, labels, **total) + F.cross_entropy(to_image, labels, **total)  # type: ignore[arg-type]
-        imc = F.cross_entropy(intra, torch.zeros_like(labels), **total)  # type: ignore[arg-type]
+        total = functools.partial(F.cross_entropy, reduction="sum")
+        itc = total(to_text, labels) + total(to_image, labels)
+        imc = total(intra, torch.zeros_like(labels))
         cmr = (F.relu(own - true) * valid[mine]).sum() / valid.shape[1]
         return (itc / 2 + WEIGHTS["imc"] * imc + WEIGHTS["cmr"] * cmr) / b
 
     parts = [checkpoint(part, start, use_reentrant=False) for start in range(0, b, rows)]
-    return torch.stack(parts).sum()  # type: ignore[arg-type]
+    return torch.stack(parts).sum()
 
 
 def linear(
@@ -128,9 +129,12 @@ def ours() -> Callable[..., Tensor]:
 
 def make(name: str) -> Callable[..., Tensor]:
     """The loss of that name, with fresh thresholds."""
-    return {"ours": ours, "released": Released, "chunked": lambda: chunked, "linear": lambda: linear}[
-        name
-    ]()
+    return {
+        "ours": ours,
+        "released": Released,
+        "chunked": lambda: chunked,
+        "linear": lambda: linear,
+    }[name]()
 
 
 def make_inputs(b: int, args: argparse.Namespace) -> tuple[list[Tensor], Tensor]:
@@ -252,20 +256,28 @@ def show(line: dict[str, Any]) -> None:
         extra = f"{memory[name]:8.0f} MiB" if name in memory else ""
         ratio = memory[name] / max(memory["ours"], 0.1) if name in memory else 0
         more = f"{ratio:6.1f} x" if ratio else ""
-        print(f"{line['batch']:6d}  {name:9} {1e3 * seconds:10.1f} ms {seconds / mine:6.2f} x {extra}{more}")
+        times = f"{1e3 * seconds:10.1f} ms {seconds / mine:6.2f} x"
+        print(f"{line['batch']:6d}  {name:9} {times} {extra}{more}")
     print(flush=True)
 
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--batch", type=int, nargs="+", default=[64, 256, 1024, 4096, 8192], help="batch sizes")
     add("--k", type=int, default=4, help="negatives of each caption (default 4)")
     add("--width", type=int, default=512, help="of features (default 512)")
     add("--against", nargs="*", default=["released", "chunked", "linear"], help="ways to compare")
     add("--rounds", type=int, default=15, help="most rounds (default 15)")
-    add("--seconds", type=float, default=120, help="per batch size, after three rounds (default 120)")
+    add(
+        "--seconds",
+        type=float,
+        default=120,
+        help="per batch size, after three rounds (default 120)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default all)")

@@ -1,5 +1,6 @@
 """Gradients of several processes are those of one; negatives stay where they are."""
 
+import functools
 import gc
 import socket
 
@@ -58,42 +59,34 @@ def gradients(model, toy, xs, valid, there, name, backend, group=None):
     return [*found, out["loss"].detach(), out["cmr"], loss.threshold.value.double()]
 
 
-def worker(rank, world, port, broken, out):
+def worker(rank, world, port, out):
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", address, rank=rank, world_size=world)
-    if broken:  # what a gather without gradients of other ranks would give
-        losses._reduce_rows = lambda x, group: x.chunk(world)[rank]
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     xs, valid, there = inputs()
-    mine = slice(rank * B // world, (rank + 1) * B // world)
-    local = ([x[mine] for x in xs], valid[mine], there[mine])
     found = {}
-    for backend in ("torch", "plain"):
-        for name in RECIPES:
-            toy = Toy()
-            model = DistributedDataParallel(toy)
-            found[backend, name] = gradients(model, toy, *local, name, backend)
-            del model
-    if world == 4:  # two groups of two, each with the whole batch
-        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        half = slice(rank % 2 * B // 2, (rank % 2 + 1) * B // 2)
-        local, toy = ([x[half] for x in xs], valid[half], there[half]), Toy()
-        group = pairs[rank // 2]
-        model = DistributedDataParallel(toy, process_group=group)
-        found["torch", "ce-clip", "group"] = gradients(
-            model, toy, *local, "ce-clip", "torch", group
-        )
-        del model
-    if rank == 0:
-        found["sent"] = {k: sent(xs, k, world) for k in (4, 8)}
-    else:
-        for k in (4, 8):
-            sent(xs, k, world)
-    try:
-        image = torch.zeros(rank + 1, 2)
-        losses.ce_clip_loss(image, image, 1.0)
-    except ValueError as error:
-        found["error"] = str(error)
+    for size in (2, 3, 4, "broken"):
+        ranks = 2 if size == "broken" else size
+        group = dist.new_group(list(range(ranks)))
+        if rank >= ranks:
+            continue
+        if size == "broken":  # what a gather without gradients of other ranks would give
+            losses._reduce_rows = lambda x, group: x.chunk(2)[rank]
+        mine = slice(rank * B // ranks, (rank + 1) * B // ranks)
+        local = ([x[mine] for x in xs], valid[mine], there[mine])
+        for backend in ("torch", "plain"):
+            for name in RECIPES:
+                toy = Toy()
+                model = DistributedDataParallel(toy, process_group=group)
+                key = (size, backend, name)
+                found[key] = gradients(model, toy, *local, name, backend, group)
+                del model
+        if size == world:
+            found["sent"] = {k: sent(k) for k in (4, 8)}
+            try:
+                image = torch.zeros(rank + 1, 2)
+                losses.ce_clip_loss(image, image, 1.0)
+            except ValueError as error:
+                found["error"] = str(error)
     if rank == 0:
         torch.save(found, out)
     gc.collect()  # a wrapped model that outlives its process group may abort the process
@@ -101,7 +94,14 @@ def worker(rank, world, port, broken, out):
     dist.destroy_process_group()
 
 
-def sent(xs, k, world):
+def counted(function, name, count, one, two=None, **options):
+    """A collective that first counts the numbers that leave this rank, for each other rank."""
+    given = two if name == "all_gather" else one
+    count[0] += given.numel() * (2 if name == "all_reduce" else 1)
+    return function(one, **options) if two is None else function(one, two, **options)
+
+
+def sent(k):
     """Numbers of [b, D] blocks that a rank hands to others, by the fused path and by the plain."""
     volumes = []
     for backend in ("torch", "plain"):
@@ -110,56 +110,37 @@ def sent(xs, k, world):
             name: getattr(dist, name) for name in ("all_gather", "reduce_scatter", "all_reduce")
         }
 
-        def counting(name, real=real, count=count):
-            def call(a, b=None, **options):
-                given = b if name == "all_gather" else a
-                count[0] += given.numel() * (world - 1) * (2 if name == "all_reduce" else 1)
-                return real[name](a, b, **options) if b is not None else real[name](a, **options)
-
-            return call
-
         b, d = 8, 256
         torch.manual_seed(3)
         features = [normalize(torch.randn(*s, d), dim=-1) for s in ((b,), (b,), (b, k))]
         leaves = [x.requires_grad_() for x in features]
-        for name in real:
-            setattr(dist, name, counting(name))
+        for name, function in real.items():
+            setattr(dist, name, functools.partial(counted, function, name, count))
         out = losses.ce_clip_loss(
             leaves[0], leaves[1], 9.0, leaves[2], imc="released", backend=backend
         )
         out["loss"].backward()
         for name, function in real.items():
             setattr(dist, name, function)
-        volumes.append(count[0] / (b * d * (world - 1)))
+        volumes.append(count[0] / (b * d))
     return volumes
 
 
-def spawn(world, broken, path):
+@pytest.mark.slow
+def test_gradients_of_ranks_equal_one_process(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, (world, port, broken, path), nprocs=world)
-    return torch.load(path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "broken"), [(2, False), (3, False), (4, False), (2, True)])
-def test_gradients_of_ranks_equal_one_process(world, broken, tmp_path):
-    found = spawn(world, broken, tmp_path / "out.pt")
-    assert f"1 and {world} rows" in found["error"]
-    same = []
-    for key, got in found.items():
-        if isinstance(key, tuple):
-            toy = Toy()
-            wanted = gradients(toy, toy, *inputs(), key[1], "plain")
-            pairs = zip(wanted, got, strict=True)
-            same.append(all(torch.allclose(a, b, atol=1e-11, rtol=1e-11) for a, b in pairs))
-            assert broken or same[-1], key
-    assert len(same) >= 2 * len(RECIPES)
-    if broken:
-        assert not any(same)
-        return
+    mp.spawn(worker, (4, port, tmp_path / "out.pt"), nprocs=4)
+    found = torch.load(tmp_path / "out.pt")
+    assert "1 and 4 rows" in found.pop("error")
     # Gathering everything costs 2 (2 + K) blocks, there and back; the fused path sends 4.
-    for k, less in ((4, 2.5), (8, 4.5)):
-        fused, plain = found["sent"][k]
-        assert plain / fused >= less, (fused, plain)
+    for k, (fused, plain) in found.pop("sent").items():
+        assert plain / fused >= {4: 2.5, 8: 4.5}[k], (fused, plain)
+    assert len(found) == 4 * 2 * len(RECIPES)
+    for (size, backend, name), got in found.items():
+        toy = Toy()
+        wanted = gradients(toy, toy, *inputs(), name, "plain")
+        pairs = zip(wanted, got, strict=True)
+        same = all(torch.allclose(a, b, atol=1e-11, rtol=1e-11) for a, b in pairs)
+        assert same == (size != "broken"), (size, backend, name)

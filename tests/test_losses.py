@@ -1,4 +1,4 @@
-"""The losses against plain loops, the fused paths against the plain one, and what must not matter."""
+"""Losses against plain loops, fused paths against the plain one, and what must not matter."""
 
 import importlib.util
 import math
@@ -176,7 +176,7 @@ def products(*frozen, scale_too=True):
     """Products of all images with all captions that the fused path makes, at K = 4."""
     (image, text, negative, _), valid, _ = batch(32, 4, 16)
     o = losses.Options(imc="released", mask_invalid=False)
-    x = losses._inputs(image, text, negative, None, valid, None, 9.0, None, None, o)
+    x = losses._inputs((image, text, negative, None), (valid, None), (9.0, None, None), o)
     wanted = dict(zip(("images", "texts", "negatives"), NAMES, strict=False))
     needs = [f in wanted and wanted[f] not in frozen for f in x._fields]
     needs[x._fields.index("scale")] = scale_too
@@ -380,11 +380,10 @@ class Widest(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_tensor_of_all_logits_is_ever_made():
     (image, text, negative, _), valid, _ = batch(256, 4, 8, dtype=torch.float32)
-    x = losses._inputs(
-        image, text, negative, None, valid, None, 9.0, None, None, losses.Options(imc="released")
-    )
+    o = losses.Options(imc="released")
+    x = losses._inputs((image, text, negative, None), (valid, None), (9.0, None, None), o)
     for backend, limit in (("torch", 256 * 4 * 256 / 4), ("plain", None)):
-        options = losses.Options(imc="released", backend=backend, workspace_mib=0.05)
+        options = o._replace(backend=backend, workspace_mib=0.05)
         with Widest() as widest:
             if backend == "torch":
                 losses._fused(x, options, [t is not None for t in x], None)
@@ -482,7 +481,8 @@ for i, mode in enumerate(MODES):
     for bias in (None, -1.0):
         data = batch(9, 3, 33, seed=i, dtype=torch.float32)
         plain = run(losses, "plain", data, bias=bias, **mode)
-        assert same(plain, run(losses, "triton", data, bias=bias, workspace_mib=0.004, **mode), 2e-5), mode
+        fused = run(losses, "triton", data, bias=bias, workspace_mib=0.004, **mode)
+        assert same(plain, fused, 2e-5), mode
 far = [torch.nn.functional.normalize(x, dim=-1) for x in (torch.ones(9, 33), -torch.ones(9, 33))]
 features, valid, there = batch(9, 3, 33, dtype=torch.float32)
 data = ([far[0], far[1], far[0][:, None] + 0 * features[2], far[1]], valid, there)
@@ -616,3 +616,14 @@ def test_losses_train_a_fusion_model_through_its_contrastive_features():
         gaps.append(float(gap.mean()))
     assert gaps[-1] > gaps[0] + 0.2
     assert float(loss.threshold.value.max()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["example_open_clip", "example_transformers"])
+def test_examples_run(name):
+    if name == "example_transformers":
+        pytest.importorskip("transformers", reason="an optional package")
+    command = [sys.executable, str(ROOT / f"scripts/{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "threshold_relation" in done.stdout
