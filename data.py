@@ -16,6 +16,7 @@ from (split, seed, index) alone, whose captions, paraphrases and hard negatives 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import io
@@ -39,7 +40,7 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
-from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
 from negatives import NEGATIVE_TYPES, DataError, read_captions
 
@@ -396,6 +397,9 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, one: Thing, two: Thing, width: int) ->
     pen.polygon([point(two, tip, 0), point(two, back, 0.09), point(two, back, -0.09)], fill=colour)
 
 
+Transform = Callable[[Image.Image, random.Random], Tensor]  # to uint8 [3, H, W]
+
+
 class Item(NamedTuple):
     """One training example; fault names a picture that could not be read and was stepped over."""
 
@@ -423,9 +427,7 @@ class ShapesDataset(Dataset[Item]):
         epoch, index = key
         scene = make_scene("train", self.seed, index)
         captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}")
-        return Item(
-            transforms.functional.pil_to_tensor(draw_scene(scene, self.width)), captions, ""
-        )
+        return Item(pil_to_tensor(draw_scene(scene, self.width)), captions, "")
 
 
 class ManifestDataset(Dataset[Item]):
@@ -440,7 +442,7 @@ class ManifestDataset(Dataset[Item]):
         self,
         path: str | Path,
         images: str | Path,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Transform,
         seed: int = 0,
         on_bad_image: str = "stop",
     ) -> None:
@@ -503,29 +505,19 @@ class ManifestDataset(Dataset[Item]):
                     raise
                 faults.append(str(error))
                 continue
-            positive = self._positive(epoch, i, record.caption)
-            tensor = _transformed(self.transform, image, hash((self.seed, epoch, i)))
-            return Item(
-                tensor, Captions(record.caption, positive, record.negatives), "; ".join(faults)
-            )
+            rng = random.Random(f"{self.seed}:{epoch}:{i}")
+            tensor = self.transform(image, rng)
+            captions = Captions(record.caption, self._positive(i, record, rng), record.negatives)
+            return Item(tensor, captions, "; ".join(faults))
         raise DataError(f"--images {self.images}: not one picture could be read; {faults[0]}")
 
-    def _positive(self, epoch: int, index: int, caption: str) -> str | None:
+    def _positive(self, index: int, record: Record, rng: random.Random) -> str | None:
         """Another caption of the same picture, or None."""
         number = self.image_of[index]
         others = self.by_image[self.first[number] : self.first[number + 1]].tolist()
-        random.Random(f"{self.seed}:{epoch}:{index}").shuffle(others)
+        rng.shuffle(others)
         texts = (self.record(other).caption for other in others if other != index)
-        return next((text for text in texts if text != caption), None)
-
-
-def _transformed(
-    transform: Callable[[Image.Image], Tensor], image: Image.Image, seed: int
-) -> Tensor:
-    """Crop as `seed` says, and leave torch's own random numbers as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
-        return transform(image)
+        return next((text for text in texts if text != record.caption), None)
 
 
 class Mixture(Dataset[Item]):
@@ -606,7 +598,7 @@ class ShardStream(IterableDataset[Item]):
     def __init__(
         self,
         shards: str,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Transform,
         seed: int,
         place: tuple[int, int, int],
         on_bad_image: str = "stop",
@@ -656,9 +648,8 @@ class ShardStream(IterableDataset[Item]):
                     raise
                 faults.append(str(error))
                 continue
-            tensor = _transformed(self.transform, image, rng.getrandbits(62))
             captions = Captions(record.caption, None, record.negatives)
-            yield Item(tensor, captions, "; ".join(faults))
+            yield Item(self.transform(image, rng), captions, "; ".join(faults))
             faults = []
 
     def _samples(self, slot: int, slots: int) -> Iterator[dict[str, Any]]:
@@ -1102,12 +1093,38 @@ def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-def train_transform(model: Any, crop: float = 0.9) -> Callable[[Image.Image], Tensor]:
-    """Crop 90 to 100 % of a photo at random and resize it, to uint8 [3, H, W]."""
+def train_transform(model: Any, least: float = 0.9) -> Transform:
+    """Cut a random part of a photo, `least` to all of its area, and resize it as the model wants.
+
+    The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
+    """
+    size = picture_size(model)
     name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
-    mode = transforms.InterpolationMode(name)
-    cut = transforms.RandomResizedCrop(picture_size(model), scale=(crop, 1.0), interpolation=mode)
-    return transforms.Compose([cut, transforms.PILToTensor()])
+    mode = Image.Resampling[name.upper()]
+    return functools.partial(_cut, size=size, least=least, mode=mode)
+
+
+def _cut(
+    image: Image.Image, rng: random.Random, size: int, least: float, mode: Image.Resampling
+) -> Tensor:
+    """Return uint8 [3, size, size]."""
+    width, height = image.size
+    w, h = width, height  # where no part fits: of the nearest ratio, from the middle
+    if width / height > 4 / 3:
+        w = round(height * 4 / 3)
+    elif width / height < 3 / 4:
+        h = round(width * 4 / 3)
+    x, y = (width - w) // 2, (height - h) // 2
+    for _ in range(10):
+        area = width * height * rng.uniform(least, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            w, h = across, down
+            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    part = image.crop((x, y, x + w, y + h)).resize((size, size), mode)
+    return pil_to_tensor(part)
 
 
 def picture_size(model: Any) -> int:

@@ -568,7 +568,7 @@ def train(
             break
         if run.loss.reset_each_epoch and step % args.steps_per_epoch == 0:
             run.loss.threshold.reset()
-        torch.manual_seed(hash((args.seed, step, rank.number)) % 2**63)  # of dropout
+        seed_dropout(hash((args.seed, step, rank.number)) % 2**63, rank.device)
         lr = learning_rate(step, args)
         out = train_step(run, parts, lr, args)
         done = step + 1
@@ -593,6 +593,13 @@ def train(
     if code and rank.number == 0:
         print(f"stopped at step {done}; the same command goes on", flush=True)
     return 2 if code == FAULT or fault else 128 + code if code else 0
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Make a step's random numbers its own, so that a checkpoint need not hold their state."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also note a stack trace
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def save_step(

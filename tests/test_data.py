@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import data
 from data import DataError, encode_text, holds, make_scene, pack_texts
@@ -229,6 +230,10 @@ def test_every_source_has_its_share_of_each_batch_and_its_own_epochs():
         data.Mixture(sources, [1, 2], 18, 0, True)
 
 
+def plainly(image, rng):
+    return transforms.functional.pil_to_tensor(image)
+
+
 def manifest(folder, images=6, captions=2):
     lines = ['{"manifest": 1}', ""]
     for i in range(images):
@@ -244,7 +249,7 @@ def manifest(folder, images=6, captions=2):
 
 def test_manifest_is_read_by_offsets_as_it_is_read_in_order(tmp_path):
     path = manifest(tmp_path)
-    found = data.ManifestDataset(path, tmp_path, data.transforms.PILToTensor())
+    found = data.ManifestDataset(path, tmp_path, plainly)
     assert [found.record(i) for i in range(len(found))] == list(data.read_manifest(path))
     assert found.has_negatives
     item = found[3, 5]
@@ -259,8 +264,8 @@ def test_bad_pictures_stop_or_are_stepped_over(fault, tmp_path):
     bad = tmp_path / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:60]) if fault == "torn" else bad.unlink()
     with pytest.raises(DataError, match=r"1\.jpg"):
-        data.ManifestDataset(path, tmp_path, data.transforms.PILToTensor())[0, 1]
-    skipping = data.ManifestDataset(path, tmp_path, data.transforms.PILToTensor(), 0, "skip")
+        data.ManifestDataset(path, tmp_path, plainly)[0, 1]
+    skipping = data.ManifestDataset(path, tmp_path, plainly, 0, "skip")
     item = skipping[0, 1]
     assert item.captions.caption == "picture 2 — 0"
     assert "1.jpg" in item.fault
@@ -271,22 +276,50 @@ def test_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
     (tmp_path / "0.jpg").unlink()
     noise = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.jpg")
-    transform = data.train_transform(load_model("shapes-tiny").net, crop=0.3)
+    transform = data.train_transform(load_model("shapes-tiny").net, least=0.3)
     read = data.ManifestDataset(path, tmp_path, transform)
-    torch.manual_seed(5)
-    first, state = read[0, 0].image, torch.get_rng_state()
-    torch.manual_seed(5)
-    assert torch.equal(torch.get_rng_state(), state)
+    first = read[0, 0].image
+    random.seed(5)
     assert torch.equal(read[0, 0].image, first)
     assert not torch.equal(read[1, 0].image, first)
     assert first.dtype == torch.uint8
+    assert first.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("shape", [(640, 480), (300, 300), (900, 200), (200, 900)])
+def test_cut_parts_have_the_area_and_ratio_of_random_resized_crop(shape, monkeypatch):
+    parts = []
+    monkeypatch.setattr(Image.Image, "crop", lambda image, box: parts.append(box) or image)
+    transform = data.train_transform(load_model("shapes-tiny").net, least=0.5)
+    for seed in range(200):
+        transform(Image.new("RGB", shape), random.Random(seed))
+    areas, ratios = [], []
+    for x, y, right, below in parts:
+        assert 0 <= x < right <= shape[0]
+        assert 0 <= y < below <= shape[1]
+        areas.append((right - x) * (below - y) / shape[0] / shape[1])
+        ratios.append((right - x) / (below - y))
+    assert all(0.74 < ratio < 1.35 for ratio in ratios)
+    if max(shape) < 900:  # else no part of half the area has such a ratio
+        assert 0.5 < min(areas) < 0.6
+        assert 0.9 < max(areas) <= 1
+        assert len(set(parts)) > 150
+    else:
+        assert len(set(parts)) == 1
+
+
+def test_cut_is_what_torchvision_cuts_where_all_is_cut():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8))
+    ours = data.train_transform(load_model("shapes-tiny").net, least=1)(image, random.Random(0))
+    resize = transforms.Resize((64, 64), transforms.InterpolationMode.BICUBIC)
+    assert torch.equal(ours, transforms.PILToTensor()(resize(image)))
 
 
 def test_normalise_is_to_tensor_and_normalize():
     net = load_model("shapes-tiny").net
     image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     cfg = net.visual.preprocess_cfg
-    wanted = data.transforms.Normalize(cfg["mean"], cfg["std"])(image / 255)
+    wanted = transforms.Normalize(cfg["mean"], cfg["std"])(image / 255)
     assert (data.normalise(image, net) - wanted).abs().max() < 1e-6
 
 
@@ -299,12 +332,12 @@ def test_shards_hold_what_the_manifest_held(tmp_path):
     pattern = f"{tmp_path}/s/{{000000..000000}}.tar"
     found = {}
     for rank in (0, 1):  # fewer shards than ranks: all read all, in orders of their own
-        stream = data.ShardStream(pattern, data.transforms.PILToTensor(), 0, (0, rank, 2))
+        stream = data.ShardStream(pattern, plainly, 0, (0, rank, 2))
         found[rank] = [item.captions.caption for item, _ in zip(stream, range(60), strict=False)]
     captions = {record.caption: record.negatives for record in data.read_manifest(path)}
     assert set(found[0]) == set(captions)
     assert found[0] != found[1]
-    first = next(iter(data.ShardStream(pattern, data.transforms.PILToTensor(), 0, (0, 0, 1))))
+    first = next(iter(data.ShardStream(pattern, plainly, 0, (0, 0, 1))))
     assert first.captions.negatives == captions[first.captions.caption]
     with pytest.raises(DataError, match="no such shard"):
         data.ShardStream(f"{tmp_path}/none.tar", None, 0, (0, 0, 1))
