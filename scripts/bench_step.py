@@ -4,7 +4,7 @@
 
   python scripts/bench_step.py                      # synthetic captions of COCO's lengths
   python scripts/bench_step.py --data negatives.jsonl --out scripts/results/step.json
-  python scripts/bench_step.py --ways tree --micro-batch 4     # time and memory of parts
+  python scripts/bench_step.py --ways tree parts --batch-size 128 --micro-batch 16
   torchrun --nproc_per_node=2 scripts/bench_step.py --ways tree
 
 ViT-B/32 with random weights and pictures; loading and tokenising are not timed.  "released" is the
@@ -123,17 +123,17 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
 
 
 def make_ours(
-    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: train.Rank, share: bool
+    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: train.Rank, name: str
 ) -> Way:
-    """The step of train.py on these captions, in parts if --micro-batch asks for it."""
+    """The step of train.py on these captions: "packed", "tree", or "parts", a tree in parts."""
     given = ["--imc", "repulsion", "--precision", args.precision, "--lr", "1e-6"]
     options = train.parse_args(given)
     run = train.make_run(options, model, rank)
     run.towers.train()
-    part = args.micro_batch or len(texts)
+    part = args.micro_batch if name == "parts" else len(texts)
     size = train.picture_size(model.net)
     chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
-    parts = [make_batch(chunk, model, size, share) for chunk in chunks]
+    parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
     tokens = sum(batch.texts.computed for batch in parts) / len(texts)
     return Way(functools.partial(train.train_step, run, parts, 1e-6, options), tokens)
 
@@ -150,7 +150,7 @@ def make_ways(args: argparse.Namespace, rank: train.Rank) -> dict[str, Way]:
         if name == "released":
             ways[name] = make_released(model, texts, args)
         else:
-            ways[name] = make_ours(model, texts, args, rank, name == "tree")
+            ways[name] = make_ours(model, texts, args, rank, name)
     return ways
 
 
@@ -198,12 +198,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="manifest with negatives (default: synthetic)")
     parser.add_argument("--model", default="ViT-B-32", help="open_clip model (default ViT-B-32)")
     parser.add_argument("--batch-size", type=int, default=32, help="of all ranks (default 32)")
-    parser.add_argument("--micro-batch", type=int, help="pictures encoded at once (default all)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="of 'parts' (default 8)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    every = ["released", "packed", "tree"]
-    parser.add_argument("--ways", nargs="+", choices=every, default=every, help="default all")
+    every = ["released", "packed", "tree", "parts"]
+    parser.add_argument("--ways", nargs="+", choices=every, default=every[:3], help="what to time")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     return parser.parse_args(argv)
 
