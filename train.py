@@ -135,9 +135,9 @@ def add_lora(net: nn.Module, rank: int) -> None:
     net.requires_grad_(False)
     for module in list(net.modules()):
         name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
-        if isinstance(module, nn.Linear | nn.MultiheadAttention):
-            lora = LoRA(getattr(module, name), rank)
-            parametrize.register_parametrization(module, name, lora)
+        weight = getattr(module, name, None)
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
+            parametrize.register_parametrization(module, name, LoRA(weight, rank))
 
 
 def plain_weights(net: nn.Module) -> dict[str, Tensor]:
@@ -575,15 +575,15 @@ def train(
         # fp16 finds its scale by overflowing: only a loss that is not finite counts against it.
         lost = not math.isfinite(out["loss"]) if run.scaler.is_enabled() else not out["applied"]
         bad = bad + 1 if lost else 0
-        log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, lost)
+        fault = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, lost)
         if bad == MAX_BAD_STEPS:
             raise DataError(
                 f"loss or gradient was not finite {bad} steps in a row (step {done}); "
                 f"lower --lr; {args.out}/latest.pt is the last good checkpoint"
             )
         ended = done % args.steps_per_epoch == 0 or done == args.steps
-        if not bad and (ended or done % args.save_every == 0):
-            fault, saved = save_step(run, about, args, rank, done, ended), done
+        if ended or (not bad and done % args.save_every == 0):
+            fault, saved = save_step(run, about, args, rank, done, ended) or fault, done
     code = code or stop.agreed(rank, fault)
     if code not in (0, FAULT) and not bad and saved < done:
         fault = save_step(run, about, args, rank, done, False)
@@ -630,8 +630,12 @@ class Log:
 
     def add(
         self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, lost: bool
-    ) -> None:
-        """Count a step; every --log-every steps, and where it was lost, write and print a line."""
+    ) -> DataError | None:
+        """Count a step; every --log-every steps, and where it was lost, write and print a line.
+
+        Returns:
+            what failed, if the line could not be written.
+        """
         args, done = self.args, step + 1
         self.images += args.batch_size
         self.tokens += self.rank.world * sum(part.texts.computed for part in parts)
@@ -639,7 +643,7 @@ class Log:
             self.faults += 1
             print(f"stepped over {fault}", file=sys.stderr)
         if self.rank.number or not (done % args.log_every == 0 or done == args.steps or lost):
-            return
+            return None
         now = time.perf_counter()
         left = (now - self.began) / (done - self.start) * (args.steps - done)
         line = {
@@ -649,10 +653,14 @@ class Log:
             "text_tokens_per_second": self.tokens / (now - self.mark),
             **{"memory_mib": memory(self.rank.device), "bad_images": self.faults},
         }
-        with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
         report(line, args.steps, left)
         self.mark, self.images, self.tokens = now, 0, 0
+        try:
+            with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            return DataError(f"--out {args.out}: metrics cannot be written ({error.strerror})")
+        return None
 
 
 def report(line: dict[str, Any], steps: int, left: float) -> None:

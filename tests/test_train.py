@@ -371,3 +371,79 @@ def test_shards_train(tmp_path):
     assert (tmp_path / "x/latest.pt").exists()
     with pytest.raises(data.DataError, match="which shards lack"):
         train.main([*run[:-6], *SHORT, "--out", str(tmp_path / "y")])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step_and_it_goes_on(number, code, tmp_path, monkeypatch):
+    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    whole, calls = train.train_step, []
+
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return whole(*inputs)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    try:
+        run = ["--out", str(tmp_path / "x"), "--steps", "3", "--batch-size", "8"]
+        assert train.main(run) == code
+        assert torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"] == 2
+        assert train.main(run) == 0
+        assert len(calls) == 3
+    finally:
+        for kind, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(kind, handler)
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_one_cannot_go_on(tmp_path):
+    options = put(tmp_path, limit=8)
+    process = start(*options, *SHORT, "--out", tmp_path / "x", ranks=2)
+    while not (tmp_path / "x/metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    (tmp_path / "train_0_000003.png").write_bytes(b"torn")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1  # torchrun's own, for a rank's 2
+    assert "train_0_000003.png: cannot be decoded" in said
+    assert "terminate called" not in said
+    assert said.count("exitcode  : 2 ") == 2, said
+
+
+@pytest.mark.parametrize("option", [["--lora", "2"], ["--distill", "1"]])
+def test_what_a_method_adds_is_resumed_to_the_same_bits(option, tmp_path, monkeypatch):
+    run = ["--steps", "4", "--batch-size", "8", "--save-every", "2", *option]
+    assert train.main(["--out", str(tmp_path / "whole"), *run]) == 0
+    monkeypatch.setattr(train, "train_step", stop_at(2, train.train_step))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--out", str(tmp_path / "cut"), *run])
+    monkeypatch.undo()
+    assert train.main(["--out", str(tmp_path / "cut"), *run]) == 0
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "cut")[key]), key
+
+
+def stop_at(step, whole):
+    calls = []
+
+    def stopping(*inputs):
+        calls.append(1)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        return whole(*inputs)
+
+    return stopping
+
+
+def test_a_skipped_last_step_still_saves_the_run(tmp_path, monkeypatch):
+    whole, calls = train.batch_loss, []
+
+    def poisoned(*inputs):
+        calls.append(1)
+        out = whole(*inputs)
+        return {**out, "loss": out["loss"] * float("nan")} if len(calls) == 6 else out
+
+    monkeypatch.setattr(train, "batch_loss", poisoned)
+    assert train.main(short_run(tmp_path)) == 0
+    assert torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"] == 6
