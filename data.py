@@ -16,21 +16,31 @@ from (split, seed, index) alone, whose captions, paraphrases and hard negatives 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
+import importlib
+import io
+import itertools
 import json
 import math
 import os
 import random
 import sys
-from collections import Counter, defaultdict
+import tarfile
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torchvision import transforms
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from negatives import NEGATIVE_TYPES, DataError, read_captions
 
@@ -106,6 +116,7 @@ KINDS = {"place": 0.15, "relation": 0.7, "action": 0.15}  # of scenes, and how o
 JITTER = 0.05  # of centres; relations stay clear, the other axis never decides
 TEMPLATES = 3  # ways to say a claim
 TRAIN_SCENES = 1_000_000  # one epoch of the shapes world
+ROW_CONTEXTS = 2  # a packed row is at most this many contexts wide
 
 
 class Phrase(NamedTuple):
@@ -386,10 +397,13 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, one: Thing, two: Thing, width: int) ->
     pen.polygon([point(two, tip, 0), point(two, back, 0.09), point(two, back, -0.09)], fill=colour)
 
 
+Transform = Callable[[Image.Image, random.Random], Tensor]  # to uint8 [3, H, W]
+
+
 class Item(NamedTuple):
     """One training example; fault names a picture that could not be read and was stepped over."""
 
-    image: Tensor  # [3, H, W]
+    image: Tensor  # [3, H, W] uint8
     captions: Captions
     fault: str
 
@@ -397,9 +411,12 @@ class Item(NamedTuple):
 class ShapesDataset(Dataset[Item]):
     """The training scenes of the shapes world; indices are (epoch, index) pairs."""
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor], width: int, seed: int) -> None:
+    has_negatives = True
+    image_of: np.ndarray | None = None  # every caption has a picture of its own
+
+    def __init__(self, width: int, seed: int) -> None:
         """Draw pictures of `width` pixels from the scenes of `seed`."""
-        self.transform, self.width, self.seed = transform, width, seed
+        self.width, self.seed = width, seed
 
     def __len__(self) -> int:
         """Count the scenes of an epoch."""
@@ -410,48 +427,69 @@ class ShapesDataset(Dataset[Item]):
         epoch, index = key
         scene = make_scene("train", self.seed, index)
         captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}")
-        return Item(self.transform(draw_scene(scene, self.width)), captions, "")
+        return Item(pil_to_tensor(draw_scene(scene, self.width)), captions, "")
 
 
 class ManifestDataset(Dataset[Item]):
     """Photos and captions of a manifest; indices are (epoch, index) pairs.
 
     What is random (the crop, which other caption of the photo is t⁺) depends on (seed, epoch,
-    index) alone, so neither workers nor a resumed run change it.
+    index) alone, so neither workers nor a resumed run change it. Lines stay on disk: in memory a
+    caption is where its line begins and the number of its picture, 20 bytes.
     """
 
     def __init__(
         self,
         path: str | Path,
         images: str | Path,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Transform,
         seed: int = 0,
         on_bad_image: str = "stop",
     ) -> None:
-        """Read the manifest at `path`; its photos are looked up in the folder `images`.
+        """Index the manifest at `path`; its photos are looked up in the folder `images`.
 
         Raises:
             DataError: a line is malformed, or a photo is missing (checked before training).
         """
-        self.records = list(read_manifest(path))
-        if not self.records:
+        self.path, self.images, self.transform = Path(path), Path(images), transform
+        self.seed, self.on_bad_image = seed, on_bad_image
+        offsets, names = array("q"), array("q")
+        seen: set[int] = set()
+        missing: list[str] = []
+        self.has_negatives = False
+        for offset, record in _read_lines(self.path):
+            digest = hashlib.blake2b(record.image.encode(), digest_size=8).digest()
+            name = int.from_bytes(digest, "little", signed=True)
+            if name not in seen:
+                seen.add(name)
+                if not (self.images / record.image).is_file():
+                    missing.append(record.image)
+            offsets.append(offset)
+            names.append(name)
+            self.has_negatives |= any(record.negatives)
+        if not offsets:
             raise DataError(f"{path}: holds no captions; make it with negatives.py")
-        self.transform, self.seed, self.on_bad_image = transform, seed, on_bad_image
-        self.images = Path(images)
-        self.of_image: dict[str, list[int]] = defaultdict(list)
-        for i, record in enumerate(self.records):
-            self.of_image[record.image].append(i)
-        missing = [name for name in self.of_image if not (self.images / name).is_file()]
-        if missing and (on_bad_image == "stop" or len(missing) == len(self.of_image)):
+        if missing and (on_bad_image == "stop" or len(missing) == len(seen)):
             raise DataError(
-                f"--images {images}: {len(missing)} of {len(self.of_image)} pictures of {path} "
+                f"--images {images}: {len(missing)} of {len(seen)} pictures of {path} "
                 f"are not there, the first is {missing[0]}; point --images at their folder"
-                + (" or pass --on-bad-image skip" if len(missing) < len(self.of_image) else "")
+                + (" or pass --on-bad-image skip" if len(missing) < len(seen) else "")
             )
+        self.offsets = np.array(offsets)
+        _, numbers = np.unique(np.array(names), return_inverse=True)
+        self.image_of: np.ndarray = numbers.astype(np.int32)  # the number of each one's picture
+        self.by_image = np.argsort(self.image_of, kind="stable").astype(np.int32)
+        self.first = np.searchsorted(self.image_of[self.by_image], np.arange(len(seen) + 1))
 
     def __len__(self) -> int:
         """Count the captions."""
-        return len(self.records)
+        return len(self.offsets)
+
+    def record(self, index: int) -> Record:
+        """Read the line of a caption."""
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[index]))
+            return parse_record(file.readline(), f"{self.path}, byte {self.offsets[index]}")
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         """Load the example (epoch, index), or the next readable one where that is asked for."""
@@ -459,7 +497,7 @@ class ManifestDataset(Dataset[Item]):
         faults = []
         for step in range(len(self)):
             i = (index + step) % len(self)
-            record = self.records[i]
+            record = self.record(i)
             try:
                 image = open_image(self.images / record.image)
             except DataError as error:
@@ -467,31 +505,192 @@ class ManifestDataset(Dataset[Item]):
                     raise
                 faults.append(str(error))
                 continue
-            others = [self.records[j].caption for j in self.of_image[record.image] if j != i]
-            others = [text for text in others if text != record.caption]
-            positive = random.Random(f"{self.seed}:{epoch}:{i}").choice(others) if others else None
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, epoch, i)) % 2**63)
-                tensor = self.transform(image)
-            return Item(
-                tensor, Captions(record.caption, positive, record.negatives), "; ".join(faults)
-            )
+            rng = random.Random(f"{self.seed}:{epoch}:{i}")
+            tensor = self.transform(image, rng)
+            captions = Captions(record.caption, self._positive(i, record, rng), record.negatives)
+            return Item(tensor, captions, "; ".join(faults))
         raise DataError(f"--images {self.images}: not one picture could be read; {faults[0]}")
 
+    def _positive(self, index: int, record: Record, rng: random.Random) -> str | None:
+        """Another caption of the same picture, or None."""
+        number = self.image_of[index]
+        others = self.by_image[self.first[number] : self.first[number + 1]].tolist()
+        rng.shuffle(others)
+        texts = (self.record(other).caption for other in others if other != index)
+        return next((text for text in texts if text != record.caption), None)
 
-def open_image(path: str | Path) -> Image.Image:
-    """Decode a picture as RGB.
+
+class Mixture(Dataset[Item]):
+    """Several sources, each with a share of every batch; keys are (source, epoch, index)."""
+
+    def __init__(
+        self,
+        sources: Sequence[ShapesDataset | ManifestDataset],
+        weights: Sequence[float],
+        batch: int,
+        seed: int,
+        one_caption: bool,
+    ) -> None:
+        """Plan batches: each source runs through its own epochs, at the pace of its share.
+
+        Args:
+            sources: the data sets.
+            weights: their shares of a batch, of any sum.
+            batch: items of a global batch.
+            seed: of the order.
+            one_caption: keep captions of the same picture out of each other's batches.
+
+        Raises:
+            DataError: a source is too small for its share, or its share is less than one item.
+        """
+        self.sources, self.seed, self.one_caption = sources, seed, one_caption
+        self.shares = share_batch(batch, weights)
+        self.steps = [
+            len(self._order(s, 0)) if share else 0 for s, share in enumerate(self.shares)
+        ]  # of each source's epoch
+        for source, share, steps in zip(sources, self.shares, self.steps, strict=True):
+            name = getattr(source, "path", "the shapes world")
+            if not share:
+                raise DataError(f"--data {name}: its weight is less than one item of a batch")
+            if not steps:
+                images = source.image_of if one_caption else None
+                count = len(source) if images is None else images.max() + 1
+                what = "captions" if images is None else "pictures"
+                raise DataError(
+                    f"--batch-size {batch}: takes {share} {what} of {name}, which has {count}; "
+                    "use a smaller batch"
+                )
+
+    def _order(self, s: int, epoch: int) -> np.ndarray:
+        images = self.sources[s].image_of if self.one_caption else None
+        return epoch_batches(len(self.sources[s]), images, self.shares[s], self.seed, epoch, s)
+
+    def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Yield the keys of the global batches of steps start to stop."""
+        at: list[tuple[int, np.ndarray]] = [(-1, np.empty(0))] * len(self.sources)
+        for step in range(start, stop):
+            keys = []
+            for s, steps in enumerate(self.steps):
+                if step // steps != at[s][0]:
+                    at[s] = step // steps, self._order(s, step // steps)
+                epoch, order = at[s]
+                keys += [(s, epoch, i) for i in order[step % steps].tolist()]
+            yield keys
+
+    def __len__(self) -> int:
+        """Count the captions of all sources."""
+        return sum(len(source) for source in self.sources)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Item:
+        """Load the example (source, epoch, index)."""
+        return self.sources[key[0]][key[1:]]
+
+
+class ShardStream(IterableDataset[Item]):
+    """Examples of webdataset shards, read one after the other and without end.
+
+    Each worker of each rank reads shards of its own (all read all where there are too few), in an
+    order of (seed, pass), and draws from a buffer of 1,000 examples by (seed, start, rank, worker).
+    A resumed run begins a new stream: unlike a manifest's, its batches are not those of a run
+    that was not cut off.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        transform: Transform,
+        seed: int,
+        place: tuple[int, int, int],
+        on_bad_image: str = "stop",
+    ) -> None:
+        """Read the shards of a brace pattern, "cc3m-{000..331}.tar".
+
+        Args:
+            shards: files or URLs, as webdataset reads them.
+            transform: of each picture.
+            seed: of the order.
+            place: the step to begin with, this rank, the number of ranks.
+            on_bad_image: "stop" or "skip".
+
+        Raises:
+            DataError: webdataset is missing, or a shard is.
+        """
+        try:
+            reader: Any = importlib.import_module("webdataset")
+        except ImportError:
+            raise DataError("--data *.tar needs webdataset: pip install webdataset") from None
+        self.shards = list(reader.SimpleShardList(shards).urls)
+        missing = [x for x in self.shards if ":" not in x and not os.path.exists(x)]
+        if missing:
+            raise DataError(f"--data {missing[0]}: no such shard; check the pattern")
+        self.transform, self.seed, self.place = transform, seed, place
+        self.on_bad_image = on_bad_image
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield this worker's examples."""
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        start, rank, ranks = self.place
+        slot, slots = rank * workers + number, ranks * workers
+        rng = random.Random(f"{self.seed}:{start}:{slot}")
+        waiting: list[dict[str, Any]] = []
+        faults: list[str] = []
+        for sample in self._samples(slot, slots):
+            waiting.append(sample)
+            if len(waiting) < 1000:
+                continue
+            chosen = rng.randrange(len(waiting))
+            waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
+            try:
+                record, image = _read_sample(waiting.pop())
+            except DataError as error:
+                if self.on_bad_image == "stop":
+                    raise
+                faults.append(str(error))
+                continue
+            captions = Captions(record.caption, None, record.negatives)
+            yield Item(self.transform(image, rng), captions, "; ".join(faults))
+            faults = []
+
+    def _samples(self, slot: int, slots: int) -> Iterator[dict[str, Any]]:
+        reader: Any = importlib.import_module("webdataset")
+        for turn in itertools.count():
+            order = list(self.shards)
+            random.Random(f"{self.seed}:{turn}").shuffle(order)
+            mine = order[slot::slots] if slots <= len(order) else order
+            try:
+                yield from reader.tarfile_samples({"url": url} for url in mine)
+            except (OSError, ValueError, tarfile.TarError) as error:
+                raise DataError(f"--data: a shard cannot be read ({error})") from None
+
+
+def _read_sample(sample: dict[str, Any]) -> tuple[Record, Image.Image]:
+    """The record and the picture of a shard's sample: .json (or .txt), and .jpg, .png or .webp."""
+    place = f"{sample['__url__']}: {sample['__key__']}"
+    fields = {"image": sample["__key__"]}
+    if "txt" in sample:
+        fields["caption"] = sample["txt"].decode("utf-8", "replace")
+    record = parse_record(sample.get("json", b"{}"), place, fields)
+    kind = next((kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
+    if kind is None:
+        raise DataError(f"{place}: has no .jpg, .png or .webp")
+    return record, open_image(io.BytesIO(sample[kind]), place)
+
+
+def open_image(file: str | Path | io.BytesIO, name: str | None = None) -> Image.Image:
+    """Decode a picture as RGB; `name` stands for it in messages.
 
     Raises:
         DataError: the file is missing or is not a picture.
     """
+    name = name or str(file)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if not Path(path).exists():
-            raise DataError(f"{path}: no such picture") from None
-        raise DataError(f"{path}: cannot be decoded ({error})") from None
+        raise DataError(f"{name}: cannot be decoded ({error})") from None
 
 
 class Record(NamedTuple):
@@ -509,37 +708,47 @@ def read_manifest(path: str | Path) -> Iterator[Record]:
     Raises:
         DataError: naming file and line, if a line is not a record or its image leaves the folder.
     """
+    return (record for _, record in _read_lines(Path(path)))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, Record]]:
+    """Yield where each record's line begins, and the record."""
+    offset = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = _parse_record(line, f"{path}:{number}")
-                    if record is not None:
-                        yield record
+                header = number == 1 and line.lstrip().startswith(b'{"manifest"')
+                if line.strip() and not header:
+                    yield offset, parse_record(line, f"{path}:{number}")
+                offset += len(line)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text; a manifest is JSON lines") from None
 
 
-def _parse_record(line: str, place: str) -> Record | None:
+def parse_record(line: bytes, place: str, known: dict[str, str] | None = None) -> Record:
+    """Read one record, whose missing fields may be known already.
+
+    Raises:
+        DataError: naming the place, if it is not a record or its image leaves the folder.
+    """
     try:
         fields = json.loads(line)
+    except UnicodeDecodeError:
+        raise DataError(f"{place}: is not UTF-8 text; a manifest is JSON lines") from None
     except (json.JSONDecodeError, RecursionError):
         raise DataError(f"{place}: is not JSON; a manifest has one record a line") from None
     if not isinstance(fields, dict):
         raise DataError(f'{place}: is not a record {{"image": ..., "caption": ...}}')
-    if "manifest" in fields:
-        return None
+    fields = {**(known or {}), **fields}
     image, caption = fields.get("image"), fields.get("caption")
     if not isinstance(image, str) or not image:
         raise DataError(f'{place}: "image" must be a file name, not {image!r}')
-    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts or "\\" in image:
+    if image.startswith("/") or "\\" in image or (".." in image and ".." in image.split("/")):
         raise DataError(f'{place}: "image" {image!r} leaves the folder of --images')
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(f'{place}: "caption" must be a sentence, not {caption!r}')
     negatives = fields.get("negatives") or {}
-    if not isinstance(negatives, dict) or not set(negatives) <= set(NEGATIVE_TYPES):
+    if not isinstance(negatives, dict) or not negatives.keys() <= set(NEGATIVE_TYPES):
         raise DataError(f'{place}: "negatives" must have the keys {", ".join(NEGATIVE_TYPES)}')
     texts = tuple(negatives.get(name) for name in NEGATIVE_TYPES)
     if any(text is not None and (not isinstance(text, str) or not text.strip()) for text in texts):
@@ -548,128 +757,238 @@ def _parse_record(line: str, place: str) -> Record | None:
 
 
 class PackedText(NamedTuple):
-    """M tokenised captions, several in a row.
+    """M tokenised captions laid into R rows as prefix trees: what captions share stands once.
 
-    Where the tokenizer is not CLIP's, captions stay one to a row and `segments` is empty.
+    In a causal tower a token's state depends on the tokens before it alone, so captions that begin
+    alike may share the states of their beginning. A row holds its captions in the order of their
+    tokens; token j is seen by itself and by those that follow it, up to stops[j]. Where the
+    tokenizer is not CLIP's, captions stay one to a row and the other tensors are empty.
     """
 
     tokens: Tensor  # [R, L] int64
-    positions: Tensor  # [R, L] int64, starting at 0 with each caption
-    segments: Tensor  # [R, L] int64, which caption of the row; -1 is padding
-    ends: Tensor  # [M] int64, where in R·L each caption's end-of-text stands
+    positions: Tensor  # [R, L] int64, in the caption
+    stops: Tensor  # [R, L] int64, where in the row the captions with this token end; 0 is padding
+    reads: Tensor  # [R, E] int64, where in the row the E end-of-texts stand; padded with 0
+    where: Tensor  # [M] int64, which of the R·E ends is the caption's; equal captions share one
 
     def to(self, device: torch.device) -> PackedText:
         """Move all tensors."""
         return PackedText(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    @property
+    def computed(self) -> int:
+        """How many tokens the text tower computes."""
+        return int((self.stops > 0).sum()) if self.stops.numel() else self.tokens.numel()
 
-def pack_texts(texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor]) -> PackedText:
-    """Tokenise M captions and lay them into as few rows as fit, the longest first.
+
+def pack_texts(
+    texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor], *, share: bool = True
+) -> PackedText:
+    """Tokenise M captions and lay them into few rows, sharing what they have in common.
 
     Args:
         texts: M captions; what exceeds the context is cut, as CLIP does.
         tokenizer: an open_clip tokenizer, texts to [M, context length].
+        share: False gives every distinct caption tokens of its own.
     """
     padded = tokenizer(list(texts))  # [M, C]
     empty = padded.new_zeros(0)
     if not hasattr(tokenizer, "eot_token_id"):
-        return PackedText(padded, empty, empty, empty)
+        return PackedText(padded, empty, empty, empty, empty)
     lengths = (padded.argmax(dim=-1) + 1).tolist()  # end-of-text has the largest number
-    rows = _fill_rows(lengths, padded.shape[1])
-    width = max((sum(lengths[i] for i in row) for row in rows), default=1)
-    tokens = padded.new_zeros(len(rows), width)
-    positions, segments = torch.zeros_like(tokens), torch.full_like(tokens, -1)
-    ends = padded.new_zeros(len(lengths))
-    count = torch.arange(padded.shape[1])
+    sequences = [tuple(row[:n]) for row, n in zip(padded.tolist(), lengths, strict=True)]
+    rows, width = _fill_rows(sorted(set(sequences)), ROW_CONTEXTS * padded.shape[1], share)
+    tokens, positions, stops = np.zeros((3, len(rows), width), dtype=np.int64)
+    reads = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    slots: dict[tuple[int, ...], int] = {}
     for r, row in enumerate(rows):
-        start = 0
-        for s, i in enumerate(row):
-            stop = start + lengths[i]
-            tokens[r, start:stop] = padded[i, : lengths[i]]
-            positions[r, start:stop] = count[: lengths[i]]
-            segments[r, start:stop] = s
-            ends[i] = r * width + stop - 1
-            start = stop
-    return PackedText(tokens, positions, segments, ends)
+        at = 0
+        path: list[int] = []  # where in the row the tokens of the caption at hand stand
+        for e, (keep, sequence) in enumerate(row):
+            stops[r, path[keep:]] = at
+            path[keep:] = range(at, at + len(sequence) - keep)
+            tokens[r, path[keep:]] = sequence[keep:]
+            positions[r, path[keep:]] = range(keep, len(sequence))
+            at += len(sequence) - keep
+            reads[r, e], slots[sequence] = path[-1], r * reads.shape[1] + e
+        stops[r, path] = at
+    where = torch.tensor([slots[sequence] for sequence in sequences], dtype=torch.int64)
+    rest = (torch.from_numpy(x) for x in (tokens, positions, stops, reads))
+    return PackedText(*rest, where)  # type: ignore[call-arg]
 
 
-def _fill_rows(lengths: list[int], width: int) -> list[list[int]]:
-    """Put captions into rows of `width`: always the longest that still fits."""
-    waiting: list[list[int]] = [[] for _ in range(width + 1)]
-    for i, length in enumerate(lengths):
-        waiting[length].append(i)
-    rows: list[list[int]] = []
-    left = len(lengths)
-    while left:
-        row: list[int] = []
-        space = longest = width
-        while longest := max(
-            (n for n in range(min(space, longest), 0, -1) if waiting[n]), default=0
-        ):
-            row.append(waiting[longest].pop())
-            space -= longest
-            left -= 1
-        rows.append(row)
-    return rows
+def _fill_rows(
+    sequences: list[tuple[int, ...]], most: int, share: bool
+) -> tuple[list[list[tuple[int, tuple[int, ...]]]], int]:
+    """Cut sorted captions into rows: of as little width as keeps the number of rows least.
+
+    Returns:
+        rows of (tokens shared with the caption before, caption), and their width.
+    """
+    common = [0] * len(sequences)
+    if share:
+        for i, (one, two) in enumerate(itertools.pairwise(sequences), 1):
+            same = zip(one, two, strict=False)
+            common[i] = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
+
+    def fill(width: int) -> list[list[tuple[int, tuple[int, ...]]]]:
+        rows: list[list[tuple[int, tuple[int, ...]]]] = []
+        space = 0
+        for keep, sequence in zip(common, sequences, strict=True):
+            if not rows or len(sequence) - keep > space:
+                rows.append([])
+                space, keep = width, 0
+            rows[-1].append((keep, sequence))
+            space -= len(sequence) - keep
+        return rows
+
+    best = len(fill(most))
+    least = max(map(len, sequences), default=1)
+    widths = range(-(-least // 8) * 8, most, 8)  # attention kernels like multiples of 8
+    return next(((rows, w) for w in widths if len(rows := fill(w)) == best), (fill(most), most))
 
 
 def can_pack(model: Any) -> bool:
-    """Tell whether the text tower is OpenAI's: causal, read at the end-of-text token."""
+    """Tell whether the text tower is OpenAI's: causal, plain blocks, read at the end-of-text."""
     tower = getattr(model, "text", model)
-    parts = (
-        "token_embedding",
-        "positional_embedding",
-        "transformer",
-        "ln_final",
-        "text_projection",
-    )
-    if not all(hasattr(tower, part) for part in parts):
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+    if not all(hasattr(tower, part) for part in (*parts, "text_projection")):
         return False
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
+    end = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
     mask, extra = getattr(tower, "attn_mask", None), getattr(tower, "cls_emb", None)
-    return pool in ("argmax", "eos") and mask is not None and extra is None
+    reads_end = pool == "argmax" or (
+        pool == "eos" and end == tower.token_embedding.weight.shape[0] - 1
+    )
+    return reads_end and mask is not None and extra is None and _plain(tower.transformer)
+
+
+def _plain(transformer: Any) -> bool:
+    """Tell whether all blocks are the ones that `_run_block` knows."""
+    return all(
+        type(block).__name__ == "ResidualAttentionBlock"
+        and isinstance(block.attn, nn.MultiheadAttention)
+        and block.attn.in_proj_weight is not None
+        and not block.attn.dropout
+        and not hasattr(block, "ln_1_kv")
+        for block in getattr(transformer, "resblocks", [None])
+    )
+
+
+def text_layout(model: Any) -> str:
+    """Say how `encode_text` runs this model's captions."""
+    if can_pack(model):
+        return "packed as prefix trees"
+    trims = hasattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id")
+    return "one to a row, cut to the longest" if trims else "one to a row at full length"
 
 
 def encode_text(model: Any, packed: PackedText) -> Tensor:
     """Encode packed captions to [M, D]: not normalised, equal to `model.encode_text`.
 
-    Every caption sees itself alone: the mask is causal within a caption and closed between
-    captions. A tower that is not OpenAI's gets its captions one to a row at full length.
+    A tower that is not OpenAI's gets its captions one to a row: cut to the longest where it masks
+    padding itself (Hugging Face's), else at full length.
     """
-    if not len(packed.segments):
-        return model.encode_text(packed.tokens)
+    if not len(packed.where):
+        pad = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
+        longest = packed.tokens.shape[1]
+        if pad is not None:
+            longest = int((packed.tokens != pad).any(dim=0).nonzero().max()) + 1
+        return model.encode_text(packed.tokens[:, :longest])
     if not can_pack(model):
         return model.encode_text(_unpack(packed, model))
     tower = getattr(model, "text", model)
     x = tower.token_embedding(packed.tokens) + tower.positional_embedding[packed.positions]
     x = x.to(tower.transformer.get_cast_dtype())  # [R, L, width]
-    same = packed.segments[:, :, None] == packed.segments[:, None, :]  # [R, L, L]
-    mask = torch.zeros(same.shape, dtype=x.dtype, device=x.device)
-    mask = mask.masked_fill(~same.tril(), float("-inf"))
-    heads = tower.transformer.resblocks[0].attn.num_heads
-    x = tower.transformer(x, attn_mask=mask.repeat_interleave(heads, dim=0))
-    x = tower.ln_final(x.flatten(0, 1)[packed.ends])  # [M, width]
+    count = torch.arange(x.shape[1], device=x.device)
+    seen = _seen(packed.stops, count.expand(packed.stops.shape))  # [R, L, L]
+    x = _run_blocks(tower.transformer, x, packed.reads, seen)  # [R, E, width]
+    x = tower.ln_final(x.flatten(0, 1)[packed.where])  # [M, width]
     project = tower.text_projection
     if project is None:
         return x
     return project(x) if isinstance(project, nn.Module) else x @ project
 
 
+def _seen(stops: Tensor, rows: Tensor) -> Tensor:
+    """Which tokens [R, N, L] the tokens at `rows` [R, N] see: themselves and those before them."""
+    keys = torch.arange(stops.shape[1], device=stops.device)
+    before = (keys <= rows[..., None]) & (rows[..., None] < stops[:, None])
+    return before | (keys == rows[..., None])
+
+
+def encode_image(model: Any, images: Tensor) -> Tensor:
+    """Encode pictures to [B, D]: not normalised, equal to `model.encode_image`.
+
+    Where the tower is a plain ViT that is read at its class token, the last block computes that
+    token alone.
+    """
+    tower = model.visual
+    known = type(tower).__name__ == "VisionTransformer" and hasattr(tower, "_embeds")
+    if not (known and tower.pool_type == "tok" and tower.attn_pool is None):
+        return model.encode_image(images)
+    if not _plain(tower.transformer) or tower.output_tokens:
+        return model.encode_image(images)
+    x = tower._embeds(images)  # [B, patches + 1, width]
+    first = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+    x = tower.ln_post(_run_blocks(tower.transformer, x, first, None)[:, 0])
+    return x if tower.proj is None else x @ tower.proj
+
+
+def _run_blocks(transformer: Any, x: Tensor, reads: Tensor, seen: Tensor | None) -> Tensor:
+    """Run pre-norm blocks on [R, L, width]; returns the tokens at `reads` [R, E], all that is read.
+
+    Args:
+        transformer: open_clip's, with plain blocks.
+        x: embedded tokens.
+        reads: which tokens of each row are wanted; only they go through all of the last block.
+        seen: which tokens [R, L, L] each one attends to; None for all.
+    """
+    *blocks, last = transformer.resblocks
+    mask = None if seen is None else seen[:, None]  # [R, 1, L, L], for all heads
+    for block in blocks:
+        if transformer.grad_checkpointing and torch.is_grad_enabled():
+            x = torch.utils.checkpoint.checkpoint(
+                _run_block, block, x, None, mask, use_reentrant=False
+            )
+        else:
+            x = _run_block(block, x, None, mask)
+    if mask is not None:
+        mask = mask.take_along_dim(reads[:, None, :, None], dim=2)  # [R, 1, E, L]
+    return _run_block(last, x, reads, mask)
+
+
+def _run_block(block: Any, x: Tensor, reads: Tensor | None, mask: Tensor | None) -> Tensor:
+    """One block of open_clip's transformer, for all tokens or for those at `reads` [R, E]."""
+    attn = block.attn
+    normed = block.ln_1(x)
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    if reads is None:
+        q, k, v = F.linear(normed, weight, bias).chunk(3, dim=-1)
+    else:
+        index, width = reads[..., None], x.shape[-1]
+        x, wanted = x.take_along_dim(index, dim=1), normed.take_along_dim(index, dim=1)
+        q = F.linear(wanted, weight[:width], bias[:width])
+        k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [R, heads, N, width / heads]
+    x = x + block.ls_1(attn.out_proj(mixed.transpose(1, 2).flatten(2)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
 def _unpack(packed: PackedText, model: Any) -> Tensor:
     """The captions one to a row again, padded with 0 to the model's context length."""
-    positions, tokens = packed.positions.flatten(), packed.tokens.flatten()
     context = getattr(model, "context_length", None) or model.text.context_length
-    padded = tokens.new_zeros(len(packed.ends), context)
-    for i, end in enumerate(packed.ends.tolist()):
-        length = int(positions[end]) + 1
-        padded[i, :length] = tokens[end + 1 - length : end + 1]
-    return padded
+    ends = packed.tokens.new_zeros(*packed.reads.shape, context)  # [R, E, C]
+    r, e, j = _seen(packed.stops, packed.reads).nonzero().unbind(dim=1)
+    ends[r, e, packed.positions[r, j]] = packed.tokens[r, j]
+    return ends.flatten(0, 1)[packed.where]
 
 
 class Batch(NamedTuple):
     """B pictures and their texts: B captions, then the positives, then the negatives that exist."""
 
-    images: Tensor  # [B, 3, H, W]
+    images: Tensor  # [B, 3, H, W] uint8
     texts: PackedText
     positive_valid: Tensor  # [B] bool, which captions have a positive
     valid: Tensor  # [B, K] bool, which negatives exist
@@ -678,10 +997,15 @@ class Batch(NamedTuple):
 
 
 class Collate:
-    """Makes a Batch of Items; in a class only because workers must be able to pickle it."""
+    """Makes Batches of Items; in a class only because workers must be able to pickle it."""
 
     def __init__(
-        self, tokenizer: Callable[[list[str]], Tensor], *, positives: bool, negatives: str
+        self,
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        positives: bool,
+        negatives: str,
+        part: int = 0,
     ) -> None:
         """Leave out what the recipe does not read.
 
@@ -689,11 +1013,17 @@ class Collate:
             tokenizer: an open_clip tokenizer.
             positives: whether the loss reads t⁺.
             negatives: "none", "valid", or "all": an empty text where one is missing (as released).
+            part: pictures of each Batch; 0 makes one of all items.
         """
         self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
+        self.part = part
 
-    def __call__(self, items: list[Item]) -> Batch:
-        """Stack the pictures and pack all texts of the batch together."""
+    def __call__(self, items: list[Item]) -> list[Batch]:
+        """Cut the items into parts and pack the texts of each together."""
+        part = self.part or len(items)
+        return [self._batch(items[i : i + part]) for i in range(0, len(items), part)]
+
+    def _batch(self, items: list[Item]) -> Batch:
         captions = [item.captions for item in items]
         positives = [c.positive if self.positives else None for c in captions]
         valid = torch.tensor([[text is not None for text in c.negatives] for c in captions])
@@ -722,50 +1052,92 @@ def split_features(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tens
     b, k = batch.valid.shape
     has, made = batch.positive_valid.nonzero()[:, 0], batch.encoded.flatten().nonzero()[:, 0]
     captions, found, edited = features.split([b, len(has), len(made)])
+    has, made = has.to(features.device), made.to(features.device)
     positives = torch.zeros_like(captions).index_copy(0, has, found)
     negatives = features.new_zeros(b * k, features.shape[1]).index_copy(0, made, edited)
     return captions, positives, negatives.view(b, k, -1)
 
 
-def batch_indices(
-    size: int, batch: int, seed: int, start: int, stop: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield the (epoch, index) pairs of the global batches of steps start to stop.
+def epoch_batches(
+    size: int, image_of: np.ndarray | None, batch: int, seed: int, epoch: int, source: int = 0
+) -> np.ndarray:
+    """Order one epoch of a source: indices [steps, batch], a permutation of (seed, epoch, source).
 
-    Each epoch is a permutation of its own, made from (seed, epoch); what does not fill a batch is
-    left out.
+    With `image_of`, the number of each caption's picture, no batch has two captions of one picture:
+    an epoch is a series of rounds, and round r takes the r-th caption, in the shuffled order, of
+    every picture that has so many. What does not fill a batch at the end of a round is left out of
+    this epoch; the next epoch shuffles anew. The number of steps is the same in every epoch.
     """
-    per_epoch = size // batch
-    epoch, order = -1, torch.empty(0)
-    for step in range(start, stop):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
-            order = torch.randperm(size, generator=generator)
-        first = step % per_epoch * batch
-        yield [(epoch, i) for i in order[first : first + batch].tolist()]
+    generator = torch.Generator().manual_seed(hash((seed, epoch, source)) % 2**63)
+    order = torch.randperm(size, generator=generator).numpy()
+    counts = np.array([size])
+    if image_of is not None:
+        images = image_of[order]
+        grouped = np.argsort(images, kind="stable")
+        new = np.diff(images[grouped], prepend=-1) != 0
+        place = np.arange(size)
+        turn = np.empty_like(place)  # which round each caption is in
+        turn[grouped] = place - np.maximum.accumulate(np.where(new, place, 0))
+        order, counts = order[np.argsort(turn, kind="stable")], np.bincount(turn)
+    starts = np.cumsum(counts) - counts
+    rounds = [order[a : a + n // batch * batch] for a, n in zip(starts, counts, strict=True)]
+    return np.concatenate(rounds).reshape(-1, batch)
 
 
-def train_transform(model: Any, crop: float = 0.9) -> Callable[[Image.Image], Tensor]:
-    """Crop 90 to 100 % of a photo at random, resize, normalise as the model wants it."""
+def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
+    """Divide a batch by weights; what is left goes to the largest remainders."""
+    exact = [batch * weight / sum(weights) for weight in weights]
+    parts = [int(part) for part in exact]
+    for i in sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])[: batch - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def train_transform(model: Any, least: float = 0.9) -> Transform:
+    """Cut a random part of a photo, `least` to all of its area, and resize it as the model wants.
+
+    The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
+    """
+    size = picture_size(model)
+    name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
+    mode = Image.Resampling[name.upper()]
+    return functools.partial(_cut, size=size, least=least, mode=mode)
+
+
+def _cut(
+    image: Image.Image, rng: random.Random, size: int, least: float, mode: Image.Resampling
+) -> Tensor:
+    """Return uint8 [3, size, size]."""
+    width, height = image.size
+    w, h = width, height  # where no part fits: of the nearest ratio, from the middle
+    if width / height > 4 / 3:
+        w = round(height * 4 / 3)
+    elif width / height < 3 / 4:
+        h = round(width * 4 / 3)
+    x, y = (width - w) // 2, (height - h) // 2
+    for _ in range(10):
+        area = width * height * rng.uniform(least, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            w, h = across, down
+            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    part = image.crop((x, y, x + w, y + h)).resize((size, size), mode)
+    return pil_to_tensor(part)
+
+
+def picture_size(model: Any) -> int:
+    """Width and height in pixels of the pictures that the model reads."""
+    size = model.visual.preprocess_cfg["size"]
+    return size if isinstance(size, int) else size[0]
+
+
+def normalise(images: Tensor, model: Any) -> Tensor:
+    """Turn uint8 pictures [B, 3, H, W] into what the model wants, on their device."""
     cfg = model.visual.preprocess_cfg
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    mode = transforms.InterpolationMode(cfg.get("interpolation", "bicubic"))
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(crop, 1.0), interpolation=mode),
-            transforms.ToTensor(),
-            transforms.Normalize(cfg["mean"], cfg["std"]),
-        ]
-    )
-
-
-def shapes_transform(model: Any) -> tuple[Callable[[Image.Image], Tensor], int]:
-    """Normalise drawn scenes, without a crop that could hide a thing; and their width."""
-    cfg = model.visual.preprocess_cfg
-    size = cfg["size"] if isinstance(cfg["size"], int) else cfg["size"][0]
-    steps = [transforms.ToTensor(), transforms.Normalize(cfg["mean"], cfg["std"])]
-    return transforms.Compose(steps), size
+    mean, std = (images.new_tensor(cfg[key], dtype=torch.float32) for key in ("mean", "std"))
+    return (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
 def write_manifest(path: Path, records: Iterable[dict[str, Any]], overwrite: bool) -> int:
@@ -798,6 +1170,45 @@ def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[
         yield {"image": name, "image_id": index, "caption": said.caption, "negatives": negatives}
         nothing = dict.fromkeys(NEGATIVE_TYPES)
         yield {"image": name, "image_id": index, "caption": said.positive, "negatives": nothing}
+
+
+def write_shards(manifest: Path, images: Path, out: Path, size: int) -> int:
+    """Write a manifest and its pictures as webdataset shards of `size` examples, and count them."""
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"--out {out}: is not empty; choose another folder")
+    count = 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        records = read_manifest(manifest)
+        for number in itertools.count():
+            chunk = list(itertools.islice(records, size))
+            if not chunk:
+                break
+            name = out / f"{number:06d}.tar"
+            partial = name.with_name(name.name + ".partial")
+            with tarfile.open(partial, "w") as tar:
+                for record in chunk:
+                    _add_sample(tar, f"{count:09d}", record, images)
+                    count += 1
+            os.replace(partial, name)
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error})") from None
+    return count
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, record: Record, images: Path) -> None:
+    try:
+        picture = (images / record.image).read_bytes()
+    except OSError as error:
+        raise DataError(f"{images / record.image}: cannot be read ({error.strerror})") from None
+    fields = record._asdict() | {
+        "negatives": dict(zip(NEGATIVE_TYPES, record.negatives, strict=True))
+    }
+    suffix = Path(record.image).suffix.lower()
+    for ending, content in ((suffix, picture), (".json", json.dumps(fields).encode())):
+        info = tarfile.TarInfo(key + ending)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
 
 
 def check(path: Path, images: Path) -> None:
@@ -855,6 +1266,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--limit", type=int, default=1000, help="scenes (default 1000)")
     sub.add_argument("--seed", type=int, default=0, help="default 0")
     sub.add_argument("--overwrite", action="store_true", help="replace --out")
+    sub = commands.add_parser("shards", help="write a manifest and its pictures as .tar shards")
+    sub.add_argument("manifest", type=Path, help="manifest (.jsonl)")
+    sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the shards to write")
+    sub.add_argument("--size", type=int, default=10_000, help="examples of a shard (default 10000)")
     sub = commands.add_parser(
         "check", help="decode every picture of a manifest, count, find copies"
     )
@@ -868,6 +1284,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.command == "check":
         check(args.manifest, args.images)
+        return
+    if args.command == "shards":
+        count = write_shards(args.manifest, args.images, args.out, max(1, args.size))
+        print(f"{count} examples written to {args.out}")
         return
     if args.out.exists() and not args.overwrite:
         raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import gc
 import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from data import (
@@ -38,13 +42,16 @@ from data import (
     Collate,
     DataError,
     ManifestDataset,
+    Mixture,
     PackedText,
     ShapesDataset,
-    batch_indices,
-    can_pack,
+    ShardStream,
+    encode_image,
     encode_text,
-    shapes_transform,
+    normalise,
+    picture_size,
     split_features,
+    text_layout,
     train_transform,
 )
 from evaluate import PRECISIONS, TINY_CONFIG, Model, load_model, pick_device, write_text
@@ -61,9 +68,14 @@ DEFAULTS = {
         **{"model": TINY_CONFIG.stem, "save_every": 100},
     },
 }
+LOSS_OPTIONS = (
+    *("imc", "imc_weight", "cmr_weight", "threshold", "cap", "fixed_threshold"),
+    *("own_weight", "focal_gamma", "label_smoothing"),
+)
 # Options that do not shape the trajectory: a resumed run may change them.
-FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images"}
+FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
 MAX_BAD_STEPS = 3
+FAULT = 255  # a rank cannot go on; above every signal's number
 
 
 class Rank(NamedTuple):
@@ -82,18 +94,71 @@ class Towers(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, images: Tensor, texts: PackedText) -> tuple[Tensor, Tensor, Tensor]:
-        """Return unit-length image features [B, D], text features [M, D] and logit_scale."""
-        image_features = F.normalize(self.net.encode_image(images).float(), dim=-1)
-        text_features = F.normalize(encode_text(self.net, texts).float(), dim=-1)
-        return image_features, text_features, self.net.logit_scale.exp()
+    def forward(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
+        """Encode uint8 pictures [B, 3, H, W] and M texts.
+
+        Returns:
+            unit-length image features [B, D] and text features [M, D], logit_scale, and logit_bias
+            where the model has one (SigLIP).
+        """
+        image_features = encode_image(self.net, normalise(images, self.net))
+        text_features = encode_text(self.net, texts)
+        bias = getattr(self.net, "logit_bias", None)
+        return (
+            F.normalize(image_features.float(), dim=-1),
+            F.normalize(text_features.float(), dim=-1),
+            self.net.logit_scale.exp(),
+            *([] if bias is None else [bias + 0]),
+        )
+
+
+class LoRA(nn.Module):
+    """W + up · down, of low rank, in place of a frozen W (Hu et al., arXiv 2106.09685; alpha = r).
+
+    FSC-CLIP (arXiv 2410.05210) tunes CLIP this way, with rank 4 and learning rate 5e-5.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        """Begin at zero change of a weight [out, in]."""
+        super().__init__()
+        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the layer computes with."""
+        return weight + self.up @ self.down
+
+
+def add_lora(net: nn.Module, rank: int) -> None:
+    """Freeze a model and give each linear layer and attention of it a change of low rank."""
+    net.requires_grad_(False)
+    for module in list(net.modules()):
+        name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
+        weight = getattr(module, name, None)
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
+            parametrize.register_parametrization(module, name, LoRA(weight, rank))
+
+
+def plain_weights(net: nn.Module) -> dict[str, Tensor]:
+    """The state_dict in open_clip's layout, with LoRA's changes merged into the weights."""
+    state = {}
+    for key, value in net.state_dict().items():
+        module, _, name = key.partition(".parametrizations.")
+        if not name:
+            state[key] = value
+        elif name.endswith(".original"):
+            name = name.removesuffix(".original")
+            state[f"{module}.{name}"] = getattr(net.get_submodule(module), name).detach()
+    return state
 
 
 class Run(NamedTuple):
     """What changes while training, and what a checkpoint holds."""
 
-    towers: nn.Module  # Towers, or DistributedDataParallel of it
+    towers: Any  # Towers, or DistributedDataParallel of it
     net: Any
+    teacher: Towers | None  # a moving average of net, for --distill
     loss: CEClipLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -114,74 +179,111 @@ def start_process(device: str) -> Rank:
 
 def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     """The towers, the loss, AdamW and the scaler that only fp16 needs."""
-    options = {
-        **{"imc": args.imc, "imc_weight": args.imc_weight, "cmr_weight": args.cmr_weight},
-        **{"threshold": args.threshold, "cap": args.cap, "fixed_threshold": args.fixed_threshold},
-    }
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
     loss = CEClipLoss(args.recipe, **given).to(rank.device)
-    towers: nn.Module = Towers(model.net)
+    net = model.net
+    if args.grad_checkpointing:
+        net.set_grad_checkpointing()
+    if args.tune == "text":
+        net.visual.requires_grad_(False)
+    if args.lora:
+        add_lora(net, args.lora)
+    teacher = Towers(copy.deepcopy(net)).requires_grad_(False) if args.distill else None
+    towers: nn.Module = Towers(net)
+    if args.compile:
+        towers = torch.compile(towers, dynamic=True)  # type: ignore[assignment]
     if rank.world > 1:
         ids = [rank.device.index] if rank.device.type == "cuda" else None
         towers = DistributedDataParallel(towers, device_ids=ids)
     # No decay on norms, biases and logit_scale, as CLIP was trained.
-    params = [p for p in model.net.parameters() if p.requires_grad]
+    params = [p for p in net.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.precision == "fp16")
-    return Run(towers, model.net, loss, optimizer, scaler)
+    return Run(towers, net, teacher, loss, optimizer, scaler)
 
 
-def make_dataset(
-    args: argparse.Namespace, model: Model, loss: CEClipLoss
-) -> ShapesDataset | ManifestDataset:
-    """The shapes world, or the manifest of --data; refuses data that the recipe cannot use."""
+def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
+    """The shapes world, or the manifests of --data; refuses data that the recipe cannot use."""
     if args.data is None:
-        transform, width = shapes_transform(model.net)
-        return ShapesDataset(transform, width, seed=0)
-    if args.images is None:
-        raise DataError("--images is needed with --data: the folder of the pictures")
-    transform = train_transform(model.net)
-    data = ManifestDataset(args.data, args.images, transform, args.seed, args.on_bad_image)
-    if len(data) < args.batch_size:
+        world = ShapesDataset(picture_size(model.net), seed=0)
+        return Mixture([world], [1], args.batch_size, args.seed, True)
+    folders = args.images or []
+    if len(folders) not in (1, len(args.data)):
         raise DataError(
-            f"--batch-size {args.batch_size}: {args.data} has {len(data)} captions; use fewer"
+            f"--images: {len(folders)} folders for {len(args.data)} manifests; "
+            "give one folder for all of --data, or one for each"
         )
-    if loss.needs_negatives and not any(any(record.negatives) for record in data.records):
-        raise DataError(f"--data {args.data}: holds no negatives; make them with negatives.py")
-    if loss.needs_positives and len(data.of_image) == len(data):
+    pairs = [split_weight(text) for text in args.data]
+    weights = [weight for _, weight in pairs if weight is not None]
+    if len(weights) not in (0, len(pairs)):
+        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
+    transform = train_transform(model.net)
+    sources = [
+        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image)
+        for (path, _), folder in zip(pairs, folders * (len(pairs) // len(folders)), strict=True)
+    ]
+    named = " ".join(args.data)
+    if loss.needs_negatives and not any(source.has_negatives for source in sources):
+        raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
+    if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
         raise DataError(
-            f"--data {args.data}: no picture has two captions, which --imc paired needs; "
+            f"--data {named}: no picture has two captions, which --imc paired needs; "
             "use --imc repulsion or --imc none"
         )
-    return data
+    shares = weights or [len(source) for source in sources]
+    return Mixture(sources, shares, args.batch_size, args.seed, args.captions == "one")
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """Split FILE:WEIGHT; the weight may be missing."""
+    found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
+    if found is None:
+        return text, None
+    if not float(found[2]):
+        raise DataError(f"--data {text}: the weight must be above 0; or leave the file out")
+    return found[1], float(found[2])
 
 
 def make_loader(
     args: argparse.Namespace,
-    data: ShapesDataset | ManifestDataset,
+    data: Mixture | None,
     model: Model,
     loss: CEClipLoss,
     rank: Rank,
     start: int,
-) -> Iterator[Batch]:
-    """This rank's share of each global batch from step `start` on."""
+) -> Iterator[list[Batch]]:
+    """This rank's share of each global batch from step `start` on; shards where data is None."""
     local = args.batch_size // rank.world
-    batches = batch_indices(len(data), args.batch_size, args.seed, start, args.steps)
-    mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
     kind = "valid" if loss.options["mask_invalid"] else "all"
     negatives = kind if loss.needs_negatives else "none"
-    collate = Collate(model.tokenizer, positives=loss.needs_positives, negatives=negatives)
-    loader: Any = DataLoader(
-        data,
-        batch_sampler=mine,
-        num_workers=args.workers,
-        collate_fn=collate,
-        pin_memory=rank.device.type == "cuda",
-    )
+    options: dict[str, Any] = {
+        "num_workers": args.workers,
+        "collate_fn": Collate(
+            model.tokenizer,
+            positives=loss.needs_positives,
+            negatives=negatives,
+            part=args.micro_batch or 0,
+        ),
+        "pin_memory": rank.device.type == "cuda",
+    }
+    loader: Any
+    if data is None:
+        if loss.needs_positives:
+            raise DataError(
+                "--imc paired needs a second caption of each picture, which shards lack; "
+                "use --imc repulsion or --imc none"
+            )
+        transform, place = train_transform(model.net), (start, rank.number, rank.world)
+        stream = ShardStream(args.data[0], transform, args.seed, place, args.on_bad_image)
+        loader = DataLoader(stream, batch_size=local, **options)
+    else:
+        batches = data.batches(start, args.steps)
+        mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
+        loader = DataLoader(data, batch_sampler=mine, **options)
     return iter(loader)
 
 
@@ -193,56 +295,132 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train_step(run: Run, batch: Batch, lr: float, args: argparse.Namespace) -> dict[str, float]:
+def encode(towers: nn.Module, part: Batch, args: argparse.Namespace) -> list[Tensor]:
+    """Run both towers on a part of the batch; returns what `Towers` does."""
+    device = next(towers.parameters()).device
+    dtype = PRECISIONS[args.precision]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return list(towers(part.images.to(device, non_blocking=True), part.texts.to(device)))
+
+
+def batch_loss(
+    run: Run,
+    parts: list[Batch],
+    features: list[list[Tensor]],
+    taught: list[list[Tensor]],
+    weight: float,
+) -> dict[str, Tensor]:
+    """The loss of the whole batch from the features of its parts.
+
+    Args:
+        run: its loss is used, and its thresholds move on.
+        parts: this rank's pictures and texts.
+        features: what `encode` returned for each part.
+        taught: what the teacher's `encode` returned for each part; empty without a teacher.
+        weight: of the distance to the teacher.
+    """
+    split = [split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
+    captions, positives, negatives = (torch.cat(column) for column in zip(*split, strict=True))
+    images = torch.cat([f[0] for f in features])
+    scale, *bias = features[-1][2:]
+    valid = torch.cat([part.valid for part in parts]).to(images.device)
+    positive_valid = torch.cat([part.positive_valid for part in parts]).to(images.device)
+    out = run.loss(images, captions, scale, negatives, valid, positives, positive_valid, *bias)
+    if taught:
+        away = [
+            (mine[i] - old[i]).square().sum()
+            for mine, old in zip(features, taught, strict=True)
+            for i in (0, 1)
+        ]
+        drift = torch.stack(away).sum() / len(images)
+        out = {**out, "loss": out["loss"] + weight * drift, "distill": drift.detach()}
+    return out
+
+
+def gradients(run: Run, parts: list[Batch], args: argparse.Namespace) -> dict[str, Tensor]:
+    """Leave the gradients of the whole batch in the weights, and return the loss's parts.
+
+    With several parts, gradients are cached (Gao et al., arXiv 2101.06983): features without a
+    graph, the loss of all of them once, then part by part the towers again, with the gradient of
+    the loss by that part's features. That is exact, and only one part's graph is ever held.
+    """
+    taught: list[list[Tensor]] = []
+    if run.teacher is not None:
+        with torch.no_grad():
+            taught = [encode(run.teacher, part, args) for part in parts]
+    if len(parts) == 1:
+        out = batch_loss(run, parts, [encode(run.towers, parts[0], args)], taught, args.distill)
+        run.scaler.scale(out["loss"]).backward()
+        return out
+    cuda = [x for x in [next(run.net.parameters()).device] if x.type == "cuda"]
+    with torch.random.fork_rng(cuda), torch.no_grad():  # dropout will repeat itself
+        first = [encode(run.towers, part, args) for part in parts]
+    leaves = [[x.detach().requires_grad_() for x in features] for features in first]
+    out = batch_loss(run, parts, leaves, taught, args.distill)
+    run.scaler.scale(out["loss"]).backward()
+    for part, cached in zip(parts, leaves, strict=True):
+        hold = part is not parts[-1] and hasattr(run.towers, "no_sync")
+        with run.towers.no_sync() if hold else contextlib.nullcontext():
+            pairs = zip(encode(run.towers, part, args), cached, strict=True)
+            wanted = [(x, c.grad) for x, c in pairs if x.requires_grad and c.grad is not None]
+            torch.autograd.backward([x for x, _ in wanted], [grad for _, grad in wanted])
+    return out
+
+
+def train_step(
+    run: Run, parts: list[Batch], lr: float, args: argparse.Namespace
+) -> dict[str, float]:
     """One step; without effect on weights and thresholds if loss or gradient is not finite.
 
     Returns:
         the loss's parts, `grad_norm`, and `applied`: 1 if the weights were changed.
     """
-    device = next(run.net.parameters()).device
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     theta = run.loss.threshold.value.clone()
-    dtype = PRECISIONS[args.precision]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        images = batch.images.to(device, non_blocking=True)
-        image_features, features, scale = run.towers(images, batch.texts.to(device))
-        captions, positives, negatives = split_features(features, batch)
-        out = run.loss(
-            *(image_features, captions, scale, negatives, batch.valid.to(device)),
-            *(positives, batch.positive_valid.to(device)),
-        )
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(out["loss"]).backward()
+    out = gradients(run, parts, args)
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.net.parameters(), args.grad_clip or math.inf)
+    tuned = [p for p in run.net.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in tuned])
     finite = bool(torch.isfinite(out["loss"].detach()) & torch.isfinite(norm))
     if finite:
+        if args.grad_clip:
+            nn.utils.clip_grads_with_norm_(tuned, args.grad_clip, norm)
         run.scaler.step(run.optimizer)
         with torch.no_grad():
             run.net.logit_scale.clamp_(max=math.log(100))
+            if run.teacher is not None:
+                follow(run.teacher.net, run.net, args.ema)
     else:
         run.loss.threshold.value.copy_(theta)
     run.scaler.update()
-    parts = {key: float(value.detach()) for key, value in out.items()}
-    return {**parts, "grad_norm": float(norm), "applied": float(finite)}
+    values = {key: float(value.detach()) for key, value in out.items()}
+    return {**values, "grad_norm": float(norm), "applied": float(finite)}
+
+
+def follow(teacher: nn.Module, net: nn.Module, decay: float) -> None:
+    """Move the teacher's weights towards the net's, as in DeGLA (arXiv 2504.16801)."""
+    for old, new in zip(teacher.parameters(), net.parameters(), strict=True):
+        old.lerp_(new, 1 - decay)
 
 
 def checkpoint(
     run: Run, about: dict[str, Any], args: argparse.Namespace, step: int
 ) -> dict[str, Any]:
     """Everything that a resumed run needs; the weights in open_clip's layout."""
-    return {
-        "state_dict": run.net.state_dict(),
-        "kit": {**about, "recipe": args.recipe, "step": step, **versions()},
-        "train": {
-            "step": step,
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "loss": run.loss.state_dict(),
-            "rng": torch.get_rng_state(),
-        },
+    train: dict[str, Any] = {
+        "step": step,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "loss": run.loss.state_dict(),
     }
+    if args.lora:
+        train["net"] = run.net.state_dict()
+    if run.teacher is not None:
+        train["teacher"] = run.teacher.net.state_dict()
+    kit = {**about, "recipe": args.recipe, "step": step, **versions()}
+    return {"state_dict": plain_weights(run.net), "kit": kit, "train": train}
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -264,12 +442,13 @@ def resume(run: Run, path: Path) -> int:
     """Load latest.pt into the run; returns the step to go on with."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        run.net.load_state_dict(content["state_dict"])
         train = content["train"]
+        run.net.load_state_dict(train.get("net", content["state_dict"]))
+        if run.teacher is not None:
+            run.teacher.net.load_state_dict(train["teacher"])
         run.optimizer.load_state_dict(train["optimizer"])
         run.scaler.load_state_dict(train["scaler"])
         run.loss.load_state_dict(train["loss"])
-        torch.set_rng_state(train["rng"])
     except Exception as error:  # torch raises many kinds here
         reason = str(error).splitlines()[0][:160]
         raise DataError(
@@ -288,7 +467,7 @@ def versions() -> dict[str, str]:
 
 def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
     """The command line as args.json keeps it."""
-    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def check_run(out: Path, options: dict[str, Any]) -> None:
@@ -356,75 +535,132 @@ class Stop:
     def _catch(self, number: int, frame: Any) -> None:
         self.signal = number
 
-    def agreed(self, rank: Rank) -> int:
-        """The signal that any rank received, so that all stop after the same step."""
+    def agreed(self, rank: Rank, fault: DataError | None) -> int:
+        """FAULT, the signal or 0: the largest of all ranks, so that all stop together."""
+        code = self.signal if fault is None else FAULT
         if rank.world == 1:
-            return self.signal
-        flag = torch.tensor([self.signal], device=rank.device)
+            return code
+        flag = torch.tensor([code], device=rank.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
 
 
 def train(
     run: Run,
-    loader: Iterator[Batch],
+    loader: Iterator[list[Batch]],
     about: dict[str, Any],
     args: argparse.Namespace,
     rank: Rank,
     start: int,
-) -> None:
-    """Train from step `start` to the end, logging and saving on the way."""
-    stop, metrics = Stop(), args.out / "metrics.jsonl"
-    per_epoch = args.steps_per_epoch
-    bad = faults = images = tokens = 0
-    began = mark = time.perf_counter()
+) -> int:
+    """Train from step `start` to the end, logging and saving on the way; returns the exit code."""
+    stop, log = Stop(), Log(args, rank, start)
+    fault: DataError | None = None
+    bad, done, saved, code = 0, start, start, 0
     run.towers.train()
     for step in range(start, args.steps):
-        if run.loss.reset_each_epoch and step % per_epoch == 0:
+        try:
+            parts = next(loader)
+        except DataError as error:
+            fault = error
+        code = stop.agreed(rank, fault)
+        if code:
+            break
+        if run.loss.reset_each_epoch and step % args.steps_per_epoch == 0:
             run.loss.threshold.reset()
-        batch = next(loader)
-        faults += len(batch.faults)
-        for fault in batch.faults:
-            print(f"stepped over {fault}", file=sys.stderr)
+        seed_dropout(hash((args.seed, step, rank.number)) % 2**63, rank.device)
         lr = learning_rate(step, args)
-        out = train_step(run, batch, lr, args)
-        images += args.batch_size
-        tokens += rank.world * int((batch.texts.segments >= 0).sum() or batch.texts.tokens.numel())
+        out = train_step(run, parts, lr, args)
+        done = step + 1
         # fp16 finds its scale by overflowing: only a loss that is not finite counts against it.
         lost = not math.isfinite(out["loss"]) if run.scaler.is_enabled() else not out["applied"]
         bad = bad + 1 if lost else 0
-        done = step + 1
-        if rank.number == 0 and (done % args.log_every == 0 or done == args.steps or lost):
-            now = time.perf_counter()
-            left = (now - began) / (done - start) * (args.steps - done)
-            line = {
-                **{"step": done, "epoch": step // per_epoch, **out, "lr": lr},
-                "logit_scale": float(run.net.logit_scale.detach().exp()),
-                "images_per_second": images / (now - mark),
-                "text_tokens_per_second": tokens / (now - mark),
-                **{"memory_mib": memory(rank.device), "bad_images": faults},
-            }
-            with metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            report(line, args.steps, left)
-            mark, images, tokens = now, 0, 0
+        fault = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, lost)
         if bad == MAX_BAD_STEPS:
             raise DataError(
                 f"loss or gradient was not finite {bad} steps in a row (step {done}); "
                 f"lower --lr; {args.out}/latest.pt is the last good checkpoint"
             )
-        ended = done % per_epoch == 0 or done == args.steps
-        signalled = stop.agreed(rank)
-        if rank.number == 0 and not bad and (ended or signalled or done % args.save_every == 0):
-            content = checkpoint(run, about, args, done)
-            if ended:
-                weights = {key: content[key] for key in ("state_dict", "kit")}
-                save(weights, args.out / f"epoch_{math.ceil(done / per_epoch):02d}.pt")
-            save(content, args.out / "latest.pt")
-        if signalled:
-            if rank.number == 0:
-                print(f"stopped at step {done}; the same command goes on", flush=True)
-            sys.exit(128 + signalled)
+        ended = done % args.steps_per_epoch == 0 or done == args.steps
+        if ended or (not bad and done % args.save_every == 0):
+            fault, saved = save_step(run, about, args, rank, done, ended) or fault, done
+    code = code or stop.agreed(rank, fault)
+    if code not in (0, FAULT) and not bad and saved < done:
+        fault = save_step(run, about, args, rank, done, False)
+    if fault is not None:
+        reason = str(fault).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        print(f"train.py: error: {reason}", file=sys.stderr)
+    if code and rank.number == 0:
+        print(f"stopped at step {done}; the same command goes on", flush=True)
+    return 2 if code == FAULT or fault else 128 + code if code else 0
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Make a step's random numbers its own, so that a checkpoint need not hold their state."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also note a stack trace
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def save_step(
+    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int, ended: bool
+) -> DataError | None:
+    """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
+    if rank.number:
+        return None
+    content = checkpoint(run, about, args, step)
+    try:
+        if ended:
+            weights = {key: content[key] for key in ("state_dict", "kit")}
+            save(weights, args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt")
+        save(content, args.out / "latest.pt")
+    except DataError as error:
+        return error
+    return None
+
+
+class Log:
+    """Counts what went by since the last line of metrics.jsonl."""
+
+    def __init__(self, args: argparse.Namespace, rank: Rank, start: int) -> None:
+        """Begin to count at step `start`."""
+        self.args, self.rank, self.start = args, rank, start
+        self.images = self.tokens = self.faults = 0
+        self.began = self.mark = time.perf_counter()
+
+    def add(
+        self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, lost: bool
+    ) -> DataError | None:
+        """Count a step; every --log-every steps, and where it was lost, write and print a line.
+
+        Returns:
+            what failed, if the line could not be written.
+        """
+        args, done = self.args, step + 1
+        self.images += args.batch_size
+        self.tokens += self.rank.world * sum(part.texts.computed for part in parts)
+        for fault in (fault for part in parts for fault in part.faults):
+            self.faults += 1
+            print(f"stepped over {fault}", file=sys.stderr)
+        if self.rank.number or not (done % args.log_every == 0 or done == args.steps or lost):
+            return None
+        now = time.perf_counter()
+        left = (now - self.began) / (done - self.start) * (args.steps - done)
+        line = {
+            **{"step": done, "epoch": step // args.steps_per_epoch, **out},
+            "logit_scale": float(scale.detach().exp()),
+            "images_per_second": self.images / (now - self.mark),
+            "text_tokens_per_second": self.tokens / (now - self.mark),
+            **{"memory_mib": memory(self.rank.device), "bad_images": self.faults},
+        }
+        report(line, args.steps, left)
+        self.mark, self.images, self.tokens = now, 0, 0
+        try:
+            with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            return DataError(f"--out {args.out}: metrics cannot be written ({error.strerror})")
+        return None
 
 
 def report(line: dict[str, Any], steps: int, left: float) -> None:
@@ -447,15 +683,15 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def dry_run(run: Run, loader: Iterator[Batch], args: argparse.Namespace, size: int) -> None:
+def dry_run(
+    run: Run, loader: Iterator[list[Batch]], args: argparse.Namespace, data: Mixture | None
+) -> None:
     """Do one step, tell what a run would be, write nothing."""
-    batch = next(loader)
-    out = train_step(run, batch, 0.0, args)
+    out = train_step(run, next(loader), 0.0, args)
     count = sum(p.numel() for p in run.net.parameters())
     print(f"{args.model}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
-    print(
-        f"{size} captions, {args.steps} steps of {args.batch_size}, {args.steps_per_epoch} an epoch"
-    )
+    size = "shards" if data is None else f"{len(data)} captions, {args.steps_per_epoch} an epoch"
+    print(f"{args.steps} steps of {args.batch_size}; {size}")
     print(f"first batch: {', '.join(f'{key} {value:.3f}' for key, value in out.items())}")
     print("dry run: nothing was written")
 
@@ -468,21 +704,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", type=Path, help="manifest (.jsonl); without it, the shapes world")
-    add("--images", type=Path, help="folder of the manifest's pictures")
+    add("--data", nargs="+", metavar="FILE[:WEIGHT]", help="manifests, or .tar shards")
+    add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
     add("--out", type=Path, help="run directory (default runs/RECIPE)")
     add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
     add("--pretrained", help="open_clip tag or checkpoint to start from (default: random weights)")
     add("--recipe", default="ce-clip", help=f"{', '.join(RECIPES)} (default ce-clip)")
-    add("--imc", choices=IMC_VARIANTS, help="intra-modal loss (default: the recipe's)")
-    add("--imc-weight", type=float, help="its weight (default 0.2)")
-    add("--cmr-weight", type=float, help="weight of the rank loss (default 0.4)")
-    add("--threshold", choices=THRESHOLDS, help="of the rank loss (default: the recipe's)")
-    add("--cap", type=float, help="largest threshold, in logits (default 10)")
-    add("--fixed-threshold", type=float, help="of --threshold fixed, in logits (default 5)")
     add("--steps", type=int, help="length of the run (default: 700 in the shapes world)")
     add("--epochs", type=int, help="length of the run, instead of --steps (default 5 on photos)")
     add("--batch-size", type=int, help="of all ranks together (default 512; shapes 64)")
+    add("--micro-batch", type=int, help="pictures a rank encodes at once; exact (default all)")
+    add("--captions", choices=("one", "all"), help="of a picture in a batch (default one)")
     add("--lr", type=float, help="peak learning rate (default 5e-6; shapes 1e-3)")
     add("--weight-decay", type=float, default=0.1, help="default 0.1")
     add("--warmup", type=int, help="steps (default 50)")
@@ -499,6 +731,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dry-run", action="store_true", help="do one step, tell what would be done, write nothing"
     )
+    add_loss_options(parser)
+    add_method_options(parser)
     args = parser.parse_args(argv)
     if args.steps is not None and args.epochs is not None:
         parser.error("give --steps or --epochs, not both")
@@ -509,14 +743,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ):
             setattr(args, key, value)
     args.out = args.out or Path("runs") / args.recipe
+    args.captions = args.captions or ("all" if args.recipe == "released" else "one")
     return args
+
+
+def add_loss_options(parser: argparse.ArgumentParser) -> None:
+    """Options that overrule the recipe; the names are those of CEClipLoss."""
+    add = parser.add_argument_group("loss").add_argument
+    add("--imc", choices=IMC_VARIANTS, help="intra-modal loss (default: the recipe's)")
+    add("--imc-weight", type=float, help="its weight (default 0.2)")
+    add("--cmr-weight", type=float, help="weight of the rank loss (default 0.4)")
+    add("--threshold", choices=THRESHOLDS, help="of the rank loss (default: the recipe's)")
+    add("--cap", type=float, help="largest threshold, in logits (default 10)")
+    add("--fixed-threshold", type=float, help="of --threshold fixed, in logits (default 5)")
+    add("--own-weight", type=float, help="of the softmax over own negatives (default 0)")
+    add("--focal-gamma", type=float, help="how much it spares what is told apart (default 0)")
+    add("--label-smoothing", type=float, help="what its true caption gives up (default 0)")
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what is tuned, and how."""
+    add = parser.add_argument_group("method").add_argument
+    add("--tune", choices=("all", "text"), default="all", help="text freezes the image tower")
+    add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
+    add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
+    add("--ema", type=float, default=0.9996, help="decay of the teacher (default 0.9996)")
+    add("--compile", action="store_true", help="torch.compile the towers")
+    add("--grad-checkpointing", action="store_true", help="save memory, compute a third more")
 
 
 def check_args(args: argparse.Namespace, rank: Rank) -> None:
     """Refuse what cannot work before anything is loaded."""
     if args.recipe not in RECIPES:
         raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
-    for name in ("steps", "epochs", "batch_size", "log_every", "save_every"):
+    for name in ("steps", "epochs", "batch_size", "micro_batch", "log_every", "save_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
@@ -528,10 +788,26 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
         raise DataError("--lr must be above 0; --warmup, --grad-clip and --workers 0 or more")
     if args.cap is not None and not args.cap > 0:
         raise DataError(f"--cap {args.cap}: must be above 0 logits")
+    check_methods(args)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Build everything, find where a cut-off run was, train."""
+def check_methods(args: argparse.Namespace) -> None:
+    """Refuse methods that do not go together."""
+    if args.lora < 0 or args.distill < 0 or not 0 <= args.ema <= 1:
+        raise DataError("--lora and --distill must be 0 or more; --ema from 0 to 1")
+    if args.lora and (args.distill or args.tune != "all"):
+        raise DataError("--lora: goes with neither --distill nor --tune; leave one out")
+    if reads_shards(args) and (len(args.data) > 1 or not args.steps):
+        raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")
+
+
+def reads_shards(args: argparse.Namespace) -> bool:
+    """Whether --data are webdataset shards."""
+    return bool(args.data) and any(name.endswith(".tar") for name in args.data)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build everything, find where a cut-off run was, train; returns the exit code."""
     args = parse_args(argv)
     rank = start_process(args.device)
     check_args(args, rank)
@@ -541,42 +817,51 @@ def main(argv: list[str] | None = None) -> None:
     fresh = not latest.exists()
     weights = args.pretrained if fresh else str(latest)
     model = load_model(args.model, weights, device=str(rank.device))
+    if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
+        raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
     run = make_run(args, model, rank)
-    data = make_dataset(args, model, run.loss)
-    args.steps_per_epoch = len(data) // args.batch_size
+    data = None if reads_shards(args) else make_data(args, model, run.loss)
+    args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     if args.dry_run:
-        dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, len(data))
-        return
+        dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
+        return 0
     start = 0 if fresh else resume(run, latest)
     if start >= args.steps:
         if rank.number == 0:
             print(f"{args.out} is done: {start} steps; nothing to do")
-        return
+        return 0
+    loader = make_loader(args, data, model, run.loss, rank, start)
     if rank.number == 0:
         start_run(args.out, options, rank)
         trim_metrics(args.out / "metrics.jsonl", start)
-        count = sum(p.numel() for p in model.net.parameters())
-        packing = "packed" if can_pack(model.net) else "at full length, one to a row"
+        count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
         print(
-            f"{args.model} ({count / 1e6:.1f} million parameters, {model.about['activation']}), "
-            f"recipe {args.recipe}, {args.steps} steps of {args.batch_size} on {rank.world} x "
-            f"{rank.device.type}, captions {packing}, from step {start}",
+            f"{args.model} ({count / 1e6:.2f} million weights to train, "
+            f"{model.about['activation']}), recipe {args.recipe}, {args.steps} steps of "
+            f"{args.batch_size} on {rank.world} x {rank.device.type}, captions "
+            f"{text_layout(model.net)}, from step {start}",
             flush=True,
         )
-    loader = make_loader(args, data, model, run.loss, rank, start)
-    train(run, loader, model.about, args, rank, start)
-    if rank.number == 0:
+    code = train(run, loader, model.about, args, rank, start)
+    if rank.number == 0 and code == 0:
         print(f"done: {args.out}/latest.pt")
+    return code
 
 
-if __name__ == "__main__":
+def run_main() -> int:
+    """Run main; a user's mistake is one sentence and exit code 2."""
     try:
-        main()
+        return main()
     except DataError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return 2
+
+
+if __name__ == "__main__":
+    code = run_main()
+    gc.collect()  # DistributedDataParallel must go before its group: its threads would abort
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -1,0 +1,242 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: MIT
+"""Time one training step: as released, packed, and as prefix trees, taken in turns.
+
+  python scripts/bench_step.py                      # synthetic captions of COCO's lengths
+  python scripts/bench_step.py --data negatives.jsonl --out scripts/results/step.json
+  python scripts/bench_step.py --ways tree parts --batch-size 128 --micro-batch 16
+  torchrun --nproc_per_node=2 scripts/bench_step.py --ways tree
+
+ViT-B/32 with random weights and pictures; loading and tokenising are not timed.  "released" is the
+step of the paper's code: caption and four negatives padded to 77 tokens each, all through
+model.encode_text, dense logits, stock AdamW.  Ratios are medians of ratios within a round; those
+of CPU time hold where other processes take turns on the cores (with OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from data import Batch, pack_texts, read_manifest
+from evaluate import PRECISIONS, Model, load_model
+from negatives import NEGATIVE_TYPES
+
+# Tokens of COCO's captions with the two ends, Karpathy's test split: 13.5 on average.
+LENGTHS = {10: 6, 11: 16, 12: 21, 13: 18, 14: 13, 15: 9, 16: 6, 17: 4, 19: 3, 22: 2, 27: 1}
+WORDS = (
+    *("man", "dog", "red", "car", "street", "big", "two", "riding", "cat", "table", "white"),
+    *("sitting", "with", "near", "tree", "blue"),
+)
+
+
+class Way(NamedTuple):
+    """A way to do a step, and how many text tokens of a picture it computes."""
+
+    step: Callable[[], Any]
+    tokens: float
+
+
+def synthetic_texts(count: int, rng: random.Random) -> list[list[str]]:
+    """Captions of COCO's lengths, each with four versions of which one word is another."""
+    found = []
+    for _ in range(count):
+        words = rng.choices(WORDS, k=rng.choices(list(LENGTHS), list(LENGTHS.values()))[0] - 2)
+        texts = [" ".join(words)]
+        for _ in NEGATIVE_TYPES:
+            i = rng.randrange(len(words))
+            other = rng.choice([word for word in WORDS if word != words[i]])
+            texts.append(" ".join([*words[:i], other, *words[i + 1 :]]))
+        found.append(texts)
+    return found
+
+
+def manifest_texts(path: Path, count: int, rng: random.Random) -> list[list[str]]:
+    """Captions of a manifest that have all four negatives, and these."""
+    records = [record for record in read_manifest(path) if all(record.negatives)]
+    full = [[record.caption, *map(str, record.negatives)] for record in records]
+    return rng.sample(full, count)
+
+
+def make_batch(texts: list[list[str]], model: Model, size: int, share: bool) -> Batch:
+    """The batch that train.py would make of these captions and negatives."""
+    flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
+    pixels = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8)
+    valid = torch.ones(len(texts), len(NEGATIVE_TYPES), dtype=torch.bool)
+    none = torch.zeros(len(texts), dtype=torch.bool)
+    return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, valid, [])
+
+
+def released_step(
+    net: Any, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor, precision: str
+) -> None:
+    """The paper's code's step: dense logits, every text padded, the rank loss and imc on top."""
+    b = len(images)
+    dtype = PRECISIONS[precision]
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        visual = F.normalize(net.encode_image(train.normalise(images, net)), dim=-1)
+        texts = F.normalize(net.encode_text(tokens), dim=-1)
+        scale = net.logit_scale.exp()
+        labels = torch.arange(b, device=images.device)
+        to_text = scale * visual @ texts.T  # [B, 5B]
+        to_image = scale * texts[:b] @ visual.T
+        loss = (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
+        among = scale * texts[:b] @ texts[b:].T  # [B, 4B]
+        loss = loss + 0.2 * F.cross_entropy(among, torch.zeros_like(labels))
+        own = to_text[:, b:].view(b, b, -1)[labels, labels]  # [B, 4]
+        loss = loss + 0.4 * F.relu(5 + own - to_text.diagonal()[:, None]).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        net.logit_scale.clamp_(0, 4.6052)
+
+
+def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace) -> Way:
+    """The released step on these captions."""
+    device = next(model.net.parameters()).device
+    adam = torch.optim.AdamW(model.net.parameters(), lr=1e-6, eps=1e-6)
+    flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
+    tokens = model.tokenizer(flat).to(device)
+    size = train.picture_size(model.net)
+    images = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8).to(device)
+    step = functools.partial(released_step, model.net, adam, images, tokens, args.precision)
+    return Way(step, tokens.numel() / len(texts))
+
+
+def make_ours(
+    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: train.Rank, name: str
+) -> Way:
+    """The step of train.py on these captions: "packed", "tree", or "parts", a tree in parts."""
+    given = ["--imc", "repulsion", "--precision", args.precision, "--lr", "1e-6"]
+    options = train.parse_args(given)
+    run = train.make_run(options, model, rank)
+    run.towers.train()
+    part = args.micro_batch if name == "parts" else len(texts)
+    size = train.picture_size(model.net)
+    chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
+    parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
+    tokens = sum(batch.texts.computed for batch in parts) / len(texts)
+    return Way(functools.partial(train.train_step, run, parts, 1e-6, options), tokens)
+
+
+def make_ways(args: argparse.Namespace, rank: train.Rank) -> dict[str, Way]:
+    """The ways that --ways names, each with a model of its own."""
+    rng = random.Random(rank.number)
+    count = args.batch_size // rank.world
+    texts = manifest_texts(args.data, count, rng) if args.data else synthetic_texts(count, rng)
+    ways = {}
+    for name in args.ways:
+        torch.manual_seed(0)
+        model = load_model(args.model, device=str(rank.device))
+        if name == "released":
+            ways[name] = make_released(model, texts, args)
+        else:
+            ways[name] = make_ours(model, texts, args, rank, name)
+    return ways
+
+
+def seconds(step: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Time one step, by the clock and in CPU time of this process."""
+    start, used = time.perf_counter(), time.process_time()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def measure(args: argparse.Namespace, rank: train.Rank) -> dict[str, Any]:
+    """Take turns between the ways, and put their times side by side."""
+    ways = make_ways(args, rank)
+    for way in ways.values():
+        way.step()  # warm up
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(way.step, rank.device))
+    result: dict[str, Any] = {}
+    for name, way in ways.items():
+        clock, cpu = (statistics.median(column) for column in zip(*times[name], strict=True))
+        result[name] = {
+            "seconds": round(clock, 3),
+            "cpu_seconds": round(cpu, 3),
+            "images_per_second": round(args.batch_size / clock, 2),
+            "text_tokens_per_image": round(way.tokens, 1),
+        }
+        if "released" in ways and name != "released":
+            for i, key in enumerate(("times_faster", "times_faster_cpu")):
+                pairs = zip(times["released"], times[name], strict=True)
+                ratios = [slow[i] / fast[i] for slow, fast in pairs]
+                result[name][key] = round(statistics.median(ratios), 2)
+                result[name][f"{key}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
+    return {"ways": result, "memory_mib_peak": round(train.memory(rank.device))}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="manifest with negatives (default: synthetic)")
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model (default ViT-B-32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="of all ranks (default 32)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="of 'parts' (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    every = ["released", "packed", "tree", "parts"]
+    parser.add_argument("--ways", nargs="+", choices=every, default=every[:3], help="what to time")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = parse_args()
+    rank = train.start_process(args.device)
+    found = measure(args, rank)
+    about = {
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "micro_batch": args.micro_batch,
+        "captions": args.data.name if args.data else "synthetic",
+        "precision": args.precision,
+        "device": str(rank.device),
+        "ranks": rank.world,
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+    }
+    if rank.number:
+        return
+    for name, row in found["ways"].items():
+        print(name, " ".join(f"{key} {value}" for key, value in row.items()))
+    print(f"peak memory {found['memory_mib_peak']} MiB")
+    if args.out:
+        args.out.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
