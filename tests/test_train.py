@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -105,30 +104,3 @@ def test_dry_run_writes_nothing(precision, tmp_path, capsys):
     )
     assert "nothing was written" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    ("scores", "true", "verdicts", "tie"),
-    [
-        ([[0.5, 0.4]], 1, {"correct": True}, False),
-        ([[0.5, 0.5]], 1, {"correct": False}, True),
-        ([[0.5, 0.3, 0.4]], 2, {"correct": False}, False),
-        ([[0.6], [0.2], [0.7]], 1, {"correct": False}, False),
-        ([[0.6, 0.5], [0.2, 0.4]], 1, {"text": True, "image": False, "group": False}, False),
-        ([[0.6, 0.1], [0.2, 0.3]], 1, {"text": True, "image": True, "group": True}, False),
-    ],
-)
-def test_the_shape_of_the_scores_picks_the_rule(scores, true, verdicts, tie):
-    assert evaluate.judge(np.array(scores), true) == (verdicts, tie)
-
-
-def test_sugarcrepe_needs_its_photos(tmp_path):
-    (tmp_path / "sugarcrepe").mkdir()
-    row = {"filename": "1.jpg", "caption": "a", "negative_caption": "b"}
-    for name in evaluate.SUGARCREPE:
-        (tmp_path / f"sugarcrepe/{name}.json").write_text(json.dumps({"0": row}))
-    with pytest.raises(data.DataError, match="1 of 1 pictures are missing"):
-        evaluate.load_sugarcrepe(tmp_path, False)
-    (tmp_path / "val2017").mkdir()
-    (tmp_path / "val2017/1.jpg").touch()
-    assert len(evaluate.load_sugarcrepe(tmp_path, False).items) == 7
