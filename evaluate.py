@@ -1232,16 +1232,16 @@ class Encoder:
         self.known: dict[str, torch.Tensor] = {}  # features by key
         self.tokens: dict[str, torch.Tensor] = {}
         self.encoded = Counter[str]()
-        self.file: Path | None = None
+        self.cache: Path | None = None
         if args.cache:
-            self.file = args.cache / f"{self.hash[:16]}-{args.precision}.pt"
+            self.cache = args.cache / f"{self.hash[:16]}-{args.precision}"
             self._read_cache()
         model.net.eval()
 
     def images(self, names: Iterable[str | Crop]) -> Features:
         """Encode pictures by name, decoding in --workers processes."""
         names = list(dict.fromkeys(names))
-        keys = [hash_picture(name) if self.file else f"picture {name}" for name in names]
+        keys = [hash_picture(name) if self.cache else f"picture {name}" for name in names]
         return self._features("images", names, keys, self.batch, self._encode_images)
 
     def texts(self, texts: Iterable[str]) -> Features:
@@ -1275,8 +1275,8 @@ class Encoder:
         for batch, part in zip(batches, parts, strict=True):
             self.known.update(zip(batch, part, strict=True))
         self.encoded[kind] += len(todo)
-        if todo and self.file and self.rank == 0:
-            self._write_cache()
+        if todo and self.cache and self.rank == 0:
+            self._write_cache(self.cache, todo)
         rows = torch.stack([self.known[key] for key in keys]).numpy() if keys else np.zeros((0, 1))
         return Features(rows, {name: i for i, name in enumerate(names)})
 
@@ -1303,25 +1303,22 @@ class Encoder:
         return F.normalize(features.float(), dim=-1).cpu()
 
     def _read_cache(self) -> None:
-        if self.file is None or not self.file.exists():
-            return
-        try:
-            kept = torch.load(self.file, weights_only=True)
-            self.known = dict(zip(kept["keys"], kept["rows"], strict=True))
-        except Exception:  # torch raises many kinds here
-            raise DataError(f"--cache {self.file}: cannot be read; delete this file") from None
+        for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
+            try:
+                kept = torch.load(file, weights_only=True)
+                self.known.update(zip(kept["keys"], kept["rows"], strict=True))
+            except Exception:  # torch raises many kinds here
+                raise DataError(f"--cache {file}: cannot be read; delete this file") from None
 
-    def _write_cache(self) -> None:
-        if self.file is None:
-            return
+    def _write_cache(self, folder: Path, keys: list[str]) -> None:
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_name(self.file.name + ".partial")
-            rows = torch.stack(list(self.known.values()))
-            torch.save({"keys": list(self.known), "rows": rows}, partial)
-            os.replace(partial, self.file)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.pt"
+            partial = file.with_suffix(".partial")
+            torch.save({"keys": keys, "rows": torch.stack([self.known[k] for k in keys])}, partial)
+            os.replace(partial, file)
         except OSError as error:
-            raise DataError(f"--cache {self.file}: cannot be written ({error.strerror})") from None
+            raise DataError(f"--cache {folder}: cannot be written ({error.strerror})") from None
 
 
 class _Known:
@@ -1852,13 +1849,20 @@ SHORT += [(model, "vl_compo") for model in ("CLIP", "NegCLIP", "CE-CLIP")]
 
 
 def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
-    """Published figures by (model, source), with the averages that follow from them."""
+    """Published figures by (model, source), with the averages that follow from them.
+
+    Where only the mean of some subsets is printed it stands for each of them in the averages.
+    """
+    info = read_table("suites")[suite]
     rows = {}
-    counts = read_table("suites")[suite]["expected"]
     for line in read_table("published").get(suite, []):
         values = dict(line["values"])
-        for name, tree in named_averages(suite, values).items():
-            value = average(tree, values, counts) if _known(tree, counts) else None
+        merged = line.get("merged", {})
+        full = {x: value for name, value in merged.items() for x in _leaves(info["averages"][name])}
+        full.update(values)
+        for name, tree in named_averages(suite, full).items():
+            known = _known(tree, info["expected"])
+            value = average(tree, full, info["expected"]) if known else None
             if value is not None:
                 values.setdefault(name, value)
         rows[line["model"], line["source"]] = values

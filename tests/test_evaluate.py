@@ -639,6 +639,37 @@ def test_vl_checklist_takes_the_first_thousand_that_are_there(root, tmp_path):
         evaluate.load_suite("vl_checklist", tmp_path, partial=False)
 
 
+def test_sets_of_torchvision_and_unknown_folders(tmp_path):
+    for split in ("train", "test"):
+        for label in ("negative", "positive"):
+            photo(tmp_path / f"zeroshot/rendered_sst2/rendered-sst2/{split}/{label}/1.png")
+    suite = evaluate.load_suite("probe", tmp_path, False)
+    (cost,) = suite.costs
+    assert cost.labels == list(cost.train_labels) == [0, 1]
+    assert cost.prompts[1] == ["a positive review of a movie."]
+    assert evaluate.load_picture(cost.images[1], 0).size == (40, 30)
+    photo(tmp_path / "zeroshot/eurosat/test/Forrest/1.png")
+    with pytest.raises(data.DataError, match="Forrest: is no class of this set; is it 'forest'"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+    (tmp_path / "zeroshot/eurosat/test/Forrest").rename(tmp_path / "zeroshot/eurosat/test/River")
+    eurosat = evaluate.load_suite("zeroshot", tmp_path, False).costs[0]
+    assert eurosat.labels == [evaluate.read_table("classes")["eurosat"]["names"].index("river")]
+    (tmp_path / "zeroshot/cifar10").mkdir()
+    with pytest.raises(data.DataError, match="torchvision's CIFAR10 is not there"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+
+
+def test_imagenet_folders_are_wordnet_numbers_in_order(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"zeroshot/imagenet/val/n{i:08}").mkdir(parents=True)
+    photo(tmp_path / "zeroshot/imagenet/val/n00000002/x.JPEG")
+    (cost,) = evaluate.load_suite("zeroshot", tmp_path, False).costs
+    assert cost.labels == [2]
+    assert len(cost.prompts) == 1000
+    assert len(cost.prompts[2]) == 80
+    assert cost.prompts[2][0] == "a bad photo of a great white shark."
+
+
 def test_a_coco_photo_is_found_in_any_pool(tmp_path):
     source = evaluate.Source("valse", tmp_path, False, {}, [])
     photo(tmp_path / "train2014/COCO_train2014_000000000025.jpg")
@@ -736,7 +767,7 @@ def test_cache_is_by_content_and_by_model(tmp_path, root):
     other = encoder_of(b, *cache)
     other.images([str(name)])
     assert other.encoded["images"] == 1
-    for file in (tmp_path / "cache").iterdir():
+    for file in (tmp_path / "cache").rglob("*.pt"):
         file.write_bytes(b"torn")
     with pytest.raises(data.DataError, match="delete this file"):
         encoder_of(a, *cache)
@@ -1035,3 +1066,65 @@ def test_a_root_that_may_not_be_read_is_named(tmp_path):
     folder.mkdir(mode=0)
     with pytest.raises(data.DataError, match="cannot be read; ask for permission"):
         evaluate.load_suite("sugarcrepe", folder, True)
+
+
+# The scripts that read results
+
+
+def script(name, *options):
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+def test_tables_of_a_readme_follow_the_results(tmp_path, root):
+    out = tmp_path / "out"
+    run("--ckpt", tiny(tmp_path / "a/latest.pt"), "--suite", "valse", "--root", root, "--out", out)
+    results = out / "results.json"
+    page = tmp_path / "page.md"
+    page.write_text(f"Text\n<!-- table: {results} valse -->\nold\n<!-- end -->\nMore\n")
+    assert script("make_tables.py", "--file", page, "--check").returncode == 1
+    assert script("make_tables.py", "--file", page).returncode == 0
+    text = page.read_text()
+    assert "| foil-it | 2 of 943 |" in text
+    assert text.startswith("Text\n")
+    assert text.endswith("<!-- end -->\nMore\n")
+    assert script("make_tables.py", "--file", page, "--check").returncode == 0
+    results.write_text(results.read_text().replace('"scored": 2', '"scored": 3', 1))
+    found = script("make_tables.py", "--file", page, "--check")
+    assert found.returncode == 1
+    assert "tables differ" in found.stdout
+    page.write_text("<!-- table: none.json valse -->\n<!-- end -->\n")
+    found = script("make_tables.py", "--file", page, "--check")
+    assert found.returncode == 2
+    assert "holds no results of valse" in found.stderr
+
+
+@pytest.mark.slow
+def test_tradeoff_picture_needs_gains_and_costs(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    assert script("plot_tradeoff.py", "--out", tmp_path / "a.png").returncode == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    cell = {"accuracy": 50.0}
+    table = {"subsets": {}, "averages": {"mean of 7 subsets": cell}, "costs": {}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"a": {"suites": {"sugarcrepe": table}}}))
+    found = script("plot_tradeoff.py", path, "--out", tmp_path / "b.png")
+    assert found.returncode == 2
+    assert "no compositional suite with a cost" in found.stderr
+    zero_shot = {"subsets": {}, "averages": {}, "costs": {"zero-shot cifar10": cell}}
+    suites = {"sugarcrepe": table, "zeroshot": zero_shot}
+    path.write_text(json.dumps({"a": {"suites": suites}}))
+    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png").returncode == 0
+
+
+@pytest.mark.slow
+def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
+    out = tmp_path / "speed.json"
+    path = tiny(tmp_path / "a/latest.pt")
+    made = script("bench_eval.py", "--ckpt", path, "--root", root, "--repeats", 1, "--out", out)
+    assert made.returncode == 0, made.stderr
+    result = json.loads(out.read_text())
+    assert result["same verdicts"] == result["items"] == 14
+    assert result["pictures"] == 1
