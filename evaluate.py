@@ -696,28 +696,6 @@ def shuffle_words(tagged: Tagged, rng: random.Random) -> list[str]:
     return [" ".join(x) for x in (shuffled("noun", "adjective"), shuffled(""), within, groups)]
 
 
-def _vl_lists() -> Iterator[tuple[str, str, str]]:
-    """Subset, family of photos and file of every list of VL-CheckList."""
-    for kind in ("action", "color", "material", "size", "state"):
-        for family in ("vg", "vaw"):
-            yield f"Attribute {kind}", family, f"Attribute/{family}/{kind}"
-    for group, kinds in (
-        ("Location", ("center", "mid", "margin")),
-        ("Size", ("large", "medium", "small")),
-    ):
-        for kind in kinds:
-            subset, start, low = f"Object {group} {kind}", f"Object/{group}", group.lower()
-            yield subset, "hake", f"{start}/hake_{low}/hake_obj_{kind}"
-            for role in ("agent", "destination", "item", "tool"):
-                name = f"swig_{role}"
-                yield subset, "swig", f"{start}/swig_{low}/{name}/{name}_{kind}"
-            for role in ("obj", "subj"):
-                yield subset, "vg", f"{start}/vg_{low}/vg_{role}_{kind}"
-    for family, file in (("vg", "vg/action"), ("swig", "swig_action"), ("hake", "hake_action")):
-        yield "Relation action", family, f"Relation/{file}"
-    yield "Relation spatial", "vg", "Relation/vg/spatial"
-
-
 def load_vl_checklist(source: Source) -> Loaded:
     """VL-CheckList (Zhao et al., 2022): of each list the first 1,000 items whose photo is there.
 
@@ -725,19 +703,21 @@ def load_vl_checklist(source: Source) -> Loaded:
     the first 1,000 must all be there.
     """
     there = total = 0
-    for subset, family, name in _vl_lists():
-        count = 0
-        for key, (image, claims) in source.rows(f"vl_checklist/data/{name}.json"):
-            if count == 1000:
-                break
-            path = source.vg(image) if family in ("vg", "vaw") else source.find(f"{family}/{image}")
-            found = os.path.isfile(path)
-            there, total = there + found, total + 1
-            if found or not source.partial:
-                count += 1
-                texts = (claims["POS"][0], claims["NEG"][0])
-                yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
-        source.expected[subset] = source.expected.get(subset, 0) + count
+    for subset, lists in read_table("suites")["vl_checklist"]["lists"].items():
+        for family, name in lists:
+            count = 0
+            for key, (image, claims) in source.rows(f"vl_checklist/data/{name}.json"):
+                if count == 1000:
+                    break
+                on_vg = family in ("vg", "vaw")
+                path = source.vg(image) if on_vg else source.find(f"{family}/{image}")
+                found = os.path.isfile(path)
+                there, total = there + found, total + 1
+                if found or not source.partial:
+                    count += 1
+                    texts = (claims["POS"][0], claims["NEG"][0])
+                    yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
+            source.expected[subset] = source.expected.get(subset, 0) + count
     source.notes.append(f"pictures found for {there} of the {total} items looked at")
 
 
@@ -745,11 +725,22 @@ def _pair(path: tuple[str, ...], key: str, images: Sequence[str], texts: Sequenc
     return Item(path, key, tuple(images), tuple(texts))
 
 
-def load_winoground(source: Source) -> Loaded:
-    """Winoground (Thrush et al., 2022): two pictures, two captions of the same words."""
-    for key, row in source.rows("winoground/examples.jsonl"):
-        images = [source.find(f"winoground/images/{row[f'image_{i}']}.png") for i in (0, 1)]
-        yield _pair(("winoground",), key, images, (row["caption_0"], row["caption_1"]))
+def load_pairs(source: Source) -> Loaded:
+    """Suites of two pictures and two captions a row; files and fields are in scripts/suites.json.
+
+    Winoground (Thrush et al., 2022), EqBen and its mini set (Wang et al., 2023), ColorSwap
+    (Burapacheep et al., 2024), BiVLC (Miranda et al., 2024), VisMin (Awal et al., 2024).
+    """
+    fields = read_table("suites")[source.suite]["pairs"]
+    for subset, file in fields["rows"].items():
+        if file.endswith("/rows.jsonl"):
+            unpack_parquet(source, file.split("/")[0])
+        for key, row in source.rows(file):
+            name = subset or re.split("[_-]", row[fields["subset"]])[0].lower()
+            images = [
+                source.find(fields["folder"].format(row[image])) for image in fields["images"]
+            ]
+            yield _pair((name,), key, images, [row[text] for text in fields["texts"]])
 
 
 def load_whatsup(source: Source) -> Loaded:
@@ -771,21 +762,23 @@ def load_whatsup(source: Source) -> Loaded:
                 yield Item((f"{pool} {count}",), key, (image,), (right, wrong))
 
 
-def unpack_parquet(source: Source, folder: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a folder of parquet files; at first use pictures go to images/, the rest to a file.
+def unpack_parquet(source: Source, folder: str) -> None:
+    """At first use, take parquet files apart: pictures go to images/, the rest to rows.jsonl.
 
     Raises:
-        DataError: pyarrow is missing.
+        DataError: pyarrow is missing, or the folder cannot be written.
     """
     base = (source.root or Path()) / folder
     shards = sorted(base.glob("**/*.parquet"))
-    if shards and not (base / "rows.jsonl").exists():
-        try:
-            import pyarrow.parquet  # type: ignore[import-not-found]
-        except ImportError:
-            raise DataError(f"{base}: parquet needs pyarrow; pip install pyarrow") from None
+    if not shards or (base / "rows.jsonl").exists():
+        return
+    try:
+        import pyarrow.parquet  # type: ignore[import-not-found]
+    except ImportError:
+        raise DataError(f"{base}: parquet needs pyarrow; pip install pyarrow") from None
+    lines: list[str] = []
+    try:
         (base / "images").mkdir(exist_ok=True)
-        lines: list[str] = []
         for shard in shards:
             for row in pyarrow.parquet.read_table(shard).to_pylist():
                 for key, value in row.items():
@@ -794,24 +787,8 @@ def unpack_parquet(source: Source, folder: str) -> Iterator[tuple[str, Any]]:
                         (base / "images" / row[key]).write_bytes(value["bytes"])
                 lines.append(json.dumps(row, ensure_ascii=False))
         write_text(base / "rows.jsonl", "\n".join(lines) + "\n")
-    for key, row in source.rows(f"{folder}/rows.jsonl"):
-        yield key, row
-
-
-def load_bivlc(source: Source) -> Loaded:
-    """BiVLC (Miranda et al., 2024): SugarCrepe with a picture made for the negative too."""
-    for key, row in unpack_parquet(source, "bivlc"):
-        images = [source.find(f"bivlc/images/{row[name]}") for name in ("image", "negative_image")]
-        subset = row["type"].split("_")[0].split("-")[0].lower()
-        yield _pair((subset,), key, images, (row["caption"], row["negative_caption"]))
-
-
-def load_vismin(source: Source) -> Loaded:
-    """VisMin (Awal et al., 2024): pictures that differ in one object, attribute, count or place."""
-    for key, row in unpack_parquet(source, "vismin"):
-        images = [source.find(f"vismin/images/{row[f'image_{i}']}") for i in (0, 1)]
-        subset = "counting" if row["category"].startswith("count") else row["category"]
-        yield _pair((subset,), key, images, (row["text_0"], row["text_1"]))
+    except OSError as error:
+        raise DataError(f"{base}: cannot be written ({error.strerror})") from None
 
 
 def load_negbench(source: Source) -> Loaded:
@@ -850,23 +827,6 @@ def load_mmvp(source: Source) -> Loaded:
 MMVP_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
 
 
-def load_eqben(source: Source) -> Loaded:
-    """EqBen (Wang et al., 2023): minimal changes in pictures; frames of .npy are BGR."""
-    for subset in read_table("suites")["eqben"]["expected"]:
-        yield from _eqben(source, f"eqben/{subset}.json", subset, "eqben/images")
-
-
-def load_eqben_mini(source: Source) -> Loaded:
-    """EqBen-mini, a few hundred pairs of EqBen in one file."""
-    yield from _eqben(source, "eqben_mini/data.json", "eqben_mini", "eqben_mini/images")
-
-
-def _eqben(source: Source, file: str, subset: str, folder: str) -> Iterator[Item]:
-    for key, row in source.rows(file):
-        images = [source.find(f"{folder}/{row[f'image_{i}']}") for i in (0, 1)]
-        yield _pair((subset,), key, images, (row["caption_0"], row["caption_1"]))
-
-
 def load_crepe(source: Source) -> Loaded:
     """CREPE (Ma et al., 2023), productivity: hard negatives by number of atoms, in a box."""
     for subset in ("atom", "swap", "negate"):
@@ -891,28 +851,16 @@ def _texts(cell: str, place: str) -> list[str]:
 
 def load_spec(source: Source) -> Loaded:
     """SPEC (Peng et al., 2024): size, position, existence and count, asked both ways."""
-    for subset in ("absolute_size", "relative_size", "absolute_spatial", "relative_spatial"):
-        yield from _spec(source, subset)
-    for subset in ("existence", "count"):
-        yield from _spec(source, subset)
-
-
-def _spec(source: Source, subset: str) -> Iterator[Item]:
-    for file, way in (("image2text", "image to text"), ("text2image", "text to image")):
+    for name in read_table("suites")["spec"]["expected"]:
+        subset, way = name.split(" ", 1)
+        file = {"image to text": "image2text", "text to image": "text2image"}[way]
         for key, row in source.rows(f"spec/{subset}/{file}.json"):
             label, options = int(row["label"]), list(row["keys"])
             options = [options[label], *options[:label], *options[label + 1 :]]
             one, many = (row["query"],), tuple(options)
             images, texts = (one, many) if file == "image2text" else (many, one)
-            paths = tuple(source.find(f"spec/{subset}/{name}", f"spec/{name}") for name in images)
-            yield Item((f"{subset} {way}",), key, paths, texts, place=label)
-
-
-def load_colorswap(source: Source) -> Loaded:
-    """ColorSwap (Burapacheep et al., 2024): colours exchanged in caption and picture."""
-    for key, row in source.rows("colorswap/test.json"):
-        images = [source.find(f"colorswap/{row[f'image_{i}']}") for i in (1, 2)]
-        yield _pair(("colorswap",), key, images, (row["caption_1"], row["caption_2"]))
+            paths = tuple(source.find(f"spec/{subset}/{x}", f"spec/{x}") for x in images)
+            yield Item((name,), key, paths, texts, place=label)
 
 
 def load_cola(source: Source) -> Loaded:
@@ -1110,17 +1058,17 @@ SUITES: dict[str, Callable[[Source], Loaded]] = {
     "zeroshot": load_zeroshot,
     "probe": load_probe,
     "sugarcrepe_pp": load_sugarcrepe_pp,
-    "winoground": load_winoground,
+    "winoground": load_pairs,
     "whatsup": load_whatsup,
-    "bivlc": load_bivlc,
+    "bivlc": load_pairs,
     "negbench": load_negbench,
-    "vismin": load_vismin,
+    "vismin": load_pairs,
     "mmvp": load_mmvp,
-    "eqben": load_eqben,
-    "eqben_mini": load_eqben_mini,
+    "eqben": load_pairs,
+    "eqben_mini": load_pairs,
     "crepe": load_crepe,
     "spec": load_spec,
-    "colorswap": load_colorswap,
+    "colorswap": load_pairs,
     "cola": load_cola,
     "imagecode": load_imagecode,
     "svo_probes": load_svo_probes,

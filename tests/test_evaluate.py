@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -465,11 +466,12 @@ def make_root(root):
     write(root / "karpathy/coco_karpathy_test.json", coco)
     flickr = [{"image": "flickr30k-images/1.jpg", "caption": captions}]
     write(root / "karpathy/flickr30k_test.json", flickr)
-    for subset, family, name in evaluate._vl_lists():
-        image = {"hake": "h.jpg", "swig": "a_1.jpg"}.get(family, "VG_100K/1.jpg")
-        pair = [image, {"POS": ["brown knob", "x"], "NEG": ["teal knob", "y"]}]
-        write(root / f"vl_checklist/data/{name}.json", [pair] * (1001 if "spatial" in name else 2))
-        assert subset in suites["vl_checklist"]["averages"]["mean of 9 columns"] or "Obj" in subset
+    for lists in suites["vl_checklist"]["lists"].values():
+        for family, name in lists:
+            image = {"hake": "h.jpg", "swig": "a_1.jpg"}.get(family, "VG_100K/1.jpg")
+            pair = [image, {"POS": ["brown knob", "x"], "NEG": ["teal knob", "y"]}]
+            count = 1001 if "spatial" in name else 2
+            write(root / f"vl_checklist/data/{name}.json", [pair] * count)
     make_newer(root, box, row)
 
 
@@ -675,6 +677,46 @@ def test_a_coco_photo_is_found_in_any_pool(tmp_path):
     photo(tmp_path / "train2014/COCO_train2014_000000000025.jpg")
     for name in ("000000000025.jpg", "val2014/COCO_val2014_000000000025.jpg"):
         assert source.coco(name).endswith("train2014/COCO_train2014_000000000025.jpg")
+
+
+def test_parquet_is_taken_apart_at_first_use(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(buffer, "PNG")
+    picture = {"bytes": buffer.getvalue(), "path": None}
+    row = {"image_0": picture, "image_1": picture, "text_0": "a", "text_1": "b"}
+    (tmp_path / "vismin").mkdir()
+    (tmp_path / "vismin/test-0.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(data.DataError, match="pip install pyarrow"):
+        evaluate.load_suite("vismin", tmp_path, False)
+    rows = [{**row, "category": kind} for kind in ("object", "relation")]
+    table = SimpleNamespace(to_pylist=lambda: rows)
+    parquet = SimpleNamespace(read_table=lambda path: table)
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    items = evaluate.load_suite("vismin", tmp_path, False).items
+    assert [item.path for item in items] == [("object",), ("relation",)]
+    assert evaluate.load_picture(items[1].images[1], 0).size == (8, 6)
+
+
+def test_order_uses_the_tags_of_spacy_where_it_is(monkeypatch):
+    tags = {"dogs": "NNS", "big": "JJ", "Rome": "NNP", "bigger": "JJR"}
+
+    def pipe(captions, batch_size):
+        for caption in captions:
+            yield [SimpleNamespace(text=w, tag_=tags.get(w, "IN")) for w in caption.split()]
+
+    fake = SimpleNamespace(__version__="0", load=lambda *a, **k: SimpleNamespace(pipe=pipe))
+    monkeypatch.setitem(sys.modules, "spacy", fake)
+    ((one,), name) = evaluate.tag_words(["big dogs in bigger Rome"])
+    assert [kind for _, kind in one] == ["adjective", "noun", "", "adjective", "noun"]
+    assert name == "spaCy 0 en_core_web_sm"
+    for seed in range(20):  # nouns change places with nouns, adjectives with adjectives
+        words = evaluate.shuffle_words(one, random.Random(seed))[0].split()
+        assert {words[0], words[3]} == {"big", "bigger"}
+        assert {words[1], words[4]} == {"dogs", "Rome"}
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    assert "no spaCy" in evaluate.tag_words(["big dogs"])[1]
 
 
 def test_order_shuffles_are_seeded_and_keep_the_words():
