@@ -150,7 +150,10 @@ def _build(name: str, **options: Any) -> Any:
     try:
         return open_clip.create_model(_register(name), **options)
     except (RuntimeError, OSError, ValueError, ImportError) as error:
-        raise DataError(f"--model {name}: cannot be built or fetched ({_line(error)})") from None
+        bare = "; a repository of bare checkpoints: download one, pass --ckpt FILE --model NAME"
+        hint = bare if name.startswith("hf-hub:") else ""
+        why = _line(error)
+        raise DataError(f"--model {name}: cannot be built or fetched ({why}){hint}") from None
 
 
 def _tokenizer(name: str) -> Any:
@@ -610,10 +613,15 @@ def load_aro(source: Source) -> Loaded:
         words, tagger = tag_words([caption for _, _, caption in captions])
         if captions:
             source.notes.append(f"{name}-Order: parts of speech from {tagger}, seed {EVAL_SEED}")
+        same = 0
         for (key, image, caption), tagged in zip(captions, words, strict=True):
             shuffled = shuffle_words(tagged, random.Random(f"{EVAL_SEED}:{name}:{key}"))
             texts = tuple(pre_caption(text) for text in (caption, *shuffled))
+            same += texts[0] in texts[1:]
             yield Item((f"{name}-Order",), key, (photos(source, image),), texts)
+        if same:
+            note = f"{same} of {len(captions)} captions have a shuffle equal to themselves"
+            source.notes.append(f"{name}-Order: {note}, a tie: right only with --ties official")
 
 
 def _boxes(subset: str, rows: list[Any], kept: list[Any], source: Source) -> Iterator[Item]:
