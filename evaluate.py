@@ -1999,7 +1999,8 @@ def evaluate(
     }
     for label, build in models.items():
         encoder = Encoder(build(), args)
-        results[label] = {**encoder.model.about, "weights_sha256": encoder.hash, **versions(args)}
+        about = {"weights_sha256": encoder.hash, "evaluated_with": versions(args)}
+        results[label] = {**encoder.model.about, **about}
         results[label]["suites"] = {}
         for name, suite in suites.items():
             scored = score_suite(suite, encoder, args.ties)
