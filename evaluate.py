@@ -5,8 +5,11 @@ Every suite is a list of items: pictures, and texts with the true ones first.  E
 and text is encoded once; an item's matrix of cosines decides it.  Equal scores count as wrong.
 
   python evaluate.py --ckpt runs/ce-clip/latest.pt --suite shapes
-  python evaluate.py --ckpt runs/coco/latest.pt --suite sugarcrepe --root DIR --out results
-  python evaluate.py --model ViT-B-32-quickgelu --pretrained openai --suite sugarcrepe --root DIR
+  python evaluate.py --ckpt runs/coco/latest.pt --suite paper --root DIR --out results
+  python evaluate.py --ckpt clip=ViT-B-32-quickgelu:openai --ckpt ours=runs/coco/latest.pt \\
+      --suite sugarcrepe,sugarcrepe_pp,retrieval --root DIR --out results
+  python evaluate.py --ckpt CE_CLIP.pt --model ViT-B-32-quickgelu --suite paper --root DIR
+  torchrun --nproc_per_node=8 evaluate.py --ckpt runs/coco/latest.pt --suite all --root DIR
   python evaluate.py --list --root DIR
 """
 
@@ -14,19 +17,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import difflib
+import functools
+import hashlib
+import io
+import itertools
 import json
 import logging
+import math
 import os
+import pickle
+import platform
 import random
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -46,24 +62,19 @@ from data import (
 )
 
 SHAPES_ITEMS = 500  # of each subset of the shapes suite
-EVAL_SEED = 0  # of the shapes suite and of the bootstrap; the tests never change
+EVAL_SEED = 0  # of the shapes suite, the shuffles and the bootstrap; the tests never change
 RESAMPLES = 2000
-TINY_CONFIG = Path(__file__).parent / "scripts" / "shapes-tiny.json"
+RECALLS = (1, 5, 10)
+BLIND_FOLDS = 5
+SCRIPTS = Path(__file__).parent / "scripts"
+TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Table 3 of the paper, per cent.
-PAPER = {
-    "sugarcrepe": {
-        "CLIP": {
-            **{"add_att": 68.2, "add_obj": 77.2, "replace_att": 80.0, "replace_obj": 90.9},
-            **{"replace_rel": 69.2, "swap_att": 64.0, "swap_obj": 61.4},
-        },
-        "CE-CLIP": {
-            **{"add_att": 93.4, "add_obj": 92.4, "replace_att": 88.8, "replace_obj": 93.1},
-            **{"replace_rel": 79.0, "swap_att": 77.0, "swap_obj": 72.8},
-        },
-    }
-}
+
+@functools.cache
+def read_table(name: str) -> Any:
+    """Read one of the kit's own tables: suites, published, classes, symmetric_relations."""
+    return json.loads((SCRIPTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 class Model(NamedTuple):
@@ -81,13 +92,14 @@ def load_model(
     activation: str | None = None,
     device: str = "cpu",
 ) -> Model:
-    """Build a model and load its weights: an open_clip tag, or a checkpoint file.
+    """Build a model and load its weights: a tag, a checkpoint file, a folder or the hub.
 
     A checkpoint of train.py knows its model and its activation; any other file needs `name`.
+    A folder holds open_clip_config.json with weights, or a CLIP or SigLIP of transformers.
 
     Args:
-        name: an open_clip model name, "shapes-tiny", or the path of a model config (.json).
-        pretrained: an open_clip tag, a checkpoint's path, or None for random weights.
+        name: an open_clip model name, "hf-hub:ORG/REPO", "shapes-tiny", or a model config (.json).
+        pretrained: an open_clip tag, a path, or None for random weights (for the hub: its own).
         activation: "gelu" or "quickgelu", to overrule the one that the weights were trained with.
         device: where the model goes.
 
@@ -95,60 +107,231 @@ def load_model(
         DataError: unknown model or tag, or a file that does not hold these weights.
     """
     logging.getLogger().setLevel(logging.ERROR)  # open_clip tells every step of loading
+    if name and name.startswith("hf-hub:"):
+        return _load_hub(name, activation, device)
+    folder = Path(pretrained) if pretrained and os.path.isdir(pretrained) else None
+    if folder and not (folder / "open_clip_config.json").is_file():
+        return _load_transformers(folder, activation, device)
     state: dict[str, torch.Tensor] | None = None
     about: dict[str, Any] = {}
-    if pretrained and (os.path.exists(pretrained) or pretrained.endswith((".pt", ".pth", ".bin"))):
+    preprocess: dict[str, Any] = {}
+    if folder:
+        name, state, preprocess = _read_folder(folder)
+    elif pretrained and (os.path.exists(pretrained) or Path(pretrained).suffix in WEIGHT_FILES):
         state, about = read_checkpoint(pretrained)
-    name = name or about.get("model")
-    if not name:
-        raise DataError(f"--ckpt {pretrained}: is not from train.py; name its --model")
-    if about.get("model") not in (None, name):
-        raise DataError(f"--model {name}: {pretrained} holds a {about['model']}; leave --model out")
-    config = _config(name)
-    quick = bool(config.get("quick_gelu"))
+    name = _agreed_name(name, about.get("model"), pretrained)
+    quick = bool(_config(name).get("quick_gelu"))
     if activation or about.get("activation"):
         quick = (activation or about["activation"]) == "quickgelu"
     tag = None if state is not None else pretrained
     if tag:
         _check_tag(name, tag, quick, activation)
-    try:
-        net = open_clip.create_model(_register(name), pretrained=tag, quick_gelu=quick)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise DataError(f"--model {name}: cannot be built or fetched ({_line(error)})") from None
+    net = _build(name, pretrained=tag, quick_gelu=quick)
     if state is not None:
-        try:
-            net.load_state_dict(state)
-        except RuntimeError as error:
-            raise DataError(
-                f"{pretrained}: does not fit the model {name} ({_line(error)})"
-            ) from None
+        _fill(net, state, name, str(pretrained))
+    net.visual.preprocess_cfg = {**net.visual.preprocess_cfg, **preprocess}
     about = {**about, "model": name, "activation": "quickgelu" if quick else "gelu"}
-    tokenizer = open_clip.get_tokenizer(_register(name))
-    return Model(net.to(device), tokenizer, about)
+    return Model(net.to(device), _tokenizer(name), about)
+
+
+def _agreed_name(name: str | None, held: str | None, path: str | None) -> str:
+    if not name and not held:
+        hint = "the released CE-CLIP and NegCLIP are ViT-B-32-quickgelu"
+        raise DataError(f"--ckpt {path}: is not from train.py; name its --model ({hint})")
+    if name and held not in (None, name):
+        raise DataError(f"--model {name}: {path} holds a {held}; leave --model out")
+    return name or str(held)
+
+
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def _build(name: str, **options: Any) -> Any:
+    try:
+        return open_clip.create_model(_register(name), **options)
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        bare = "; a repository of bare checkpoints: download one, pass --ckpt FILE --model NAME"
+        hint = bare if name.startswith("hf-hub:") else ""
+        why = _line(error)
+        raise DataError(f"--model {name}: cannot be built or fetched ({why}){hint}") from None
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return open_clip.get_tokenizer(_register(name))
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        raise DataError(f"--model {name}: its tokenizer cannot be had ({_line(error)})") from None
+
+
+def _fill(net: Any, state: dict[str, torch.Tensor], name: str, path: str) -> None:
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"{path}: does not fit the model {name} ({_line(error)})") from None
+
+
+def _load_hub(name: str, activation: str | None, device: str) -> Model:
+    options: dict[str, Any] = {"quick_gelu": activation == "quickgelu"} if activation else {}
+    net = _build(name, require_pretrained=True, **options)
+    quick = any(type(part).__name__ == "QuickGELU" for part in net.modules())
+    about = {"model": name, "activation": "quickgelu" if quick else "gelu"}
+    return Model(net.to(device), _tokenizer(name), about)
+
+
+def _read_folder(folder: Path) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+    """Read open_clip_config.json and the weights beside it."""
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        model = config["model_cfg"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{folder}/open_clip_config.json: is no model of open_clip") from None
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+    if not files:
+        raise DataError(f"{folder}: holds no weights ({', '.join(WEIGHT_FILES)}); copy them there")
+    best = max(files, key=lambda path: ("open_clip" in path.name, path.suffix == ".safetensors"))
+    name = folder.resolve().name
+    with tempfile.TemporaryDirectory() as room:
+        path = Path(room) / f"{name}.json"
+        path.write_text(json.dumps(model))
+        open_clip.add_model_config(path)
+    return name, read_checkpoint(best)[0], config.get("preprocess_cfg", {})
+
+
+class _Transformers(torch.nn.Module):
+    """A CLIP or SigLIP of transformers with open_clip's names."""
+
+    def __init__(self, net: Any, preprocess: dict[str, Any]) -> None:
+        super().__init__()
+        self.net, self.visual = net, torch.nn.Module()
+        self.visual.preprocess_cfg = preprocess  # type: ignore[assignment]
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self._features(self.net.get_image_features(pixel_values=images))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._features(self.net.get_text_features(input_ids=tokens))
+
+    @staticmethod
+    def _features(out: Any) -> torch.Tensor:
+        return out if isinstance(out, torch.Tensor) else out.pooler_output
+
+
+def _load_transformers(folder: Path, activation: str | None, device: str) -> Model:
+    """Load a local CLIP or SigLIP folder of transformers, with its preprocessing."""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: holds neither open_clip_config.json nor config.json")
+    if activation:
+        raise DataError(f"--activation: {folder} brings its own; leave --activation out")
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise DataError(f"{folder}: needs transformers; pip install transformers") from None
+    try:
+        net, loading = AutoModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise DataError(f"{folder}: cannot be loaded by transformers ({_line(error)})") from None
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise DataError(
+            f"{folder}: lacks weights, such as {min(loading['missing_keys'], default='')}"
+        )
+    if not hasattr(net, "get_text_features"):
+        raise DataError(
+            f"{folder}: a {net.config.model_type} has no text features; use CLIP, SigLIP"
+        )
+    length = net.config.text_config.max_position_embeddings
+
+    def tokenise(texts: list[str]) -> torch.Tensor:
+        out = words(texts, padding="max_length", truncation=True, max_length=length)
+        return torch.tensor(out["input_ids"])
+
+    about = {"model": str(folder), "activation": net.config.vision_config.hidden_act}
+    return Model(_Transformers(net, _pixels(pixels)).to(device), tokenise, about)
+
+
+def _pixels(config: dict[str, Any]) -> dict[str, Any]:
+    """Preprocessing of transformers in open_clip's words."""
+    side = config.get("crop_size") if config.get("do_center_crop") else config["size"]
+    if isinstance(side, dict):
+        side = side.get("height") or side["shortest_edge"]
+    return {
+        **{"size": side, "mean": config["image_mean"], "std": config["image_std"]},
+        "interpolation": "bilinear" if config.get("resample") == 2 else "bicubic",
+        "resize_mode": "shortest" if config.get("do_center_crop") else "squash",
+    }
+
+
+class _Inert:
+    """Stands for whatever a checkpoint holds beside tensors; building it runs nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read weights in open_clip's layout and our `kit` notes on them, running no code of the file.
 
+    Foreign training checkpoints often hold more than tensors (an argparse.Namespace, numpy
+    numbers); each such object is replaced by an empty one.
+
     Raises:
-        DataError: the file is missing, torn, or holds more than tensors and plain values.
+        DataError: the file is missing or torn, or its weights cannot be had without its code.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_tensors(Path(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # torch raises many kinds here
-        raise DataError(f"{path}: cannot be read as weights ({_line(error)})") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DataError(
+            f"{path}: cannot be read as weights ({_line(error)}){_mend(error)}"
+        ) from None
+    content = content if isinstance(content, dict) else {}
+    state = content.get("state_dict", content.get("model", content))
+    if not isinstance(state, dict) or not state:
         raise DataError(f"{path}: holds no state_dict of a model")
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DataError(f"{path}: holds no state_dict of a model, but other things too")
+    kit = content.get("kit")
     return {key.removeprefix("module."): value for key, value in state.items()}, dict(
-        content.get("kit", {})
+        kit if isinstance(kit, dict) else {}
+    )
+
+
+def _read_tensors(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # comes with open_clip
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _mend(error: Exception) -> str:
+    """What to do about a file that cannot be read without running its code."""
+    if "TorchScript" in str(error):
+        return "; a TorchScript archive: name its open_clip tag, such as --pretrained openai"
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
+    return (
+        "; if you trust it, keep its tensors alone: torch.save(torch.load(PATH, "
+        "weights_only=False)['state_dict'], 'clean.pt')"
     )
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        "no reason given"
+    ]
     return (lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0])[:160]
 
 
@@ -165,8 +348,6 @@ def _register(name: str) -> str:
 def _config(name: str) -> dict[str, Any]:
     config = open_clip.get_model_config(_register(name))
     if config is None:
-        import difflib
-
         near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY_CONFIG.stem], 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise DataError(f"--model {name}: open_clip knows no such model; {hint}")
@@ -183,42 +364,139 @@ def _check_tag(name: str, tag: str, quick: bool, activation: str | None) -> None
         raise DataError(f"--model {name}: {tag} was trained with the other GELU; use {wanted}")
 
 
+# One record for every suite
+
+
+class Crop(NamedTuple):
+    """A picture of which only the box (left, top, right, bottom) is looked at."""
+
+    path: str
+    box: tuple[int, int, int, int]
+
+
 class Item(NamedTuple):
     """One question: which texts belong to which pictures?
 
-    path says where it stands for averages: (subset,) or (group, subset).
+    path says where it stands for averages: (subset,), or (subset, part ...) where a subset's
+    figure is the mean of its parts. Without pictures the texts are compared with each other.
     """
 
     path: tuple[str, ...]
     id: str
-    images: tuple[str, ...]  # files, or "shapes:INDEX"
+    images: tuple[str | Crop, ...]  # files, or "shapes:INDEX"
     texts: tuple[str, ...]  # the true ones first
     true: int = 1
+    place: int = 0  # of the true option in the suite's own order; decides ties under "first"
 
 
 class Retrieval(NamedTuple):
     """Pictures, and for each text the index of its picture."""
 
+    name: str
     images: list[str]
     texts: list[str]
     image_of: list[int]
 
 
 class Classes(NamedTuple):
-    """Pictures, their labels, and for each class the prompts whose mean stands for it."""
+    """Pictures, their labels, and for each class the prompts whose mean stands for it.
 
+    With training pictures a linear probe is fitted on the same features.
+    """
+
+    name: str
     images: list[str]
     labels: list[int]
-    names: list[str]
     prompts: list[list[str]]
+    per_class: bool = False  # accuracy is the mean over classes
+    train_images: Sequence[str] = ()
+    train_labels: Sequence[int] = ()
 
 
 class Suite(NamedTuple):
-    """What a loader returns: the items, how many there should be, and what shows the costs."""
+    """What is scored: items, costs, how many items there should be, and remarks."""
 
+    name: str
     items: list[Item]
+    costs: list[Retrieval | Classes]
     expected: dict[str, int]
-    costs: dict[str, Retrieval | Classes]
+    notes: list[str]
+
+
+class Row(dict[str, Any]):
+    """A row of a suite's file; a field that is not there is named with its place."""
+
+    place = ""
+
+    def __missing__(self, key: str) -> Any:
+        """Raise a DataError that names the file, the row and the field."""
+        raise DataError(f"{self.place}: has no field {key!r}; download the official file again")
+
+
+class Source(NamedTuple):
+    """A suite's files below --root; what its loader finds out goes into expected and notes."""
+
+    suite: str
+    root: Path | None
+    partial: bool
+    expected: dict[str, int]
+    notes: list[str]
+
+    def rows(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield (id, row) of a json list or dict, JSON lines or csv.
+
+        Raises:
+            DataError: the file is missing (unless some may be) or cannot be parsed.
+        """
+        if self.root is None:
+            raise DataError(f"--root is needed: the folder that holds {name}")
+        path = self.root / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            if self.partial and isinstance(error, FileNotFoundError):
+                self.notes.append(f"{name} is missing")
+                return
+            where = read_table("suites")[self.suite]["where"]
+            raise DataError(f"{path}: cannot be read ({error.strerror}); get it: {where}") from None
+        try:
+            table = _parse(text, path.suffix)
+        except ValueError:
+            raise DataError(f"{path}: is not {path.suffix[1:]}; download it again") from None
+        for key, value in table.items() if isinstance(table, dict) else enumerate(table):
+            row = Row(value) if isinstance(value, dict) else value
+            if isinstance(row, Row):
+                row.place = f"{path} row {key}"
+            yield str(key), row
+
+    def find(self, *names: str) -> str:
+        """The first of these files below --root that is there, or else the first."""
+        paths = [os.path.join(self.root or "", name) for name in names]
+        return next((path for path in paths if os.path.isfile(path)), paths[0])
+
+    def coco(self, name: str) -> str:
+        """A COCO photo by its number, in whichever pool holds it."""
+        number = re.split(r"[/_]", name)[-1]
+        names = [f"{pool}/{number}" for pool in ("val2017", "train2017")]
+        names += [f"{pool}/COCO_{pool}_{number}" for pool in ("val2014", "train2014")]
+        return self.find(*names)
+
+    def vg(self, name: str) -> str:
+        """A Visual Genome photo by its number."""
+        number = name.split("/")[-1]
+        return self.find(*(f"vg/{pool}{number}" for pool in ("VG_100K/", "VG_100K_2/", "")))
+
+
+def _parse(text: str, suffix: str) -> Any:
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    return json.loads(text)
+
+
+# The suites. A loader yields items, and Retrieval and Classes for the costs.
+Loaded = Iterator["Item | Retrieval | Classes"]
 
 
 def _test_scenes() -> Iterator[tuple[int, Scene]]:
@@ -228,13 +506,12 @@ def _test_scenes() -> Iterator[tuple[int, Scene]]:
         index += 1
 
 
-def load_shapes(root: Path | None, partial: bool) -> Suite:
+def load_shapes(source: Source) -> Loaded:
     """Make the shapes suite: scenes whose combinations of colours and shapes training never had.
 
     In the swap subsets both captions have the same words.  In the others a word is replaced by one
     that the captions of other scenes use as often.
     """
-    items = []
     for name, edit in EDITS.items():
         rng = random.Random(f"{EVAL_SEED}:{name}")
         count = 0
@@ -244,13 +521,12 @@ def load_shapes(root: Path | None, partial: bool) -> Suite:
                 continue
             template = rng.randrange(3)
             texts = (say(scene.claim, template), say(claim, template))
-            path = (name.split("-")[0], name)
-            items.append(Item(path, str(index), (f"shapes:{index}",), texts))
+            yield Item((name,), str(index), (f"shapes:{index}",), texts)
             count += 1
             if count == SHAPES_ITEMS:
                 break
-    expected = dict.fromkeys(EDITS, SHAPES_ITEMS)
-    return Suite(items, expected, {"retrieval": _shapes_retrieval(), **_shapes_classes()})
+    yield _shapes_retrieval()
+    yield from _shapes_classes()
 
 
 def _shapes_retrieval() -> Retrieval:
@@ -261,10 +537,10 @@ def _shapes_retrieval() -> Retrieval:
             images.setdefault(say(scene.claim, 0), f"shapes:{index}")
         if len(images) == SHAPES_ITEMS:
             break
-    return Retrieval(list(images.values()), list(images), list(range(len(images))))
+    return Retrieval("retrieval", list(images.values()), list(images), list(range(len(images))))
 
 
-def _shapes_classes() -> dict[str, Retrieval | Classes]:
+def _shapes_classes() -> Iterator[Classes]:
     """Scenes of one thing, to be named by its shape or by its colour alone."""
     images, shapes, colours = [], [], []
     for index, scene in _test_scenes():
@@ -277,126 +553,745 @@ def _shapes_classes() -> dict[str, Retrieval | Classes]:
     a = {colour: "an" if colour[0] in "aeiou" else "a" for colour in COLOURS}
     by_shape = [[f"{a[colour]} {colour} {shape}" for colour in COLOURS] for shape in SHAPES]
     by_colour = [[f"{a[colour]} {colour} {shape}" for shape in SHAPES] for colour in COLOURS]
-    return {
-        "zero-shot shape": Classes(images, shapes, list(SHAPES), by_shape),
-        "zero-shot colour": Classes(images, colours, list(COLOURS), by_colour),
-    }
+    yield Classes("shape", images, shapes, by_shape)
+    yield Classes("colour", images, colours, by_colour)
 
 
-SUGARCREPE = {
-    **{"add_att": 692, "add_obj": 2062, "replace_att": 788, "replace_obj": 1652},
-    **{"replace_rel": 1406, "swap_att": 666, "swap_obj": 245},
-}
-
-
-def load_sugarcrepe(root: Path | None, partial: bool) -> Suite:
-    """Load SugarCrepe (Hsieh et al., 2023): seven files of COCO val2017 captions."""
-    items = []
-    for name in SUGARCREPE:
-        for key, row in read_json(root, f"sugarcrepe/{name}.json").items():
-            image = find_coco(root, row["filename"])
+def load_sugarcrepe(source: Source) -> Loaded:
+    """SugarCrepe (Hsieh et al., 2023): seven files of COCO val2017 captions."""
+    for name in read_table("suites")["sugarcrepe"]["expected"]:
+        for key, row in source.rows(f"sugarcrepe/{name}.json"):
             texts = (row["caption"], row["negative_caption"])
-            items.append(Item((name.split("_")[0], name), key, (image,), texts))
-    return Suite(keep_found(items, partial, "COCO val2017 photos into DIR/val2017"), SUGARCREPE, {})
+            yield Item((name,), key, (source.coco(row["filename"]),), texts)
 
 
-# What a suite needs below --root, and who reads it.
-SUITES: dict[str, tuple[Callable[[Path | None, bool], Suite], list[str]]] = {
-    "shapes": (load_shapes, []),
-    "sugarcrepe": (load_sugarcrepe, [f"sugarcrepe/{n}.json" for n in SUGARCREPE] + ["val2017"]),
-}
-GROUPS = {"paper": ["sugarcrepe"]}
+def load_sugarcrepe_pp(source: Source) -> Loaded:
+    """SugarCrepe++ (Dumpala et al., 2024): a paraphrase too must beat the negative, seen or not."""
+    for name in ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
+        for key, row in source.rows(f"sugarcrepe_pp/{name}.json"):
+            texts = (row["caption"], row["caption2"], row["negative_caption"])
+            yield Item((name,), key, (source.coco(row["filename"]),), texts, true=2)
+            yield Item((f"{name} text-only",), key, (), texts, true=2)
 
 
-def read_json(root: Path | None, name: str) -> Any:
-    """Read a suite's official file.
+def load_valse(source: Source) -> Loaded:
+    """VALSE (Parcalabescu et al., 2022): the items that two of three annotators accepted."""
+    for name in read_table("suites")["valse"]["expected"]:
+        for key, row in source.rows(f"valse/{name}.json"):
+            if row["mturk"]["caption"] < 2:
+                continue
+            file, pool = row["image_file"], row["dataset"].lower()
+            if file.startswith("VisualDialog"):
+                image = source.find(f"visdial/{file}")
+            elif pool in ("visual7w", "swig"):
+                image = source.find(f"{pool}/{file}")
+            else:
+                image = source.coco(file)
+            yield Item((name,), key, (image,), (row["caption"], row["foil"]))
+
+
+def load_aro(source: Source) -> Loaded:
+    """ARO (Yuksekgonul et al., 2023): relations and attributes in a box, order of words.
+
+    Relations are averaged over those that are not symmetric, attributes over pairs with at least
+    25 items.
+    """
+    symmetric = set(read_table("symmetric_relations"))
+    file = "aro/visual_genome_relation.json"
+    rows = [(row["relation_name"], key, row) for key, row in source.rows(file)]
+    yield from _boxes("VG-Relation", rows, [x for x in rows if x[0] not in symmetric], source)
+    file = "aro/visual_genome_attribution.json"
+    rows = [("/".join(row["attributes"]), key, row) for key, row in source.rows(file)]
+    count = Counter(pair for pair, _, _ in rows)
+    yield from _boxes("VG-Attribution", rows, [x for x in rows if count[x[0]] >= 25], source)
+    for name, file, photos in KARPATHY:
+        captions = [
+            (f"{key}-{i}", row["image"], caption)
+            for key, row in source.rows(f"karpathy/{file}")
+            for i, caption in enumerate(row["caption"])
+        ]
+        words, tagger = tag_words([caption for _, _, caption in captions])
+        if captions:
+            source.notes.append(f"{name}-Order: parts of speech from {tagger}, seed {EVAL_SEED}")
+        same = 0
+        for (key, image, caption), tagged in zip(captions, words, strict=True):
+            shuffled = shuffle_words(tagged, random.Random(f"{EVAL_SEED}:{name}:{key}"))
+            texts = tuple(pre_caption(text) for text in (caption, *shuffled))
+            same += texts[0] in texts[1:]
+            yield Item((f"{name}-Order",), key, (photos(source, image),), texts)
+        if same:
+            note = f"{same} of {len(captions)} captions have a shuffle equal to themselves"
+            source.notes.append(f"{name}-Order: {note}, a tie: right only with --ties official")
+
+
+def _boxes(subset: str, rows: list[Any], kept: list[Any], source: Source) -> Iterator[Item]:
+    parts = len({part for part, _, _ in kept})
+    if rows:
+        source.notes.append(f"{subset}: {len(kept)} of {len(rows)} rows count, in {parts} parts")
+        source.expected[subset] = len(kept)
+    for part, key, row in kept:
+        yield _boxed(subset, part, key, row, source)
+
+
+def _boxed(subset: str, part: str, key: str, row: Row, source: Source) -> Item:
+    """An item of ARO whose picture is cropped to the box; the official order puts it second."""
+    x, y, width, height = (int(row[f"bbox_{side}"]) for side in "xywh")
+    path = source.find(f"aro/images/{row['image_path']}")
+    crop = Crop(path, (x, y, x + width, y + height))
+    return Item((subset, part), key, (crop,), (row["true_caption"], row["false_caption"]), place=1)
+
+
+def _flickr(source: Source, name: str) -> str:
+    file = name.split("/")[-1]
+    return source.find(*(f"flickr30k/{folder}{file}" for folder in ("", "flickr30k-images/")))
+
+
+KARPATHY: list[tuple[str, str, Callable[[Source, str], str]]] = [
+    ("COCO", "coco_karpathy_test.json", Source.coco),
+    ("Flickr30k", "flickr30k_test.json", _flickr),
+]
+
+
+def pre_caption(caption: str, limit: int = 30) -> str:
+    """ARO's cleaning: lower case, some punctuation out, at most `limit` words."""
+    caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
+    return " ".join(re.sub(r"\s{2,}", " ", caption).strip().split(" ")[:limit])
+
+
+Tagged = list[tuple[str, str]]
+
+
+def tag_words(captions: Sequence[str]) -> tuple[list[Tagged], str]:
+    """Split captions into words with "noun", "adjective" or "": spaCy's tags, else a word list.
+
+    Without spaCy and en_core_web_sm nouns and adjectives cannot be told apart: all content words
+    are called nouns, and so are shuffled among each other.
+    """
+    try:
+        import spacy
+
+        tagger = spacy.load("en_core_web_sm", exclude=["parser", "ner", "lemmatizer"])
+    except (ImportError, OSError):
+        return [_guess_tags(caption) for caption in captions], "a list of function words (no spaCy)"
+    kinds = {"NN": "noun", "JJ": "adjective"}
+    documents = tagger.pipe(captions, batch_size=256)
+    tagged = [[(token.text, kinds.get(token.tag_[:2], "")) for token in doc] for doc in documents]
+    return tagged, f"spaCy {spacy.__version__} en_core_web_sm"
+
+
+def _guess_tags(caption: str) -> Tagged:
+    function_words = set(read_table("function_words"))
+    words = re.findall(r"[\w'-]+|[^\w\s]", caption)
+    known = [w.lower() in function_words or w.endswith("ing") or not w[0].isalnum() for w in words]
+    return [(word, "" if skip else "noun") for word, skip in zip(words, known, strict=True)]
+
+
+def shuffle_words(tagged: Tagged, rng: random.Random) -> list[str]:
+    """ARO's four shuffles: content words, the others, within groups of three, groups of three."""
+    words = [word for word, _ in tagged]
+
+    def shuffled(*kinds: str) -> list[str]:
+        out = list(words)
+        for kind in kinds:
+            places = [i for i, (_, tag) in enumerate(tagged) if tag == kind]
+            for i, j in zip(places, rng.sample(places, len(places)), strict=True):
+                out[i] = words[j]
+        return out
+
+    threes = [words[i : i + 3] for i in range(0, len(words), 3)]
+    within = [word for three in threes for word in rng.sample(three, len(three))]
+    groups = [word for three in rng.sample(threes, len(threes)) for word in three]
+    return [" ".join(x) for x in (shuffled("noun", "adjective"), shuffled(""), within, groups)]
+
+
+def load_vl_checklist(source: Source) -> Loaded:
+    """VL-CheckList (Zhao et al., 2022): of each list the first 1,000 items whose photo is there.
+
+    That is the official rule, and why its figures depend on the download. Without --allow-missing
+    the first 1,000 must all be there.
+    """
+    there = total = 0
+    for subset, lists in read_table("suites")["vl_checklist"]["lists"].items():
+        for family, name in lists:
+            count = 0
+            for key, (image, claims) in source.rows(f"vl_checklist/data/{name}.json"):
+                if count == 1000:
+                    break
+                on_vg = family in ("vg", "vaw")
+                path = source.vg(image) if on_vg else source.find(f"{family}/{image}")
+                found = os.path.isfile(path)
+                there, total = there + found, total + 1
+                if found or not source.partial:
+                    count += 1
+                    texts = (claims["POS"][0], claims["NEG"][0])
+                    yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
+            source.expected[subset] = source.expected.get(subset, 0) + count
+    source.notes.append(f"pictures found for {there} of the {total} items looked at")
+
+
+def _pair(path: tuple[str, ...], key: str, images: Sequence[str], texts: Sequence[str]) -> Item:
+    return Item(path, key, tuple(images), tuple(texts))
+
+
+def load_pairs(source: Source) -> Loaded:
+    """Suites of two pictures and two captions a row; files and fields are in scripts/suites.json.
+
+    Winoground (Thrush et al., 2022), EqBen and its mini set (Wang et al., 2023), ColorSwap
+    (Burapacheep et al., 2024), BiVLC (Miranda et al., 2024), VisMin (Awal et al., 2024).
+    """
+    fields = read_table("suites")[source.suite]["pairs"]
+    for subset, file in fields["rows"].items():
+        if file.endswith("/rows.jsonl"):
+            unpack_parquet(source, file.split("/")[0])
+        for key, row in source.rows(file):
+            name = subset or re.split("[_-]", row[fields["subset"]])[0].lower()
+            images = [
+                source.find(fields["folder"].format(row[image])) for image in fields["images"]
+            ]
+            yield _pair((name,), key, images, [row[text] for text in fields["texts"]])
+
+
+def load_whatsup(source: Source) -> Loaded:
+    """What'sUp (Kamath et al., 2023): prepositions; the right caption is the first."""
+    for subset, file in (("Controlled A", "images"), ("Controlled B", "clevr")):
+        for key, row in source.rows(f"whatsup/controlled_{file}_dataset.json"):
+            path = row["image_path"].removeprefix("data/")
+            image = source.find(f"whatsup/{path}")
+            yield Item((subset,), key, (image,), tuple(row["caption_options"]))
+    for pool in ("COCO", "VG"):
+        for count in ("one", "two"):
+            for key, row in source.rows(f"whatsup/{pool.lower()}_qa_{count}_obj.json"):
+                number, right, wrong = row
+                if pool == "COCO":
+                    image = source.coco(f"{int(number):012d}.jpg")
+                else:
+                    names = (f"whatsup/vg_images/{number}.jpg", f"vg/VG_100K/{number}.jpg")
+                    image = source.find(*names, f"vg/VG_100K_2/{number}.jpg")
+                yield Item((f"{pool} {count}",), key, (image,), (right, wrong))
+
+
+def unpack_parquet(source: Source, folder: str) -> None:
+    """At first use, take parquet files apart: pictures go to images/, the rest to rows.jsonl.
 
     Raises:
-        DataError: it is missing or is not JSON.
+        DataError: pyarrow is missing, or the folder cannot be written.
     """
-    if root is None:
-        raise DataError(f"--root is needed: the folder that holds {name}")
+    base = (source.root or Path()) / folder
+    shards = sorted(base.glob("**/*.parquet"))
+    if not shards or (base / "rows.jsonl").exists():
+        return
     try:
-        return json.loads((root / name).read_text(encoding="utf-8"))
+        import pyarrow.parquet  # type: ignore[import-not-found]
+    except ImportError:
+        raise DataError(f"{base}: parquet needs pyarrow; pip install pyarrow") from None
+    lines: list[str] = []
+    try:
+        (base / "images").mkdir(exist_ok=True)
+        for shard in shards:
+            for row in pyarrow.parquet.read_table(shard).to_pylist():
+                for key, value in row.items():
+                    if isinstance(value, dict) and "bytes" in value:
+                        row[key] = f"{len(lines)}-{key}.png"
+                        (base / "images" / row[key]).write_bytes(value["bytes"])
+                lines.append(json.dumps(row, ensure_ascii=False))
+        write_text(base / "rows.jsonl", "\n".join(lines) + "\n")
     except OSError as error:
-        raise DataError(f"{root / name}: cannot be read ({error.strerror}); put it there") from None
-    except ValueError:
-        raise DataError(f"{root / name}: is not JSON; download it again") from None
+        raise DataError(f"{base}: cannot be written ({error.strerror})") from None
 
 
-def find_coco(root: Path | None, name: str) -> str:
-    """The path of a COCO photo by its number, in whichever pool below root holds it."""
-    root = root or Path()
-    number = name.split("_")[-1]
-    for pool in ("val2017", "train2017"):
-        if (root / pool / number).is_file():
-            return str(root / pool / number)
-    for pool in ("val2014", "train2014"):
-        if (root / pool / f"COCO_{pool}_{number}").is_file():
-            return str(root / pool / f"COCO_{pool}_{number}")
-    return str(root / "val2017" / number)
+def load_negbench(source: Source) -> Loaded:
+    """NegBench (Alhamoud et al., 2025): four captions with and without negation."""
+    for subset in ("COCO", "VOC2007"):
+        stem = {"COCO": "COCO_val", "VOC2007": "VOC2007"}[subset]
+        for key, row in source.rows(f"negbench/{stem}_mcq_llama3.1_rephrased.csv"):
+            captions = [row[f"caption_{i}"] for i in range(4)]
+            right = int(row["correct_answer"])
+            file = row["image_path"].split("/")[-1]
+            image = (
+                source.coco(file) if subset == "COCO" else source.find(f"negbench/voc2007/{file}")
+            )
+            texts = (captions[right], *captions[:right], *captions[right + 1 :])
+            yield Item((subset,), key, (image,), texts, place=right)
 
 
-def keep_found(items: list[Item], partial: bool, need: str) -> list[Item]:
-    """Drop items whose pictures are missing, if that is allowed.
+def load_mmvp(source: Source) -> Loaded:
+    """MMVP-VLM (Tong et al., 2024): nine visual patterns of 15 pairs; its score is "image"."""
+    patterns = list(read_table("suites")["mmvp"]["expected"])
+    rows = [row for _, row in source.rows("mmvp/Questions.csv")]
+    for i in range(0, len(rows) - 1, 2):
+        two = rows[i : i + 2]
+        for row in two:
+            row.update({key.strip().lower(): row[key] for key in list(row)})
+        names = [
+            f"{row['type']}/{row['question id' if 'question id' in row else 'id']}" for row in two
+        ]
+        images = [
+            source.find(*(f"mmvp/{folder}/{name}.jpg" for folder in MMVP_FOLDERS)) for name in names
+        ]
+        texts = [f"a photo of {row['statement']}" for row in two]
+        yield _pair((patterns[min(i // 30, 8)],), str(i // 2), images, texts)
+
+
+MMVP_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
+
+
+def load_crepe(source: Source) -> Loaded:
+    """CREPE (Ma et al., 2023), productivity: hard negatives by number of atoms, in a box."""
+    for subset in ("atom", "swap", "negate"):
+        for atoms in range(4, 13):
+            file = f"crepe/{subset}/prod_vg_hard_negs_{subset}_complexity_{atoms}.csv"
+            for key, row in source.rows(file):
+                x, y, width, height = (int(float(row[k])) for k in ("x", "y", "width", "height"))
+                crop = Crop(source.vg(f"{row['image_id']}.jpg"), (x, y, x + width, y + height))
+                texts = (row["caption"], *_texts(row["hard_negs"], row.place))
+                yield Item((subset, str(atoms)), f"{atoms}-{key}", (crop,), texts)
+
+
+def _texts(cell: str, place: str) -> list[str]:
+    """A Python list of strings, written as text in a cell."""
+    import ast
+
+    try:
+        return [str(text) for text in ast.literal_eval(cell)]
+    except (ValueError, SyntaxError, TypeError):
+        raise DataError(f"{place}: {cell[:40]!r} is no list of texts; download it again") from None
+
+
+def load_spec(source: Source) -> Loaded:
+    """SPEC (Peng et al., 2024): size, position, existence and count, asked both ways."""
+    for name in read_table("suites")["spec"]["expected"]:
+        subset, way = name.split(" ", 1)
+        file = {"image to text": "image2text", "text to image": "text2image"}[way]
+        for key, row in source.rows(f"spec/{subset}/{file}.json"):
+            label, options = int(row["label"]), list(row["keys"])
+            options = [options[label], *options[:label], *options[label + 1 :]]
+            one, many = (row["query"],), tuple(options)
+            images, texts = (one, many) if file == "image2text" else (many, one)
+            paths = tuple(source.find(f"spec/{subset}/{x}", f"spec/{x}") for x in images)
+            yield Item((name,), key, paths, texts, place=label)
+
+
+def load_cola(source: Source) -> Loaded:
+    """COLA (Ray et al., 2023), multi-object; its score is "image"."""
+    for key, row in source.rows("cola/COLA_multiobjects_matching_benchmark.json"):
+        first, one, second, two = row
+        yield _pair(("cola",), key, (source.vg(first), source.vg(second)), (one, two))
+
+
+def load_imagecode(source: Source) -> Loaded:
+    """ImageCoDe (Krojer et al., 2022), validation: one of ten pictures of a caption."""
+    for key, row in source.rows("imagecode/valid_data.json"):
+        subset = "static" if key.startswith("open-images") else "video"
+        for number, text in row.items():
+            order = [int(number), *(i for i in range(10) if i != int(number))]
+            images = [source.find(f"imagecode/image-sets/{key}/img{i}.jpg") for i in order]
+            yield Item((subset,), f"{key}-{number}", tuple(images), (text,), place=int(number))
+
+
+def load_svo_probes(source: Source) -> Loaded:
+    """SVO-Probes (Hendricks and Nematzadeh, 2021): the other picture differs in one of three."""
+    for key, row in source.rows("svo_probes/svo_probes.csv"):
+        flags = [name for name in ("subj_neg", "verb_neg", "obj_neg") if row[name] == "True"]
+        if len(flags) != 1:
+            continue
+        numbers = (row["pos_image_id"], row["neg_image_id"])
+        images = tuple(source.find(f"svo_probes/images/{number}.jpg") for number in numbers)
+        source.expected[flags[0]] = source.expected.get(flags[0], 0) + 1
+        yield Item((flags[0],), key, images, (row["sentence"],))
+
+
+def load_hard_positives(source: Source) -> Loaded:
+    """Hard positives (Kamath et al., 2024): an edit that keeps the meaning must beat the negative.
+
+    "correct" is their augmented accuracy, "brittle" the share where exactly one positive wins.
+    """
+    for subset, file in (
+        ("swap", "visual_genome_attribution"),
+        ("replace attribute", "vl_checklist_attributes"),
+        ("replace relation", "vl_checklist_relations"),
+    ):
+        both = (source.rows(f"hard_positives/{d}/{file}.json") for d in ("data", "swapped_data"))
+        for (key, row), (_, other) in zip(*both, strict=True):
+            image: str | Crop = source.vg(row["image_path"])
+            if subset == "swap":
+                image = _boxed(subset, "", key, row, source).images[0]
+            texts = (row["true_caption"], other["true_caption"], row["false_caption"])
+            yield Item((subset,), key, (image,), texts, true=2)
+
+
+def load_retrieval(source: Source) -> Loaded:
+    """COCO 5K and Flickr30k 1K, Karpathy's test split, captions as they are."""
+    for name, file, photos in KARPATHY:
+        images: list[str] = []
+        texts: list[str] = []
+        image_of: list[int] = []
+        for _, row in source.rows(f"karpathy/{file}"):
+            texts += row["caption"]
+            image_of += [len(images)] * len(row["caption"])
+            images.append(photos(source, row["image"]))
+        if images:
+            yield Retrieval(name, images, texts, image_of)
+
+
+def load_zeroshot(source: Source) -> Loaded:
+    """Zero-shot classification of every set below DIR/zeroshot: torchvision's or class folders."""
+    yield from _class_sets(source, probe=False)
+
+
+def load_probe(source: Source) -> Loaded:
+    """A linear probe on the same sets, where their training split is there too."""
+    yield from _class_sets(source, probe=True)
+
+
+def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
+    base = (source.root or Path()) / "zeroshot"
+    if source.root is None or not base.is_dir():
+        raise DataError(f"--root: {base} is missing; put one folder for each set into it")
+    for folder in sorted(path for path in base.iterdir() if path.is_dir()):
+        known = read_table("classes").get(folder.name, {})
+        test, names = _class_split(folder, known, "test")
+        images, labels = zip(*test, strict=True)
+        prompts = _prompts(known, names)
+        train: list[tuple[str, int]] = []
+        if probe:
+            with contextlib.suppress(FileNotFoundError):
+                train = _class_split(folder, known, "train")[0]
+            if not train:
+                source.notes.append(f"{folder.name}: no training split, no probe")
+                continue
+        yield Classes(
+            folder.name,
+            *(list(images), list(labels), prompts, bool(known.get("per_class"))),
+            *([image for image, _ in train], [label for _, label in train]),
+        )
+
+
+def _class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, int]], list[Any]]:
+    """Pictures with labels of SPLIT/CLASS/* or of torchvision, and the classes' names.
+
+    Raises:
+        FileNotFoundError: there is no training split.
+        DataError: nothing to read, or a folder that is no class of this set.
+    """
+    names = (
+        open_clip.IMAGENET_CLASSNAMES if known.get("names") == "open_clip" else known.get("names")
+    )
+    splits = {"test": ("test", "val", "validation"), "train": ("train",)}[split]
+    parts = [folder / name for name in splits if (folder / name).is_dir()]
+    if not parts and "torchvision" in known:
+        data = _torchvision(known["torchvision"], split, str(folder))
+        names = names or [_plain(name) for name in data.classes]
+        labels = _labels(data)
+        prefix = f"torchvision:{known['torchvision']}:{split}"
+        return [(f"{prefix}:{i}:{folder}", label) for i, label in enumerate(labels)], names
+    if not parts:
+        if split == "train":
+            raise FileNotFoundError
+        raise DataError(f"{folder}: holds no test/CLASS/ folders of pictures")
+    classes = sorted(path.name for path in parts[0].iterdir() if path.is_dir())
+    order = _class_order(classes, names, parts[0])
+    pairs = [
+        (str(path), order[name])
+        for name in classes
+        for path in sorted((parts[0] / name).iterdir())
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".ppm")
+    ]
+    if not pairs:
+        raise DataError(f"{parts[0]}: holds no pictures")
+    return pairs, names or [_plain(name) for name in classes]
+
+
+def _class_order(classes: list[str], names: Any, folder: Path) -> dict[str, int]:
+    """Label of each class folder: by name, or by rank where folders are WordNet numbers."""
+    if not names or all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        if names and len(classes) != len(names):
+            raise DataError(f"{folder}: has {len(classes)} class folders, wanted {len(names)}")
+        return {name: i for i, name in enumerate(classes)}
+    spoken = {_plain(n if isinstance(n, str) else n[0]).lower(): i for i, n in enumerate(names)}
+    order = {name: spoken.get(_plain(name).lower(), -1) for name in classes}
+    strange = [name for name, label in order.items() if label < 0]
+    if strange:
+        near = difflib.get_close_matches(_plain(strange[0]).lower(), spoken, 1) or list(spoken)[:1]
+        raise DataError(f"{folder / strange[0]}: is no class of this set; is it {near[0]!r}?")
+    return order
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _prompts(known: Any, names: Sequence[Any]) -> list[list[str]]:
+    """Every template with every name of a class."""
+    if known.get("templates") == "open_clip":
+        return [[say_it(name) for say_it in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names]
+    templates = known.get("templates", ["a photo of a {}."])
+    many = [[name] if isinstance(name, str) else name for name in names]
+    return [[template.format(name) for name in words for template in templates] for words in many]
+
+
+@functools.cache
+def _torchvision(name: str, split: str, root: str) -> Any:
+    """A classification set of torchvision; nothing is downloaded."""
+    import torchvision.datasets
+
+    kind = getattr(torchvision.datasets, name)
+    flag: dict[str, Any] = {"split": split}
+    if name.startswith(("CIFAR", "MNIST")):
+        flag = {"train": split == "train"}
+    elif name in ("OxfordIIITPet", "FGVCAircraft") and split == "train":
+        flag = {"split": "trainval"}
+    try:
+        return kind(root, **flag)
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{root}: torchvision's {name} is not there ({_line(error)})") from None
+
+
+def _labels(data: Any) -> list[int]:
+    for name in ("targets", "_labels", "labels"):
+        if hasattr(data, name):
+            return [int(label) for label in getattr(data, name)]
+    for name in ("_samples", "samples"):
+        if hasattr(data, name):
+            return [int(label) for _, label in getattr(data, name)]
+    return [int(data[i][1]) for i in range(len(data))]
+
+
+SUITES: dict[str, Callable[[Source], Loaded]] = {
+    "shapes": load_shapes,
+    "aro": load_aro,
+    "valse": load_valse,
+    "vl_checklist": load_vl_checklist,
+    "sugarcrepe": load_sugarcrepe,
+    "retrieval": load_retrieval,
+    "zeroshot": load_zeroshot,
+    "probe": load_probe,
+    "sugarcrepe_pp": load_sugarcrepe_pp,
+    "winoground": load_pairs,
+    "whatsup": load_whatsup,
+    "bivlc": load_pairs,
+    "negbench": load_negbench,
+    "vismin": load_pairs,
+    "mmvp": load_mmvp,
+    "eqben": load_pairs,
+    "eqben_mini": load_pairs,
+    "crepe": load_crepe,
+    "spec": load_spec,
+    "colorswap": load_pairs,
+    "cola": load_cola,
+    "imagecode": load_imagecode,
+    "svo_probes": load_svo_probes,
+    "hard_positives": load_hard_positives,
+}
+PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", "probe"]
+GROUPS = {"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]}
+
+
+def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
+    """Read a suite and drop what has no picture, if that is allowed.
+
+    Raises:
+        DataError: files or pictures are missing and `partial` is False, or nothing is left.
+    """
+    if root is not None and not os.access(root, os.R_OK | os.X_OK):
+        why = "cannot be read; ask for permission" if root.exists() else "no such folder"
+        raise DataError(f"--root {root}: {why}")
+    info = read_table("suites")[name]
+    source = Source(name, root, partial, dict(info["expected"]), [])
+    try:
+        loaded = list(SUITES[name](source))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name}: a row is not as the official files have it ({error!r})") from None
+    items = [x for x in loaded if isinstance(x, Item)]
+    costs = [x for x in loaded if not isinstance(x, Item)]
+    if not loaded:
+        raise DataError(f"{name}: none of its files is below {root}; get them: {info['where']}")
+    items, kept = keep_found(items, costs, partial, info["where"])
+    for cost in kept:
+        full = next(x for x in costs if x.name == cost.name)
+        if len(cost.images) < len(full.images):
+            few = f"{cost.name}: {len(cost.images)} of {len(full.images)} pictures are there"
+            easier = "; fewer to choose from, easier" if isinstance(cost, Retrieval) else ""
+            source.notes.append(few + easier)
+    return Suite(name, items, kept, source.expected, source.notes)
+
+
+def keep_found(
+    items: list[Item], costs: list[Retrieval | Classes], partial: bool, where: str
+) -> tuple[list[Item], list[Retrieval | Classes]]:
+    """Drop items, and pictures of the costs, whose files are missing, if that is allowed.
 
     Raises:
         DataError: pictures are missing and `partial` is False, or none is there.
     """
-    images = dict.fromkeys(image for item in items for image in item.images)
-    missing = {image for image in images if not Path(image).is_file()}
-    if missing and (not partial or len(missing) == len(images)):
+    wanted = [image for item in items for image in item.images]
+    wanted += [image for cost in costs for image in cost.images]
+    files = dict.fromkeys(_file(image) for image in wanted)
+    missing = {file for file in files if is_file(file) and not os.path.isfile(file)}
+    if missing and (not partial or len(missing) == len(files)):
+        rest = "" if partial else ", or pass --allow-missing to score the rest"
         raise DataError(
-            f"{len(missing)} of {len(images)} pictures are missing, the first is {min(missing)}; "
-            f"put the {need}" + ("" if partial else ", or pass --allow-missing to score the rest")
+            f"{len(missing)} of {len(files)} pictures are missing, the first is {min(missing)}; "
+            f"get them: {where}{rest}"
         )
-    return [item for item in items if not missing.intersection(item.images)]
+    found = [x for x in items if not missing.intersection(_file(image) for image in x.images)]
+    return found, [left for cost in costs if (left := _keep_cost(cost, missing)).images]
+
+
+def _keep_cost(cost: Retrieval | Classes, missing: set[str]) -> Retrieval | Classes:
+    kept = [i for i, image in enumerate(cost.images) if image not in missing]
+    images = [cost.images[i] for i in kept]
+    if isinstance(cost, Classes):
+        return cost._replace(images=images, labels=[cost.labels[i] for i in kept])
+    place = {i: new for new, i in enumerate(kept)}
+    pairs = [(t, place[i]) for t, i in zip(cost.texts, cost.image_of, strict=True) if i in place]
+    return cost._replace(images=images, texts=[t for t, _ in pairs], image_of=[i for _, i in pairs])
+
+
+def _file(image: str | Crop) -> str:
+    return image.path if isinstance(image, Crop) else image
+
+
+# Features
+
+
+class Features(NamedTuple):
+    """Unit-length float32 rows [N, D] and the row of each picture or text."""
+
+    rows: np.ndarray
+    row_of: dict[Any, int]
+
+    def of(self, names: Iterable[Any]) -> np.ndarray:
+        """Rows of these, in their order."""
+        return self.rows[[self.row_of[name] for name in names]]
 
 
 class Encoder:
-    """Encodes each distinct picture and text once; keeps unit-length float32 features."""
+    """Encodes each distinct picture (with its crop) and each distinct row of tokens once.
+
+    Batches are dealt out to the ranks of torchrun, so that every feature is computed in the same
+    batch, and comes out the same, whatever the number of ranks. With --cache features are kept on
+    disk under the hash of the content and of the model.
+    """
 
     def __init__(self, model: Model, args: argparse.Namespace) -> None:
-        """Use the device, precision and batch size of the command line."""
+        """Use the device, precision, batch size, workers and cache of the command line."""
         self.model, self.device, self.batch = model, torch.device(args.device), args.batch_size
         self.dtype = PRECISIONS[args.precision]
         cfg = PreprocessCfg(**model.net.visual.preprocess_cfg)
         self.transform = image_transform_v2(cfg, is_train=False)
         self.width = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
         self.workers = args.workers
+        self.rank, self.ranks = rank_and_ranks()
+        self.hash = hash_model(model)
+        self.known: dict[str, torch.Tensor] = {}  # features by key
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.encoded = Counter[str]()
+        self.cache: Path | None = None
+        if args.cache:
+            self.cache = args.cache / f"{self.hash[:16]}-{args.precision}"
+            self._read_cache()
         model.net.eval()
 
+    def images(self, names: Iterable[str | Crop]) -> Features:
+        """Encode pictures by name, decoding in --workers processes."""
+        names = list(dict.fromkeys(names))
+        keys = [hash_picture(name) if self.cache else f"picture {name}" for name in names]
+        return self._features("images", names, keys, self.batch, self._encode_images)
+
+    def texts(self, texts: Iterable[str]) -> Features:
+        """Encode texts, packed several to a row, cut at the context length."""
+        texts = list(dict.fromkeys(texts))
+        new = [text for text in texts if text not in self.tokens]
+        for start in range(0, len(new), 4096):
+            batch = new[start : start + 4096]
+            self.tokens.update(zip(batch, self.model.tokenizer(batch), strict=True))
+        keys = [hashlib.sha256(self.tokens[text].numpy().tobytes()).hexdigest() for text in texts]
+        return self._features("texts", texts, keys, 4 * self.batch, self._encode_texts)
+
+    def _features(
+        self,
+        kind: str,
+        names: list[Any],
+        keys: list[str],
+        size: int,
+        encode: Callable[[list[list[Any]]], list[torch.Tensor]],
+    ) -> Features:
+        """Encode what is not known yet, on all ranks, and gather it in the order of `names`."""
+        fresh = {key: name for key, name in zip(keys, names, strict=True) if key not in self.known}
+        todo = list(fresh)
+        batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+        mine = [[fresh[key] for key in batch] for batch in batches[self.rank :: self.ranks]]
+        parts = encode(mine) if mine else []
+        if self.ranks > 1:
+            shared: list[Any] = [None] * self.ranks
+            dist.all_gather_object(shared, parts)
+            parts = [shared[i % self.ranks][i // self.ranks] for i in range(len(batches))]
+        for batch, part in zip(batches, parts, strict=True):
+            self.known.update(zip(batch, part, strict=True))
+        self.encoded[kind] += len(todo)
+        if todo and self.cache and self.rank == 0:
+            self._write_cache(self.cache, todo)
+        rows = torch.stack([self.known[key] for key in keys]).numpy() if keys else np.zeros((0, 1))
+        return Features(rows, {name: i for i, name in enumerate(names)})
+
     @torch.no_grad()
-    def images(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode pictures by name, on `--workers` decoding threads."""
+    def _encode_images(self, batches: list[list[Any]]) -> list[torch.Tensor]:
         from torch.utils.data import DataLoader
 
-        names = list(dict.fromkeys(names))
-        loader = DataLoader(
-            _Pictures(names, self.transform, self.width), self.batch, num_workers=self.workers
-        )
-        parts = [self._unit(self.model.net.encode_image, batch) for batch in loader]
-        return dict(zip(names, torch.cat(parts), strict=True)) if names else {}
+        pictures = _Pictures([x for batch in batches for x in batch], self.transform, self.width)
+        loader = DataLoader(pictures, self.batch, num_workers=self.workers)
+        try:
+            return [self._unit(self.model.net.encode_image, batch) for batch in loader]
+        except DataError as error:  # a worker's error brings its traceback along
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Encode texts, packed several to a row."""
-        texts = list(dict.fromkeys(texts))
-        parts = []
-        for start in range(0, len(texts), 4 * self.batch):
-            packed = pack_texts(texts[start : start + 4 * self.batch], self.model.tokenizer)
-            parts.append(self._unit(lambda p: encode_text(self.model.net, p), packed))
-        return dict(zip(texts, torch.cat(parts), strict=True)) if texts else {}
+    def _encode_texts(self, batches: list[list[Any]]) -> list[torch.Tensor]:
+        known = _Known(self.tokens, self.model.tokenizer)
+        packed = (pack_texts(batch, known) for batch in batches)
+        return [self._unit(lambda p: encode_text(self.model.net, p), batch) for batch in packed]
 
     def _unit(self, encode: Callable[[Any], torch.Tensor], batch: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = encode(batch.to(self.device))
         return F.normalize(features.float(), dim=-1).cpu()
 
+    def _read_cache(self) -> None:
+        for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
+            try:
+                kept = torch.load(file, weights_only=True)
+                self.known.update(zip(kept["keys"], kept["rows"], strict=True))
+            except Exception:  # torch raises many kinds here
+                raise DataError(f"--cache {file}: cannot be read; delete this file") from None
+
+    def _write_cache(self, folder: Path, keys: list[str]) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.pt"
+            partial = file.with_suffix(".partial")
+            torch.save({"keys": keys, "rows": torch.stack([self.known[k] for k in keys])}, partial)
+            os.replace(partial, file)
+        except OSError as error:
+            raise DataError(f"--cache {folder}: cannot be written ({error.strerror})") from None
+
+
+class _Known:
+    """The model's tokenizer, for texts whose tokens are known already."""
+
+    def __init__(self, tokens: dict[str, torch.Tensor], tokenizer: Any) -> None:
+        self.tokens = tokens
+        if hasattr(tokenizer, "eot_token_id"):  # pack_texts asks for it
+            self.eot_token_id = tokenizer.eot_token_id
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        return torch.stack([self.tokens[text] for text in texts])
+
 
 class _Pictures(torch.utils.data.Dataset[torch.Tensor]):
     def __init__(
-        self, names: list[str], transform: Callable[..., torch.Tensor], width: int
+        self, names: list[Any], transform: Callable[..., torch.Tensor], width: int
     ) -> None:
         self.names, self.transform, self.width = names, transform, width
 
@@ -407,19 +1302,80 @@ class _Pictures(torch.utils.data.Dataset[torch.Tensor]):
         return self.transform(load_picture(self.names[i], self.width))
 
 
-def load_picture(name: str, width: int) -> Image.Image:
-    """Open a file, or draw the test scene "shapes:INDEX"."""
+def load_picture(name: str | Crop, width: int) -> Image.Image:
+    """Open a file as RGB, cut out its box, take one of torchvision, or draw a test scene."""
+    if isinstance(name, Crop):
+        return open_image(name.path).crop(name.box)
     if name.startswith("shapes:"):
         return draw_scene(make_scene("test", EVAL_SEED, int(name.removeprefix("shapes:"))), width)
+    if name.startswith("torchvision:"):
+        _, kind, split, index, root = name.split(":", 4)
+        return _torchvision(kind, split, root)[int(index)][0].convert("RGB")
+    if name.endswith(".npy"):  # frames of EqBen, blue first
+        try:
+            frame = np.load(name, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{name}: cannot be decoded ({error})") from None
+        return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1]))
     return open_image(name)
 
 
-def judge(scores: np.ndarray, true: int) -> tuple[dict[str, bool], bool]:
+def is_file(name: str) -> bool:
+    """Tell files from pictures that are drawn, or held by torchvision."""
+    return not name.startswith(("shapes:", "torchvision:"))
+
+
+def hash_picture(name: str | Crop) -> str:
+    """Hash a picture's file and box; what is no file is told apart by its name."""
+    path, box = (name.path, name.box) if isinstance(name, Crop) else (name, "")
+    if not is_file(path):
+        return f"picture {name}"
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return hashlib.sha256(content).hexdigest() + str(box)
+
+
+def hash_model(model: Model) -> str:
+    """Hash the weights, the activation and the preprocessing."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    about = [model.about.get("activation"), sorted(model.net.visual.preprocess_cfg.items())]
+    digest.update(str(about).encode())
+    return digest.hexdigest()
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Rank of this process under torchrun and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# Verdicts
+
+
+def cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Cosines [n, m] of unit rows [n, D] and [m, D]; equal rows give equal cosines.
+
+    A matrix product may sum two equal columns in different orders, which would break ties.
+    """
+    return (one[:, None, :] * two[None, :, :]).sum(-1, dtype=np.float32)
+
+
+def judge(scores: np.ndarray, true: int, place: int | None = None) -> tuple[dict[str, bool], bool]:
     """Decide an item from its cosines [images, texts]; the matrix's shape picks the rule.
 
     One picture: every true text above every false one.  One text: the first picture above the
     others.  Square: `text` if each picture prefers its text, `image` if each text prefers its
     picture, `group` if both.
+
+    Args:
+        scores: cosines, float32.
+        true: how many of the texts are true.
+        place: None, where a tie is wrong; else where the true option stands in the suite's own
+            order, whose first maximum is taken (argmax), so that a tie with a later one is right.
 
     Returns:
         verdicts by name ("correct", or "text", "image" and "group"), and whether a tie decided.
@@ -428,6 +1384,10 @@ def judge(scores: np.ndarray, true: int) -> tuple[dict[str, bool], bool]:
     if rows == 1 or columns == 1:
         line = scores.ravel()
         low, high = line[:true].min(), line[true:].max()
+        if place is not None and true == 1:
+            before, after = line[1 : 1 + place], line[1 + place :]
+            right = bool((low > before).all() and (low >= after).all())
+            return {"correct": right}, bool(low == high)
         return {"correct": bool(low > high)}, bool(low == high)
     if rows != columns:
         raise ValueError(f"scores must be 1 x L, K x 1 or K x K, not {rows} x {columns}")
@@ -439,120 +1399,476 @@ def judge(scores: np.ndarray, true: int) -> tuple[dict[str, bool], bool]:
     return {**verdicts, "group": all(verdicts.values())}, bool(tie)
 
 
-def interval(correct: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean of 0 and 1, in per cent, over items."""
-    # Drawing n items with replacement draws a binomial number of the correct ones.
-    draws = rng.binomial(len(correct), correct.mean(), RESAMPLES) / len(correct)
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
-    return float(low), float(high)
+def judge_texts(scores: np.ndarray) -> tuple[dict[str, bool], bool]:
+    """Two true texts and a false one [3, 3]: the true ones are closer to each other than to it."""
+    own, high = scores[0, 1], max(scores[0, 2], scores[1, 2])
+    return {"correct": bool(own > high)}, bool(own == high)
 
 
-def summarise(correct: Sequence[bool], expected: int, ties: int = 0) -> dict[str, Any]:
-    """Accuracy in per cent with its 95 % interval, N scored of N expected, ties."""
-    values = np.asarray(correct, dtype=float)
-    low, high = interval(values, np.random.default_rng(EVAL_SEED))
-    accuracy = float(100 * values.mean())
-    return {
-        **{"accuracy": accuracy, "low": low, "high": high},
-        **{"scored": len(values), "expected": expected, "ties": ties},
-    }
+def judge_edits(scores: np.ndarray) -> dict[str, bool]:
+    """Caption, meaning-preserving edit and negative [1, 3]: does the caption win, and only one?"""
+    original, edit = (bool(scores[0, i] > scores[0, 2]) for i in (0, 1))
+    return {"original": original, "brittle": original != edit}
 
 
-def score_suite(suite: Suite, encoder: Encoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score all items and costs; returns the results and one record for each item."""
-    images = encoder.images([image for item in suite.items for image in item.images])
-    texts = encoder.texts([text for item in suite.items for text in item.texts])
-    verdicts: dict[tuple[str, ...], list[bool]] = defaultdict(list)
-    ties: dict[tuple[str, ...], int] = defaultdict(int)
-    rows = []
+# For each row of a table: verdicts by part; the figure is the mean over parts, and over their parts
+Tally = dict[str, dict[tuple[str, ...], list[bool]]]
+
+
+class Scored(NamedTuple):
+    """Verdicts of items and of costs, ties by row, and one record for each item."""
+
+    subsets: Tally
+    costs: Tally
+    ties: Counter[str]
+    records: list[dict[str, Any]]
+
+
+def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
+    """Score all items and costs of a suite, with ties wrong or by its "official" rule."""
+    images = encoder.images(image for item in suite.items for image in item.images)
+    texts = encoder.texts(text for item in suite.items for text in item.texts)
+    first = ties == "official" and read_table("suites")[suite.name].get("ties") == "first"
+    scored = Scored({}, {}, Counter(), [])
     for item in suite.items:
-        one = torch.stack([images[name] for name in item.images])
-        two = torch.stack([texts[text] for text in item.texts])
-        scores = (one @ two.T).numpy()
-        result, tie = judge(scores, item.true)
+        two = texts.of(item.texts)
+        if item.images:
+            scores = cosines(images.of(item.images), two)
+            result, tie = judge(scores, item.true, item.place if first else None)
+        else:
+            scores = cosines(two, two)
+            result, tie = judge_texts(scores)
+        if suite.name == "hard_positives":
+            result.update(judge_edits(scores))
         for name, value in result.items():
-            path = item.path if name == "correct" else (*item.path[:-1], f"{item.path[-1]} {name}")
-            verdicts[path].append(value)
-            ties[path] += tie
-        rows.append(
+            row = item.path[0] if name == "correct" else f"{item.path[0]} {name}"
+            scored.subsets.setdefault(row, defaultdict(list))[item.path[1:]].append(value)
+            scored.ties[row] += tie
+        scored.records.append(
             {
-                **{"subset": item.path[-1], "id": item.id, "images": item.images},
-                **{"texts": item.texts, "scores": scores.round(6).tolist(), **result},
+                **{"suite": suite.name, "subset": item.path[0], "part": item.path[1:]},
+                **{"id": item.id, "images": item.images, "texts": item.texts},
+                "scores": [[float(f"{x:.9g}") for x in line] for line in scores],
+                **{**result, "tie": tie},
             }
         )
-    subsets = {
-        path[-1]: summarise(values, suite.expected.get(path[-1], len(values)), ties[path])
-        for path, values in verdicts.items()
-    }
-    costs = {
-        name: score
-        for key, cost in suite.costs.items()
-        for name, score in _cost(key, cost, encoder)
-    }
-    return {"subsets": subsets, "averages": averages(verdicts), "costs": costs}, rows
+    for cost in suite.costs:
+        for row, parts, tied in _cost(suite.name, cost, encoder, ties == "official"):
+            scored.costs[row] = parts
+            scored.ties[row] = tied
+    return scored
 
 
-def averages(verdicts: dict[tuple[str, ...], list[bool]]) -> dict[str, float]:
-    """The averages that the literature uses, in per cent, each under its name."""
-    means = {path: 100 * float(np.mean(values)) for path, values in verdicts.items()}
-    groups = defaultdict(list)
-    for path, mean in means.items():
-        groups[path[0]].append(mean)
-    return {
-        "mean of items": 100 * float(np.mean([v for values in verdicts.values() for v in values])),
-        f"mean of {len(means)} subsets": float(np.mean(list(means.values()))),
-        f"mean of {len(groups)} groups": float(np.mean([np.mean(g) for g in groups.values()])),
-    }
-
-
-def _cost(name: str, cost: Retrieval | Classes, encoder: Encoder) -> Iterator[tuple[str, Any]]:
-    """Retrieval at 1 and 5 both ways, or zero-shot accuracy."""
-    found = encoder.images(cost.images)
-    images = torch.stack([found[image] for image in cost.images])
-    if isinstance(cost, Classes):
-        prompts = encoder.texts([text for texts in cost.prompts for text in texts])
-        means = [torch.stack([prompts[t] for t in texts]).mean(0) for texts in cost.prompts]
-        best = (images @ F.normalize(torch.stack(means), dim=-1).T).argmax(1)
-        correct = (best == torch.tensor(cost.labels)).tolist()
-        yield name, summarise(correct, len(correct))
+def _cost(
+    suite: str, cost: Retrieval | Classes, encoder: Encoder, first: bool
+) -> Iterator[tuple[str, dict[tuple[str, ...], list[bool]], int]]:
+    """Retrieval both ways, zero-shot accuracy, or a linear probe: rows, verdicts, ties."""
+    images = torch.from_numpy(encoder.images(cost.images).of(cost.images))
+    if isinstance(cost, Retrieval):
+        texts = encoder.texts(cost.texts)
+        row_of = torch.tensor([texts.row_of[text] for text in cost.texts])
+        # Equal texts must have equal scores: multiply each once.
+        scores = (images @ torch.from_numpy(texts.rows).T)[:, row_of]
+        ranks = retrieval_ranks(scores, torch.tensor(cost.image_of), first)
+        for way, (rank, tied) in zip(("image to text", "text to image"), ranks, strict=True):
+            for k in RECALLS:
+                yield f"{cost.name} {way} R@{k}", {(): (rank < k).tolist()}, int(tied)
         return
-    encoded = encoder.texts(cost.texts)
-    texts = torch.stack([encoded[text] for text in cost.texts])
-    scores, image_of = images @ texts.T, torch.tensor(cost.image_of)  # [N, M]
-    own = image_of[None, :] == torch.arange(len(images))[:, None]
-    best_own = scores.masked_fill(~own, -2).amax(1, keepdim=True)
-    i2t = ((scores >= best_own) & ~own).sum(1)  # how many wrong texts are not below the best own
-    mine = scores[image_of, torch.arange(len(texts))]
-    t2i = ((scores >= mine) & ~own).sum(0)
-    for way, rank in (("image to text", i2t), ("text to image", t2i)):
-        for k in (1, 5):
-            yield f"{name} {way} R@{k}", summarise((rank < k).tolist(), len(rank))
+    if suite == "probe":
+        train = torch.from_numpy(encoder.images(cost.train_images).of(cost.train_images))
+        logits = fit_probe(train, torch.tensor(cost.train_labels), len(cost.prompts))(images)
+        title = f"probe {cost.name}"
+    else:
+        logits, title = images @ class_vectors(cost.prompts, encoder).T, f"zero-shot {cost.name}"
+    correct, tied = top_class(logits, torch.tensor(cost.labels), first)
+    parts: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+    for label, right in zip(cost.labels, correct.tolist(), strict=True):
+        parts[(str(label),) if cost.per_class else ()].append(right)
+    yield title, parts, tied
+
+
+def class_vectors(prompts: list[list[str]], encoder: Encoder) -> torch.Tensor:
+    """For each class the unit-length mean [D] of its prompts' unit-length features."""
+    texts = encoder.texts(text for lines in prompts for text in lines)
+    means = np.stack([texts.of(lines).mean(0) for lines in prompts])
+    return F.normalize(torch.from_numpy(means), dim=-1)
+
+
+def top_class(logits: torch.Tensor, labels: torch.Tensor, first: bool) -> tuple[torch.Tensor, int]:
+    """Which rows [N, C] have their label on top, and how many ties; "first" is argmax."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
+    if first:
+        return logits.argmax(1) == labels, int((own == others).sum())
+    return (own > others)[:, 0], int((own == others).sum())
+
+
+def retrieval_ranks(
+    scores: torch.Tensor, image_of: torch.Tensor, first: bool
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Ranks (0 is best) of each picture's best own text, and of each text's picture.
+
+    Equal scores of wrong ones count as before; with `first` only those of a lower index do.
+
+    Args:
+        scores: cosines [N, M] of pictures and texts.
+        image_of: [M] index of each text's picture.
+        first: sort as a stable descending sort does.
+    """
+    wrong = image_of[None, :] != torch.arange(len(scores))[:, None]
+    best, place = scores.masked_fill(wrong, -2).max(1, keepdim=True)
+    same = wrong & (scores == best)
+    ties = int(same.any(1).sum())
+    if first:
+        same &= torch.arange(scores.shape[1])[None, :] < place
+    yield (wrong & (scores > best)).sum(1) + same.sum(1), ties
+    mine = scores[image_of, torch.arange(scores.shape[1])]
+    same = wrong & (scores == mine)
+    ties = int(same.any(0).sum())
+    if first:
+        same &= torch.arange(len(scores))[:, None] < image_of
+    yield (wrong & (scores > mine)).sum(0) + same.sum(0), ties
+
+
+PROBE_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
+
+def fit_probe(x: torch.Tensor, y: torch.Tensor, classes: int) -> Callable[..., torch.Tensor]:
+    """A linear probe: multinomial logistic regression by L-BFGS on unit-length features.
+
+    The weight decay is chosen on a random tenth of the training pictures, then all are used.
+
+    Args:
+        x: features [N, D], unit length.
+        y: labels [N].
+        classes: how many there are.
+    """
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(EVAL_SEED))
+    held, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
+    right = []
+    for decay in PROBE_DECAYS:
+        probe = fit_logistic(x[rest], y[rest], classes, decay)
+        right.append(int((probe(x[held]).argmax(1) == y[held]).sum()))
+    return fit_logistic(x, y, classes, PROBE_DECAYS[int(np.argmax(right))])
+
+
+def fit_logistic(
+    x: torch.Tensor, y: torch.Tensor, classes: int, decay: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Minimise mean cross-entropy + decay / 2 * |W|^2, the bias free, x scaled by sqrt(D)."""
+    scale = math.sqrt(x.shape[1])
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        search.zero_grad()
+        value = F.cross_entropy(scale * x @ weight.T + bias, y) + decay / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    search.step(loss)
+    return lambda features: (scale * features @ weight.T + bias).detach()
+
+
+# A reader of captions alone
+
+
+def read_blind(items: Sequence[Item]) -> dict[str, float]:
+    """How many items a reader of the texts alone gets right, per cent, by subset.
+
+    A logistic regression on words and pairs of words tells true from false texts; it is fitted on
+    four fifths of the pictures and read on the last fifth, in turn. At chance the texts give
+    nothing away; far above it the suite can be solved without its pictures.
+    """
+    subsets = defaultdict(list)
+    for item in items:
+        if len(item.images) == 1 and len(item.texts) > item.true:
+            subsets[item.path[0]].append(item)
+    scores = {}
+    for name, group in subsets.items():
+        folds = np.array([zlib.crc32(str(item.images).encode()) % BLIND_FOLDS for item in group])
+        parts: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+        for fold in range(BLIND_FOLDS):
+            learn = [item for item, f in zip(group, folds, strict=True) if f != fold]
+            weights = _fit_words(learn)
+            for item in (item for item, f in zip(group, folds, strict=True) if f == fold):
+                line = [sum(weights.get(gram, 0.0) for gram in _grams(t)) for t in item.texts]
+                parts[item.path[1:]].append(min(line[: item.true]) > max(line[item.true :]))
+        scores[name] = 100 * mean_of({key: float(np.mean(x)) for key, x in parts.items()})
+    return scores
+
+
+def _grams(text: str) -> list[str]:
+    words = ["^", *re.findall(r"\w+|[^\w\s]", text.lower()), "$"]
+    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+
+
+def _fit_words(items: Sequence[Item]) -> dict[str, float]:
+    """Weights of words and pairs: true texts above false ones, by 100 steps of gradient descent."""
+    number: dict[str, int] = {}
+    rows, columns, values = [], [], []
+    count = 0
+    for item in items:
+        grams = [Counter(_grams(text)) for text in item.texts]
+        for true in grams[: item.true]:
+            for false in grams[item.true :]:
+                for gram in sorted(set(true) | set(false)):
+                    if true[gram] != false[gram]:
+                        rows.append(count)
+                        columns.append(number.setdefault(gram, len(number)))
+                        values.append(float(true[gram] - false[gram]))
+                count += 1
+    if not rows:
+        return {}
+    places = torch.tensor([rows, columns])
+    x = torch.sparse_coo_tensor(places, values, (count, len(number)), check_invariants=False)
+    x, back = x.coalesce(), x.T.coalesce()
+    weights = torch.zeros(len(number), 1)
+    for _ in range(100):
+        push = torch.sigmoid(-(x @ weights)) / count  # gradient of log(1 + exp(-x w))
+        weights = 0.999 * weights + 20 * (back @ push)
+    return dict(zip(number, weights[:, 0].tolist(), strict=True))
+
+
+# Averages, intervals, comparisons
+
+Value = TypeVar("Value", float, np.ndarray)
+
+
+def mean_of(parts: dict[tuple[str, ...], Value]) -> Value:
+    """The mean over parts, each the mean over its own parts."""
+    if () in parts:
+        return parts[()]
+    groups: dict[str, dict[tuple[str, ...], Value]] = defaultdict(dict)
+    for path, value in parts.items():
+        groups[path[0]][path[1:]] = value
+    means = [mean_of(group) for group in groups.values()]
+    return sum(means[1:], means[0]) / len(means)
+
+
+def average(tree: Any, values: dict[str, Value], counts: dict[str, int]) -> Value | None:
+    """One named average; None where a subset that it needs is missing.
+
+    Args:
+        tree: a subset's name; a list, the plain mean of its members; or {"items": [...]}, the
+            mean weighted by the number of items.
+        values: figure of each subset.
+        counts: items of each subset.
+    """
+    if isinstance(tree, str):
+        return values.get(tree)
+    members = tree["items"] if isinstance(tree, dict) else tree
+    found = [average(member, values, counts) for member in members]
+    kept = [value for value in found if value is not None]
+    if len(kept) < len(found) or not found:
+        return None
+    if isinstance(tree, list):
+        return sum(kept[1:], kept[0]) / len(kept)
+    weights = [counts[name] for name in members]
+    total = [value * weight for value, weight in zip(kept, weights, strict=True)]
+    return sum(total[1:], total[0]) / sum(weights)
+
+
+def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
+    """The averages that the literature uses for a suite, as trees over its rows.
+
+    Verdicts of pairs (text, image, group) are averaged each for itself.
+    """
+    rows = list(rows)
+    trees = read_table("suites")[suite]["averages"]
+    named = {}
+    for verdict in ("", *VERDICTS):
+        own = {row for row in rows if _verdict(row) == verdict}
+        for name, tree in trees.items():
+            grown = _rename(tree, f" {verdict}" if verdict else "")
+            if own and _leaves(grown) <= own:
+                named[f"{verdict}: {name}" if verdict else name] = grown
+    return named
+
+
+VERDICTS = ("text", "image", "group", "original", "brittle")
+
+
+def _verdict(row: str) -> str:
+    last = row.rsplit(" ", 1)[-1]
+    return last if last in VERDICTS and not row.endswith((" to text", " to image")) else ""
+
+
+def _rename(tree: Any, end: str) -> Any:
+    if isinstance(tree, str):
+        return tree + end
+    if isinstance(tree, dict):
+        return {"items": [name + end for name in tree["items"]]}
+    return [_rename(member, end) for member in tree]
+
+
+def _leaves(tree: Any) -> set[str]:
+    if isinstance(tree, str):
+        return {tree}
+    members = tree["items"] if isinstance(tree, dict) else tree
+    return set().union(*(_leaves(member) for member in members))
+
+
+def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> np.ndarray:
+    """Bootstrap over items: RESAMPLES figures of a row, parts resampled each for itself.
+
+    Drawing n items with replacement draws a binomial number of the correct ones.
+    """
+    rng = np.random.default_rng([EVAL_SEED, zlib.crc32(f"{suite} {row}".encode())])
+    return mean_of(
+        {k: rng.binomial(len(x), np.mean(x), RESAMPLES) / len(x) for k, x in parts.items()}
+    )
+
+
+def _cell(value: float, draws: np.ndarray, scored: int) -> dict[str, Any]:
+    low, high = np.percentile(100 * draws, [2.5, 97.5])
+    return {"accuracy": 100 * value, "low": float(low), "high": float(high), "scored": scored}
+
+
+def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
+    """Accuracies in per cent with 95 % bootstrap intervals, N scored of N expected, ties."""
+    tables: dict[str, Any] = {"subsets": {}, "averages": {}, "costs": {}}
+    for part, tally in (("subsets", scored.subsets), ("costs", scored.costs)):
+        values, draws, counts = {}, {}, {}
+        for row, parts in tally.items():
+            values[row] = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
+            draws[row] = resample(suite.name, row, parts)
+            counts[row] = sum(len(x) for x in parts.values())
+            stem = row.rsplit(" ", 1)[0] if _verdict(row) or part == "costs" else row
+            expected = suite.expected.get(stem, counts[row])
+            cell = _cell(values[row], draws[row], counts[row])
+            tables[part][row] = {**cell, "expected": expected, "ties": scored.ties[row]}
+        trees = named_averages(suite.name, tally) if part == "subsets" else _mean_of_sets(tally)
+        for name, tree in trees.items():
+            value, spread = average(tree, values, counts), average(tree, draws, counts)
+            if value is not None and spread is not None:
+                cells = [tables[part][leaf] for leaf in _leaves(tree)]
+                total = {key: sum(cell[key] for cell in cells) for key in ("scored", "expected")}
+                tables["averages"][name] = {**_cell(value, spread, 0), **total}
+    return {**tables, "notes": suite.notes}
+
+
+def _mean_of_sets(rows: Iterable[str]) -> dict[str, list[str]]:
+    """The mean over all classification sets that were scored, and over recalls at 1."""
+    named = {}
+    for kind in ("zero-shot", "probe", "image to text R@1", "text to image R@1"):
+        found = [row for row in rows if row.startswith(kind) or row.endswith(kind)]
+        if len(found) > 1:
+            named[f"{kind}, mean of {len(found)} sets"] = found
+    return named
+
+
+def compare(suite: str, ours: Scored, theirs: Scored) -> dict[str, dict[str, float]]:
+    """Paired test of two models on the same items, by row.
+
+    The difference of the figures with its 95 % interval (bootstrap over items, both models on the
+    same draw), how many items only one of them gets right, and the exact McNemar test: the
+    probability of a split at least as uneven if each of those items fell to either by a fair coin.
+    """
+    table = {}
+    both = {**theirs.subsets, **theirs.costs}
+    for row, parts in {**ours.subsets, **ours.costs}.items():
+        rng = np.random.default_rng([EVAL_SEED, zlib.crc32(f"{suite} {row} paired".encode())])
+        means, draws, gained, lost = {}, {}, 0, 0
+        for key, values in parts.items():
+            a, b = np.array(values), np.array(both[row][key])
+            up, down, n = int((a & ~b).sum()), int((~a & b).sum()), len(a)
+            drawn = rng.multinomial(n, [up / n, down / n, (n - up - down) / n], RESAMPLES)
+            means[key], draws[key] = (up - down) / n, (drawn[:, 0] - drawn[:, 1]) / n
+            gained, lost = gained + up, lost + down
+        low, high = np.percentile(100 * mean_of(draws), [2.5, 97.5])
+        table[row] = {
+            **{"difference": 100 * mean_of(means), "low": float(low), "high": float(high)},
+            **{"gained": gained, "lost": lost, "p": mcnemar(gained, lost)},
+        }
+    return table
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar test: twice the smaller tail of a fair coin, at most 1."""
+    n, few = gained + lost, min(gained, lost)
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+        for k in range(few + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
+
+
+# Tables
+
+REFERENCE = ("CE-CLIP", "paper")  # the row from which differences are shown
+SHORT = [("CLIP", "paper"), ("NegCLIP", "paper"), REFERENCE, ("CE-CLIP+", "paper")]
+SHORT += [(model, "vl_compo") for model in ("CLIP", "NegCLIP", "CE-CLIP")]
+
+
+def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Published figures by (model, source), with the averages that follow from them.
+
+    Where only the mean of some subsets is printed it stands for each of them in the averages.
+    """
+    info = read_table("suites")[suite]
+    rows = {}
+    for line in read_table("published").get(suite, []):
+        values = dict(line["values"])
+        merged = line.get("merged", {})
+        full = {x: value for name, value in merged.items() for x in _leaves(info["averages"][name])}
+        full.update(values)
+        for name, tree in named_averages(suite, full).items():
+            known = _known(tree, info["expected"])
+            value = average(tree, full, info["expected"]) if known else None
+            if value is not None:
+                values.setdefault(name, value)
+        rows[line["model"], line["source"]] = values
+    return rows
+
+
+def _known(tree: Any, counts: dict[str, int]) -> bool:
+    """Whether the numbers of items that the tree's weighted means need are known."""
+    if isinstance(tree, dict):
+        return all(name in counts for name in tree["items"])
+    return isinstance(tree, str) or all(_known(member, counts) for member in tree)
+
+
+def _shown(suite: str) -> dict[tuple[str, str], dict[str, float]]:
+    rows = published(suite)
+    short = {key: rows[key] for key in SHORT if key in rows}
+    return short or dict([x for x in rows.items() if x[0][0] in ("CLIP", "NegCLIP", "CE-CLIP")])
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """One table for each suite: subsets, averages and costs down, checkpoints across."""
-    lines = []
+    """One table for each suite: subsets, averages and costs down, checkpoints across.
+
+    Beside ours: a reader of the texts alone, the difference of the last checkpoint from the
+    paper's CE-CLIP, and published figures with their source.
+    """
+    lines: list[str] = []
     for suite in next(iter(results.values()))["suites"]:
         scored = {label: result["suites"][suite] for label, result in results.items()}
-        paper = PAPER.get(suite, {})
-        lines += ["", f"### {suite}: per cent correct [95 % interval]", ""]
-        lines += _row(["", "items", *scored, *(f"paper {name}" for name in paper)])
-        lines += _row(["---", *["---:"] * (1 + len(scored) + len(paper))])
-        first = next(iter(scored.values()))
-        for part in ("subsets", "costs"):
-            if part == "costs" and first["costs"]:
-                lines += _row(["*costs*", *[""] * (1 + len(scored) + len(paper))])
+        first, last = next(iter(scored.values())), list(scored)[-1]
+        rows = {name for part in ("subsets", "averages", "costs") for name in first[part]}
+        others = {key: line for key, line in _shown(suite).items() if rows.intersection(line)}
+        blind = first.get("blind", {})
+        best = [key for key in (REFERENCE, ("CE-CLIP", "vl_compo")) if key in others][:1]
+        reference = others[best[0]] if best else {}
+        head = ["", "items", *scored, *(["texts only"] if blind else [])]
+        head += [f"{last} - CE-CLIP ({best[0][1]})"] if best else []
+        head += [f"{model} ({source})" for model, source in others]
+        lines += ["", f"### {suite}: per cent correct [95 % interval]", "", *_row(head)]
+        lines += _row(["---", *["---:"] * (len(head) - 1)])
+        for part in ("subsets", "averages", "costs"):
+            if part == "costs" and first["costs"] and first["subsets"]:
+                lines += _row(["*costs*", *[""] * (len(head) - 1)])
             for name, cell in first[part].items():
-                of = "" if cell["scored"] == cell["expected"] else f" of {cell['expected']}"
-                ours = [_cell(result[part][name]) for result in scored.values()]
-                theirs = [
-                    f"{column[name]:.1f}" if name in column else "" for column in paper.values()
-                ]
-                lines += _row([name, f"{cell['scored']}{of}", *ours, *theirs])
-            if part == "subsets":
-                lines += _average_rows(scored, paper)
-        ties = {label: sum(s["ties"] for s in r["subsets"].values()) for label, r in scored.items()}
-        lines += ["", "Ties, counted as wrong: " + ", ".join(f"{k} {v}" for k, v in ties.items())]
+                ours = [_cell_text(result[part][name]) for result in scored.values()]
+                line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
+                line += [_figure(blind.get(name))] if blind else []
+                gain = scored[last][part][name]["accuracy"] - reference.get(name, np.nan)
+                line += [_figure(gain, "+")] if reference else []
+                lines += _row([*line, *(_figure(column.get(name)) for column in others.values())])
+        lines += _remarks(suite, scored)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -560,63 +1876,159 @@ def _row(cells: Sequence[str]) -> list[str]:
     return ["| " + " | ".join(cells) + " |"]
 
 
-def _cell(score: dict[str, Any]) -> str:
+def _cell_text(score: dict[str, Any]) -> str:
     return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
 
 
-def _average_rows(scored: dict[str, Any], paper: dict[str, dict[str, float]]) -> list[str]:
-    """Averages, of the paper's columns too where those can be computed from what it prints."""
-    lines = []
-    for name in next(iter(scored.values()))["averages"]:
-        ours = [f"{result['averages'][name]:.1f}" for result in scored.values()]
-        theirs = []
-        for column in paper.values():
-            leaves = {(key.split("_")[0], key): [value] for key, value in column.items()}
-            means = averages({path: [v / 100 for v in vs] for path, vs in leaves.items()})  # type: ignore[misc]
-            theirs.append("" if name == "mean of items" else f"{means.get(name, 0):.1f}")
-        lines += _row([f"**{name}**", "", *ours, *theirs])
+def _count(cell: dict[str, Any]) -> str:
+    expected = cell.get("expected", cell["scored"])
+    return str(cell["scored"]) + ("" if cell["scored"] == expected else f" of {expected}")
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{sign}.1f}"
+
+
+def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
+    """Below a table: ties, what was found out, overlap with training data, paired tests."""
+    info = read_table("suites")[suite]
+    rows = {name: {**s["subsets"], **s["costs"]} for name, s in scored.items()}
+    ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
+    rule = next(iter(scored.values())).get("tie_rule", "wrong")
+    lines = ["", f"Ties ({rule}): " + ", ".join(f"{name} {count}" for name, count in ties.items())]
+    lines += (
+        ["", "; ".join(next(iter(scored.values()))["notes"])] if info["expected"] is None else []
+    )
+    for note in (*next(iter(scored.values()))["notes"], info.get("leak")):
+        lines += ["", f"Note: {note}"] if note else []
+    for name, result in scored.items():
+        for other, table in result.get("versus", {}).items():
+            title = ["", "difference [95 %]", f"only {name}", f"only {other}", "McNemar p"]
+            lines += ["", f"{name} - {other}, paired on the same items:", ""]
+            lines += [*_row(title), *_row(["---", *["---:"] * 4])]
+            for row, x in table.items():
+                change = f"{x['difference']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]"
+                lines += _row([row, change, str(x["gained"]), str(x["lost"]), f"{x['p']:.2g}"])
     return lines
 
 
+def latex(results: dict[str, dict[str, Any]]) -> str:
+    """Tables of booktabs in the papers' column order: published rows, then ours."""
+    tables = []
+    for suite in next(iter(results.values()))["suites"]:
+        scored = {label: result["suites"][suite] for label, result in results.items()}
+        first = next(iter(scored.values()))
+        given = read_table("suites")[suite].get("columns")
+        rows = [*first["subsets"], *first["averages"], *first["costs"]]
+        columns = given or [[name, name] for name in rows]
+        lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule"]
+        lines += [" & ".join(["Model", "Source", *(_tex(head) for _, head in columns)]) + r" \\"]
+        lines += [r"\midrule"]
+        for (model, source), values in published(suite).items():
+            cells = [_figure(values.get(name)) or "--" for name, _ in columns]
+            lines += [" & ".join([_tex(model), _tex(source), *cells]) + r" \\"]
+        lines += [r"\midrule"] if published(suite) else []
+        for label, result in scored.items():
+            ours = {**result["subsets"], **result["averages"], **result["costs"]}
+            cells = [
+                f"{ours[name]['accuracy']:.1f}" if name in ours else "--" for name, _ in columns
+            ]
+            lines += [" & ".join([_tex(label), "ours", *cells]) + r" \\"]
+        tables.append("\n".join([f"% {suite}", *lines, r"\bottomrule", r"\end{tabular}"]))
+    return "\n\n".join(tables) + "\n"
+
+
+def _tex(text: str) -> str:
+    return re.sub(r"([_&%#$])", r"\\\1", text)
+
+
+def long_csv(results: dict[str, dict[str, Any]]) -> str:
+    """Every figure on a line of its own, ours and the published ones."""
+    out = io.StringIO()
+    keys = ["accuracy", "low", "high", "scored", "expected", "ties"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["suite", "model", "source", "part", "row", *keys])
+    for suite in next(iter(results.values()))["suites"]:
+        for label, result in results.items():
+            for part in ("subsets", "averages", "costs"):
+                for row, cell in result["suites"][suite][part].items():
+                    figures = [cell.get(key, "") for key in keys]
+                    writer.writerow([suite, label, "ours", part, row, *figures])
+        for (model, source), values in published(suite).items():
+            for row, value in values.items():
+                writer.writerow([suite, model, source, "published", row, round(value, 2)])
+    return out.getvalue()
+
+
 def show(table: str) -> str:
-    """The markdown table with its columns lined up for a terminal."""
-    lines = table.splitlines()
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
-    width = max((len(row) for row in rows), default=0)
-    sizes = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(width)]
-    shown = []
-    for line in lines:
+    """The markdown with the columns of each table lined up for a terminal."""
+    shown: list[str] = []
+    block: list[list[str]] = []
+    for line in [*table.splitlines(), ""]:
         if line.startswith("|"):
-            cells = [c.strip() for c in line.strip("|").split("|")]
+            block.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        sizes = [max(map(len, column)) for column in zip(*block, strict=True)]
+        for cells in block:
             if cells[0] == "---":
-                line = "  ".join("-" * size for size in sizes)
-            else:
-                first, *rest = (
-                    c.ljust(s) if i == 0 else c.rjust(s)
-                    for i, (c, s) in enumerate(zip(cells, sizes, strict=False))
-                )
-                line = "  ".join([first, *rest])
+                shown.append("  ".join("-" * size for size in sizes))
+                continue
+            rest = [cell.rjust(size) for cell, size in zip(cells[1:], sizes[1:], strict=True)]
+            shown.append("  ".join([cells[0].ljust(sizes[0]), *rest]).rstrip())
+        block = []
         shown.append(line.rstrip())
-    return "\n".join(shown)
+    return "\n".join(shown).rstrip()
+
+
+# The script
 
 
 def evaluate(
-    models: dict[str, Model], suites: dict[str, Suite], args: argparse.Namespace
+    models: Mapping[str, Callable[[], Model]], suites: dict[str, Suite], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Score every model on every suite; write items below --out, if given, as they are done."""
+    """Score every model on every suite; write items below --out, if given, as they are done.
+
+    Models are built one after the other. Those after the first are compared with the first.
+    """
     results: dict[str, Any] = {}
-    for label, model in models.items():
-        results[label] = {**model.about, "suites": {}}
-        encoder = Encoder(model, args)
+    before: dict[str, Scored] = {}
+    blind = {
+        name: read_blind(suite.items)
+        for name, suite in suites.items()
+        if read_table("suites")[name].get("blind") and not args.no_blind
+    }
+    for label, build in models.items():
+        encoder = Encoder(build(), args)
+        about = {"weights_sha256": encoder.hash, "evaluated_with": versions(args)}
+        results[label] = {**encoder.model.about, **about}
+        results[label]["suites"] = {}
         for name, suite in suites.items():
-            scores, rows = score_suite(suite, encoder)
-            results[label]["suites"][name] = scores
-            if args.out:
-                folder = args.out / "items" / label if len(models) > 1 else args.out / "items"
-                folder.mkdir(parents=True, exist_ok=True)
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_text(folder / f"{name}.jsonl", text)
+            scored = score_suite(suite, encoder, args.ties)
+            result = {**summarise(suite, scored), "tie_rule": args.ties}
+            result.update({"blind": blind[name]} if name in blind else {})
+            if len(results) > 1:
+                base = next(iter(results))
+                result["versus"] = {base: compare(name, scored, before[name])}
+            before.setdefault(name, scored._replace(records=[]))
+            results[label]["suites"][name] = result
+            if args.out and encoder.rank == 0:
+                write_items(args.out / "items", label if len(models) > 1 else "", name, scored)
     return results
+
+
+def versions(args: argparse.Namespace) -> dict[str, str]:
+    """What the figures were made with."""
+    made = {"python": platform.python_version(), "torch": torch.__version__}
+    return {**made, "open_clip": open_clip.__version__, "precision": args.precision}
+
+
+def write_items(folder: Path, label: str, suite: str, scored: Scored) -> None:
+    """Write one line for each item: texts, scores and verdicts."""
+    folder = folder / label
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.records)
+    if text:
+        write_text(folder / f"{suite}.jsonl", text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -633,40 +2045,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
+    model = parser.add_argument_group("models").add_argument
+    model(
         "--ckpt",
         action="append",
         default=[],
-        metavar="[LABEL=]PATH",
-        help="checkpoint; repeat to compare several",
+        metavar="[LABEL=]WHAT",
+        help="checkpoint, folder, hf-hub:ORG/REPO or MODEL:TAG; repeat to compare with the first",
     )
-    add("--model", help="open_clip model name or config .json (default: the checkpoint's)")
-    add("--pretrained", help="open_clip tag, instead of --ckpt")
-    add(
+    model("--model", help="open_clip model name or config .json (default: the checkpoint's)")
+    model("--pretrained", help="open_clip tag of --model, instead of --ckpt")
+    model(
         "--activation",
         choices=("gelu", "quickgelu"),
         help="overrule the checkpoint's; gelu is what the published evaluation used",
     )
-    add(
+    suite = parser.add_argument_group("suites").add_argument
+    suite(
         "--suite",
         default="shapes",
         help=f"comma list of {', '.join([*SUITES, *GROUPS])} (default shapes)",
     )
-    add("--root", type=Path, help="folder of the suites' official files and photos")
-    add("--allow-missing", action="store_true", help="score the items whose pictures are there")
-    add("--out", type=Path, help="folder for results.json, results.md and items/")
-    add("--overwrite", action="store_true", help="replace the results in --out")
-    add("--list", action="store_true", help="say what each suite needs and what is there")
-    add("--batch-size", type=int, default=128, help="pictures encoded at once (default 128)")
-    add(
+    suite("--root", type=Path, help="folder of the suites' official files and photos")
+    suite("--allow-missing", action="store_true", help="score the items whose pictures are there")
+    suite("--list", action="store_true", help="say what each suite needs and what is there")
+    suite(
+        "--ties",
+        choices=("wrong", "official"),
+        default="wrong",
+        help="equal scores are wrong (default), or decided as the suite's own code does",
+    )
+    suite("--no-blind", action="store_true", help="leave out the reader of texts alone")
+    out = parser.add_argument_group("output").add_argument
+    out("--out", type=Path, help="folder for results.json, .md, .tex, .csv and items/")
+    out("--overwrite", action="store_true", help="replace the results in --out")
+    out("--cache", type=Path, help="folder that keeps features by the hash of their content")
+    run = parser.add_argument_group("run").add_argument
+    run("--batch-size", type=int, default=128, help="pictures encoded at once (default 128)")
+    run(
         "--precision",
         choices=list(PRECISIONS),
         default="fp32",
         help="of the towers (default fp32); scores are float32",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
-    add("--workers", type=int, default=0, help="processes that decode pictures (default 0)")
+    run("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
+    run("--workers", type=int, default=0, help="processes that decode pictures (default 0)")
     return parser.parse_args(argv)
 
 
@@ -678,23 +2101,101 @@ def pick_device(device: str) -> str:
 
 
 def list_suites(root: Path | None) -> None:
-    """Print what each suite needs and whether it is there."""
-    for name, (_, files) in SUITES.items():
-        missing = [file for file in files if root is None or not (root / file).exists()]
-        state = "ready" if not missing else f"needs {', '.join(missing)} below --root"
-        print(f"{name:12} {state}")
+    """Print for each suite: items found of those expected, files, where to get them, licence."""
+    for name, info in read_table("suites").items():
+        expected, found, why = sum(info["expected"].values()), 0, ""
+        try:
+            suite = load_suite(name, root, True)
+            found = len(suite.items) + sum(_size(cost) for cost in suite.costs)
+            expected = max(sum(suite.expected.values()), 0 if expected else found)
+        except DataError as error:
+            why = "" if root else " (no --root)"
+            why = why or f" ({str(error)[:120]})"
+        if name == "shapes":
+            found = expected
+        state = "ready" if found and found >= expected else "partly" if found else "missing"
+        of = f"{found} of {expected}" if expected else f"{found} of as many as the files hold"
+        print(f"{name}: {state}, {of} items{why}\n  files: {', '.join(info['files']) or 'none'}")
+        print(f"  where: {info['where']}\n  licence: {info['licence']}")
 
 
-def _labelled(args: argparse.Namespace) -> dict[str, str]:
-    """Labels and paths of the checkpoints; a label defaults to the name of the run."""
-    paths = {}
+def _size(cost: Retrieval | Classes) -> int:
+    return len(cost.images) + (len(cost.texts) if isinstance(cost, Retrieval) else 0)
+
+
+def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:
+    """Labels with model name and weights; a label defaults to the name of the run."""
+    if args.pretrained:
+        label = f"{args.model} {args.pretrained}".replace("/", "-")
+        return {label: (args.model, args.pretrained)}
+    if not args.ckpt:  # main() asked for one of them
+        return {args.model.split("/")[-1]: (args.model, None)}
+    named: dict[str, tuple[str | None, str | None]] = {}
     for given in args.ckpt:
-        label, _, path = given.rpartition("=") if not os.path.exists(given) else ("", "", given)
-        label = label or Path(path).resolve().parent.name
-        if label in paths or "/" in label:
+        label, _, what = given.rpartition("=") if not os.path.exists(given) else ("", "", given)
+        name, _, tag = what.rpartition(":")
+        if os.path.exists(what):
+            pair, short = (args.model, what), Path(what).resolve().parent.name
+        elif what.startswith("hf-hub:"):
+            pair, short = (what, None), what.split("/")[-1]
+        elif tag and open_clip.get_model_config(_register(name)):
+            pair, short = (name, tag), f"{name} {tag}"
+        else:
+            raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
+        label = label or short
+        if label in named or "/" in label:
             raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
-        paths[label] = path
-    return paths
+        named[label] = pair
+    return named
+
+
+def name_suites(text: str) -> list[str]:
+    """The suites of a comma list, groups spelt out.
+
+    Raises:
+        DataError: a name that is none.
+    """
+    names: list[str] = []
+    for given in text.split(","):
+        name = given.strip()
+        if name not in SUITES and name not in GROUPS:
+            near = difflib.get_close_matches(name, [*SUITES, *GROUPS], 1)
+            hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(SUITES)}"
+            raise DataError(f"--suite {name}: no such suite; {hint}")
+        names += GROUPS.get(name, [name])
+    return list(dict.fromkeys(names))
+
+
+def load_suites(args: argparse.Namespace) -> dict[str, Suite]:
+    """Read the suites of --suite; of a group, with --allow-missing, those that are there."""
+    suites = {}
+    for name in name_suites(args.suite):
+        try:
+            suites[name] = load_suite(name, args.root, args.allow_missing)
+        except DataError as error:
+            if not (args.allow_missing and set(GROUPS).intersection(args.suite.split(","))):
+                raise
+            print(f"evaluate.py: left out: {error}", file=sys.stderr)
+    if not suites:
+        raise DataError(f"--suite {args.suite}: none of them is below --root {args.root}")
+    return suites
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what cannot be run, before anything is loaded.
+
+    Raises:
+        DataError: names the flag.
+    """
+    hub = (args.model or "").startswith("hf-hub:") and not args.pretrained
+    if bool(args.ckpt) + bool(args.pretrained) + hub != 1:
+        raise DataError("give either --ckpt PATH or --model NAME --pretrained TAG")
+    if args.pretrained and not args.model and not os.path.exists(args.pretrained):
+        raise DataError(f"--pretrained {args.pretrained}: name its --model too")
+    if args.batch_size < 1 or args.workers < 0:
+        raise DataError("--batch-size must be 1 or more, --workers 0 or more")
+    if args.out and (args.out / "results.json").exists() and not args.overwrite:
+        raise DataError(f"--out {args.out}: has results already; pass --overwrite to replace them")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -703,37 +2204,40 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         list_suites(args.root)
         return
-    if bool(args.ckpt) == bool(args.pretrained):
-        raise DataError("give either --ckpt PATH or --model NAME --pretrained TAG")
-    if args.batch_size < 1 or args.workers < 0:
-        raise DataError("--batch-size must be 1 or more, --workers 0 or more")
+    check_args(args)
     args.device = pick_device(args.device)
-    if args.out and (args.out / "results.json").exists() and not args.overwrite:
-        raise DataError(f"--out {args.out}: has results already; pass --overwrite to replace them")
-    names = [n for name in args.suite.split(",") for n in GROUPS.get(name.strip(), [name.strip()])]
-    unknown = [name for name in names if name not in SUITES]
-    if unknown:
-        raise DataError(f"--suite {unknown[0]}: is none of {', '.join([*SUITES, *GROUPS])}")
-    suites = {name: SUITES[name][0](args.root, args.allow_missing) for name in names}
-    paths = _labelled(args) or {
-        f"{args.model} {args.pretrained}".replace("/", "-"): args.pretrained
-    }
+    suites = load_suites(args)
     models = {
-        label: load_model(args.model, path, activation=args.activation, device=args.device)
-        for label, path in paths.items()
+        label: functools.partial(
+            load_model, name, what, activation=args.activation, device=args.device
+        )
+        for label, (name, what) in name_models(args).items()
     }
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
     if args.out:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
     results = evaluate(models, suites, args)
+    if rank_and_ranks()[0] == 0:
+        report(results, args.out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report(results: dict[str, Any], out: Path | None) -> None:
+    """Print the tables; write them to --out as JSON, markdown, LaTeX and CSV."""
     table = markdown(results)
     print(show(table))
-    if args.out:
-        write_text(args.out / "results.md", table)
-        write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
-        print(f"\nresults.json, results.md and items/ are in {args.out}")
+    if out:
+        write_text(out / "results.md", table)
+        write_text(out / "results.tex", latex(results))
+        write_text(out / "results.csv", long_csv(results))
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
 
 
 if __name__ == "__main__":

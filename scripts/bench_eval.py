@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""Time evaluate.py against a loop that takes one item at a time, as SugarCrepe's own script does.
+
+Same model, same items, float32, one process. The loop opens the photo, transforms it and encodes it
+with both captions at full length for every item. Ours encodes each distinct photo and text once.
+
+  OMP_NUM_THREADS=2 python scripts/bench_eval.py --ckpt WHAT [--model NAME] --root DIR \\
+      [--suite sugarcrepe] [--out scripts/results/eval-speed.json]
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evaluate
+from data import DataError
+
+
+@torch.no_grad()
+def one_at_a_time(model: evaluate.Model, items: list[evaluate.Item], transform: Any) -> list[bool]:
+    """Verdicts of a loop over items: picture and both captions are encoded each time."""
+    right = []
+    for item in items:
+        image = transform(evaluate.load_picture(item.images[0], 0))[None]
+        tokens = model.tokenizer(list(item.texts))
+        picture = model.net.encode_image(image, normalize=True)
+        texts = model.net.encode_text(tokens, normalize=True)
+        scores = (picture @ texts.T)[0].tolist()
+        right.append(scores[0] > max(scores[1:]))
+    return right
+
+
+class Clock:
+    """Wall and CPU seconds since it was made; the latter count on a busy machine."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def stop(self, wall: list[float], cpu: list[float]) -> None:
+        """Note both."""
+        wall.append(time.perf_counter() - self.wall)
+        cpu.append(time.process_time() - self.cpu)
+
+
+def median(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The middle one of each."""
+    return {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+
+
+def main() -> None:
+    """Time both, check that the verdicts agree, print and write the ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt", help="checkpoint or folder; without it random weights")
+    parser.add_argument("--model", help="open_clip model name or config .json")
+    parser.add_argument("--root", type=Path, required=True, help="as for evaluate.py")
+    parser.add_argument("--suite", default="sugarcrepe", help="suite of one picture an item")
+    parser.add_argument("--repeats", type=int, default=3, help="the median counts (default 3)")
+    parser.add_argument("--out", type=Path, help="json to write")
+    own = parser.parse_args()
+    args = evaluate.parse_args(["--batch-size", "64"])
+    args.device = "cpu"
+    suite = evaluate.load_suite(own.suite, own.root, partial=True)
+    model = evaluate.load_model(own.model, own.ckpt)
+    model.net.eval()
+    transform = evaluate.Encoder(model, args).transform
+    seconds: dict[str, list[float]] = {"one at a time": [], "evaluate.py": []}
+    cpu: dict[str, list[float]] = {"one at a time": [], "evaluate.py": []}
+    for _ in range(own.repeats):
+        clock = Clock()
+        slow = one_at_a_time(model, suite.items, transform)
+        clock.stop(seconds["one at a time"], cpu["one at a time"])
+        clock = Clock()
+        scored = evaluate.score_suite(suite, evaluate.Encoder(model, args))
+        clock.stop(seconds["evaluate.py"], cpu["evaluate.py"])
+    fast = [record["correct"] for record in scored.records]
+    wall, work = median(seconds), median(cpu)
+    result = {
+        **{
+            "suite": own.suite,
+            "items": len(suite.items),
+            "model": Path(own.model or own.ckpt).name,
+        },
+        "pictures": len({image for item in suite.items for image in item.images}),
+        "texts": len({text for item in suite.items for text in item.texts}),
+        **{"threads": torch.get_num_threads(), "cpus": os.cpu_count()},
+        **{"torch": torch.__version__, "python": platform.python_version()},
+        **{"seconds": seconds, "cpu seconds": cpu},
+        "ratio": wall["one at a time"] / wall["evaluate.py"],
+        "cpu ratio": work["one at a time"] / work["evaluate.py"],
+        "same verdicts": sum(a == b for a, b in zip(slow, fast, strict=True)),
+    }
+    print(json.dumps(result, indent=1))
+    if own.out:
+        evaluate.write_text(own.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        print(f"bench_eval.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
