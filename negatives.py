@@ -23,6 +23,7 @@ for lines on stdin.  The output has a header line, then one JSON record for each
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import csv
 import functools
@@ -30,7 +31,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -39,6 +39,7 @@ import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import exp, log
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ __all__ = [
 
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 MAX_WORDS = 60  # CLIP reads 77 subwords; an edit behind them would not be seen
+MAX_CANDIDATES = 24  # of one type that are weighed; of more every second, third ... one
 CHUNK = 256  # captions handed to a worker at once
 
 # Things.  "class.kind: a/b, c > d; ...": a and b mean the same, words before > become those after
@@ -330,11 +332,11 @@ drink pour spill throw serve hold; clothing: wear hold wash fold iron sew tear; 
 repair throw wash paint watch carry; fixture: clean paint repair break use; furniture: carry paint
 clean push repair break; container: hold wash carry break throw paint fill; tool: hold carry throw
 wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug carry wash
-throw kick; home: carry wash throw paint hold; feat: perform do watch film; structure: paint climb
-photograph clean pass; place.road: cross clean paint sweep photograph; place: photograph leave
-paint enter cross; sport: play watch coach practice; nature: cut paint carry photograph hold climb;
-picture: paint draw hold take; body: paint wash scratch brush; any: hold wash paint throw drop
-carry"""
+throw kick; home: carry wash throw paint hold; feat: perform do watch film; structure: watch paint
+climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
+photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint carry
+photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any: hold
+wash paint throw drop carry"""
 # "who is no person: what they can do to a thing"
 DOES = """
 animal: chase kick eat carry break push lick sniff drop hold catch; vehicle: push pull follow
@@ -387,16 +389,16 @@ look stare gaze peek into > fall climb jump; look stare gaze over > jump climb; 
 wrestle sit; jump leap over > crawl fly walk; ride on > stand sleep kneel dance; ride in > sleep
 dance kneel"""
 PARTICIPLES = """
-parked: driving, moving, traveling, burning; stopped: driving, moving, burning; docked: sinking,
-burning, floating; seated: standing, kneeling, sleeping, walking; gathered, crowded, huddled:
-dancing, fighting; smiling: crying, frowning; sleeping, curled: running, jumping; crying: smiling;
-perched: sleeping, running; placed, stacked, arranged, displayed, served, mounted, posted, piled:
-burning, spinning; shown, seen, pictured: hidden; kept: chased, hunted, fed; hung, wrapped, laid,
-spread, attached, written, suspended: burned, torn, thrown; loaded, stocked: unloaded, emptied;
-tied: thrown, dragged; located, anchored, chained, propped, planted, stored: burning, spinning;
-prepared: thrown, burned; held, carried: thrown, dropped; pulled: pushed, chased; topped with,
-covered with, covered in, loaded with, filled with: emptied of, cleared of; decorated with, lined
-with: stripped of, cleared of"""
+parked: driving, moving, traveling; stopped: driving, moving, burning; docked: sinking, burning,
+floating; seated: standing, kneeling, sleeping, walking; gathered, crowded, huddled: dancing,
+fighting; smiling: crying, frowning; sleeping, curled: running, jumping; crying: smiling; perched:
+sleeping, running; placed, stacked, arranged, displayed, served, mounted, posted, piled: burning,
+spinning; shown, seen, pictured: hidden; kept: chased, hunted, fed; hung, wrapped, laid, spread,
+attached, written, suspended: burned, torn, thrown; loaded, stocked: unloaded, emptied; tied:
+thrown, dragged; located, anchored, chained, propped, planted, stored: burning, spinning; prepared:
+thrown, burned; held, carried: thrown, dropped; pulled: pushed, chased; topped with, covered with,
+covered in, loaded with, filled with: emptied of, cleared of; decorated with, lined with: stripped
+of, cleared of"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
 RELATIONS = """
@@ -502,26 +504,28 @@ our, your, lots, dozens, different, lot, variety, more, multiple, just, assorted
 some, few, various, other, no, both, all, each, every; swapping: on, under, behind, in, at, inside,
 across, around, through, along, down, into, past, above, over, below, on top of, in front of;
 exchanging: on, in, under, behind, near, next to, in front of, at, by, inside, over, across, on top
-of, beside, outside, around, with; looks: look, stare, gaze, point, watch; names: red sox, big ben,
-little league; links: that, who, which, while; symmetric: play, kiss, hug, touch, face, fight,
-meet, share, enjoy, have, do, make, get, be, look, show; states: hold, contain, show, include,
-cover, surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come;
-persons: who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small,
-teenage, old, older, elderly, younger, baby; after acts: on, in, next to, near, in front of, at,
-by, behind, under, beside, with, while, on top of, outside, inside, ., together, between, around;
-fixed on: talk, work, speak, chat, display, put; fixed in: fenced, closed, dressed, covered,
-wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh,
-wave, swing, throw; fixed together: play; fixed over: all, look; fixed with: fill, cover, top,
-decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out
-of: made, make; near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink:
-red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow; near white:
-gray; near gray: white, black; near silver: white, black; near grey: white, black; near yellow:
-orange; near blue: purple; never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
-motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
-farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
-nightstand, zoo; never on: forest, desert, garden, valley, swamp, castle, church, village, city,
-office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital,
-park, market, lake, pond, ocean"""
+of, beside, outside, around, with; looks: look, stare, gaze, point, watch; often on: hold, carry,
+throw, feed, push, pull, lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit,
+swing, cut, push, pull, lead, kick, chase, walk; names: red sox, big ben, little league; links:
+that, who, which, while; symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have,
+do, make, get, be, look, show; states: hold, contain, show, include, cover, surround, feature,
+have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she,
+someone, they; particles: up, down, out, off; ages: young, little, small, teenage, old, older,
+elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind, under,
+beside, with, while, on top of, outside, inside, ., together, between, around; fixed on: talk,
+work, speak, chat, display, put; fixed in: fenced, closed, dressed, covered, wrapped; placed:
+parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
+throw; fixed together: play; fixed over: all, look; fixed with: fill, cover, top, decorate, mix,
+prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make;
+near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple;
+near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near gray:
+white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
+purple; never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter,
+bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road,
+river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
+never on: forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway,
+kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market,
+lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -593,13 +597,16 @@ def edit_sentence(
     seen = {_plain(sentence.caption)}
     start = f"{seed}:{key}:{sentence.caption}".encode("utf-8", "surrogatepass")
     for name in negatives:
+        digest = hashlib.blake2b(start, digest_size=8, key=name.encode()).digest()
+        draw = int.from_bytes(digest, "big")
         candidates = EDITORS[name](sentence, slots)
-        draw = hashlib.blake2b(start, digest_size=8, key=name.encode()).digest()
+        step = 1 + len(candidates) // MAX_CANDIDATES
+        candidates = candidates[draw % step :: step]
         logs = [0.0] * len(candidates)
         if slots and candidates:
             gains = _masked_gains(sentence, candidates, masked) if masked else None
             logs = _weigh(sentence, candidates, name, slots, gains)
-        for chosen in _drawn(candidates, logs, int.from_bytes(draw, "big")):
+        for chosen in _drawn(candidates, logs, draw):
             edits = _written(sentence, chosen)
             text = _apply(sentence.caption, edits)
             if _plain(text) not in seen:
@@ -611,7 +618,8 @@ def edit_sentence(
 
 def _plain(text: str) -> str:
     """Equal for texts that differ in case, spaces or inflection only."""
-    return " ".join(LEMMAS.get(word, word) for word in text.casefold().split())
+    words = text.casefold().split()
+    return " ".join(map(LEMMAS.get, words, words))
 
 
 # Reading the tables
@@ -752,11 +760,7 @@ PARTNERS = {  # numbers of the groups that an act stands in
     act: {n for n, group in enumerate(TOGETHER.split(";")) if act in group.split()}
     for act in TOGETHER.replace(";", " ").split()
 }
-FALLING = ("food", "drink", "container", "device", "tool", "home", "nature", "clothing", "gear")
-IMPLIED = dict.fromkeys(
-    ("on", "in", "at", "with", "next to", "near", "behind", "beside", "by"), "G"
-)
-IMPLIED |= {"in front of": "G", "under": "G", "above": "G", "inside": "G"}
+IMPLIED = {"on", "with", "next to", "near", "behind", "beside", "by", "in front of", "under"}
 LACKS = {"has": "lacks", "have": "lack", "containing": "lacking", "featuring": "lacking"}
 ACT_VALUES = {
     w
@@ -817,6 +821,9 @@ class Phrase(NamedTuple):
     head: int
 
 
+Context = tuple[str, str, tuple[str, str], str, str]
+
+
 class Sentence(NamedTuple):
     """A caption that has been read; ``named`` are the words that no negative may bring in."""
 
@@ -826,6 +833,7 @@ class Sentence(NamedTuple):
     starts: dict[int, Phrase]  # phrases by first token
     named: frozenset[str]
     barred: frozenset[str]  # these, and what means the same
+    contexts: list[Context]  # of each token its neighbours, see Slots
 
 
 WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
@@ -850,8 +858,23 @@ def _sentence(
     if 2 * sum(tag not in "XUE" for tag in spoken) <= len(spoken):
         return None
     starts = {p.first: p for p in phrases}
-    sentence = Sentence(caption, tokens, phrases, starts, frozenset(), frozenset())
+    none: frozenset[str] = frozenset()
+    sentence = Sentence(caption, tokens, phrases, starts, none, none, _contexts(tokens))
     return _forbid(sentence, forbidden)
+
+
+def _contexts(tokens: Sequence[Token]) -> list[Context]:
+    """Of each token the keys of the five tables."""
+    n = len(tokens)
+    words = ["^", *(t.word for t in tokens), "$"]
+    content = [t.tag not in "DMIRA." for t in tokens]
+    ahead, behind = ["^"] * n, ["$"] * n
+    for i in range(1, n):
+        ahead[i] = words[i] if content[i - 1] else ahead[i - 1]
+        behind[n - 1 - i] = words[n + 1 - i] if content[n - i] else behind[n - i]
+    return [
+        (words[i], words[i + 2], (words[i], words[i + 2]), ahead[i], behind[i]) for i in range(n)
+    ]
 
 
 def _forbid(sentence: Sentence, words: Iterable[str]) -> Sentence:
@@ -1143,7 +1166,7 @@ def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> Candidate:
         for p in (one, two)
     ]
     verb = tokens[one.stop + (tokens[one.stop].tag == "Q")]
-    parts = []
+    parts: list[Part] = []
     if not all(numbers) or numbers[0] != numbers[1]:
         if one.first and tokens[one.first - 1].tag == "I":
             return ()  # there is a man ...
@@ -1156,7 +1179,9 @@ def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> Candidate:
             parts += _put(tokens.index(verb), tokens.index(verb), form)
     if first[0].isupper() and not first.isupper() and tokens[one.first].tag != "X":
         first, second = first[0].lower() + first[1:], second[0].upper() + second[1:]
-    words = [tuple(tokens[k].word for k in (p.first, p.stop - 1, p.head)) for p in (one, two)]
+    words = [
+        (tokens[p.first].word, tokens[p.stop - 1].word, tokens[p.head].word) for p in (one, two)
+    ]
     return (
         Part(one.first, one.stop - 1, second, words[1], moved=True),
         *parts,
@@ -1252,7 +1277,6 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
 def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Let the subject do something else that takes the same complement."""
     found: list[Candidate] = []
-    contexts = _contexts(sentence.tokens) if slots else []
     for i, verb in enumerate(sentence.tokens):
         if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
             found += [_put(i, i, new) for new in PARTICIPLE_ACTS[verb.word]]
@@ -1265,7 +1289,7 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         elif verb.tag in "GZB":
             last, acts = _acts(sentence, i)
             if slots and last == i:
-                acts = [*acts, *slots.acts(contexts[i], verb)]
+                acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
             found += [
                 _put(i, last, _inflect(act, verb.tag))
@@ -1275,30 +1299,20 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     return found
 
 
-def _implied(sentence: Sentence, i: int) -> Sequence[str]:
+def _implied(sentence: Sentence, i: int) -> list[str]:
     """What somebody on, near or with a thing might do to it: a man on a horse, feeding a horse."""
     before = next((p for p in sentence.phrases if p.stop == i), None)
     after = sentence.starts.get(i + 1)
     word = sentence.tokens[i].word
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
-        return ()
+        return []
     kind, subject = _kind(sentence, after), _kind(sentence, before).split(".")[0]
-    there = kind.split(".")[0]
-    if word in ("in", "at") and (there != "place" or subject not in MOVERS):
-        return ()
-    if subject not in MOVERS:
-        falls = word == "on" and subject in FALLING and there in ("furniture", "container", "place")
-        return ("falling off",) if falls else ()
-    acts: Sequence[str] = DONE.get(kind, DONE.get(there, ()))
-    if subject != "person":
-        acts = ("cross", "leave") if there == "place" else DONE_BY[subject]
-    form = IMPLIED[word]
-    if not kind:
-        return ()
-    worn = ("hold", "wear", "carry") if word in ("in", "with", "has") else ()
-    return [
-        _inflect(act, form) for act in acts if act not in (*worn, "watch", "photograph", "pass")
-    ]
+    if not kind or subject not in ("person", "animal"):
+        return []
+    acts: Sequence[str] = DONE.get(kind, DONE.get(kind.split(".")[0], ()))
+    acts = acts if subject == "person" else DONE_BY["animal"]
+    common = SETS["often on"] if word == "on" else SETS["often near"]
+    return [_inflect(act, "G") for act in acts if act in common]
 
 
 def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
@@ -1378,7 +1392,7 @@ def _unnamed(sense: Sense, sentence: Sentence) -> list[str]:
 SLOT_WEIGHTS = (0.7, 0.7, 0.4, 0.5, 0.5)  # of the five tables; their evidence overlaps
 SMOOTH = 20.0  # captions' worth of belief that neighbours do not matter
 RARE = 2e5  # 1 / p of a word that the captions do not have
-AIM, WIDTH = 1.0, 1.0  # log of how much likelier than the caption a negative should be, and spread
+AIM, WIDTH = 3.0, 2.0  # log of how much likelier than the caption a negative should be, and spread
 LEARNED = 200_000  # captions that the slots are learned from, the first of the source
 BALANCED = 10_000  # of these, that the balance is found on
 ROUNDS = 12
@@ -1386,7 +1400,6 @@ STRENGTH = (0.6, 0.3)  # of a step of the balance, for words and for pairs of wo
 LIMIT = 6.0  # of a balance, in nats
 NO_COUNTS: dict[str, int] = {}
 NO_WEIGHTS: dict[str, float] = {}
-Context = tuple[str, str, tuple[str, str], str, str]
 
 
 class Balance(NamedTuple):
@@ -1416,7 +1429,7 @@ class Slots:
         """Count the words of one caption."""
         words = [t.word for t in sentence.tokens]
         self.count.update(words)
-        for word, context in zip(words, _contexts(sentence.tokens), strict=True):
+        for word, context in zip(words, sentence.contexts, strict=True):
             for table, key in zip(self.tables, context, strict=True):
                 row = table.get(key)
                 if row is None:
@@ -1436,9 +1449,10 @@ class Slots:
         first, last, head = words
         left, right, both, ahead, behind = rows
         w0, w1, w2, w3, w4 = SLOT_WEIGHTS
-        log, inverse = math.log, self.inverse
-        h = inverse.get(head, RARE)
-        a, z = (h, h) if first == last else (inverse.get(first, RARE), inverse.get(last, RARE))
+        inverse = self.inverse
+        h = a = z = inverse.get(head, RARE)
+        if first != last:
+            a, z = inverse.get(first, RARE), inverse.get(last, RARE)
         total = -log(h)
         if (c := left.get(first, 0) - own) > 0:
             total += w0 * log(1 + c * a)
@@ -1490,20 +1504,6 @@ def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_T
     return slots
 
 
-def _contexts(tokens: Sequence[Token]) -> list[Context]:
-    """Of each token the keys of the five tables."""
-    n = len(tokens)
-    words = ["^", *(t.word for t in tokens), "$"]
-    content = [t.tag not in "DMIRA." for t in tokens]
-    ahead, behind = ["^"] * n, ["$"] * n
-    for i in range(1, n):
-        ahead[i] = words[i] if content[i - 1] else ahead[i - 1]
-        behind[n - 1 - i] = words[n + 1 - i] if content[n - i] else behind[n - i]
-    return [
-        (words[i], words[i + 2], (words[i], words[i + 2]), ahead[i], behind[i]) for i in range(n)
-    ]
-
-
 class Site(NamedTuple):
     """A span that candidates replace: its rows of the tables, and how its own words fare."""
 
@@ -1525,32 +1525,34 @@ def _weigh(
 
     ``gains``, how much likelier than the caption each one is, come from the slots if not given.
     """
-    contexts = _contexts(sentence.tokens)
-    balance, sites = slots.balance[name], {}
-    words = balance.words
+    balance = slots.balance[name]
+    sites: dict[tuple[int, int, bool], Site] = {}
+    words, score = balance.words, slots.score
     weights = []
     for k, candidate in enumerate(candidates):
         gain = weight = 0.0
         for part in candidate:
-            at = part.first, part.last, part.moved
-            site = sites.get(at)
+            first, last, new, (one, two, _), moved = part
+            site = sites.get((first, last, moved))
             if site is None:
-                site = sites[at] = _site(sentence, contexts, part, balance, slots)
-            gain += slots.score(site.rows, part.words) - site.fit
-            weight += site.left.get(part.words[0], 0.0) + site.right.get(part.words[1], 0.0)
-            weight -= site.weight
-            if not part.moved:
-                weight += words.get(part.new, 0.0)
+                site = sites[first, last, moved] = _site(sentence, part, balance, slots)
+            rows, left, right, fit, own = site
+            gain += score(rows, part.words) - fit
+            weight -= own
+            if left:
+                weight += left.get(one, 0.0)
+            if right:
+                weight += right.get(two, 0.0)
+            if not moved:
+                weight += words.get(new, 0.0)
         known = gains[k] if gains else None
         gain = gain if known is None else known
         weights.append(round(weight - abs(gain - AIM) / WIDTH, 4))
     return weights
 
 
-def _site(
-    sentence: Sentence, contexts: Sequence[Context], part: Part, balance: Balance, slots: Slots
-) -> Site:
-    tokens = sentence.tokens
+def _site(sentence: Sentence, part: Part, balance: Balance, slots: Slots) -> Site:
+    tokens, contexts = sentence.tokens, sentence.contexts
     before, _, _, ahead, _ = contexts[part.first]
     _, after, _, _, behind = contexts[part.last]
     keys = (before, after, (before, after), ahead, behind)
@@ -1565,15 +1567,14 @@ def _site(
 def _drawn(candidates: list[Candidate], logs: list[float], draw: int) -> Iterator[Candidate]:
     """Candidates in the order in which 64 random bits draw them, the likeliest most often."""
     top = max(logs, default=0.0)
-    left = [(math.exp(w - top), c) for w, c in zip(logs, candidates, strict=True)]
-    point = draw / 2**64
-    while left:
-        goal = point * sum(w for w, _ in left)
-        k = 0
-        while k < len(left) - 1 and goal >= left[k][0]:
-            goal -= left[k][0]
-            k += 1
-        yield left.pop(k)[1]
+    weights = [exp(w - top) for w in logs]
+    while weights:
+        sums = list(itertools.accumulate(weights))
+        k = min(bisect.bisect_right(sums, draw / 2**64 * sums[-1]), len(sums) - 1)
+        yield candidates[k]
+        weights[k] = 0.0
+        if not any(weights):
+            return
 
 
 def _balanced(sentences: Sequence[Sentence], name: str, slots: Slots) -> Balance:
@@ -1950,10 +1951,10 @@ def _released(
     """Negatives as the published code makes them, faults included; only the draws are seeded.
 
     spaCy's NOUN, ADJ and VERB words; of three nouns and more the first two change places by
-    ``str.replace``; one word of each class, drawn at random, is masked at its first appearance
-    (even inside another word) and filled with the 4th guess of the masked model; nothing is checked.
-    A class without a word is null here.  There, its text is what the model makes of a bare mask,
-    and it is null only if that is "###", as it happens to be with distilroberta-base.
+    ``str.replace``; one word of each class, drawn at random, is masked where it first
+    appears (even inside another word) and filled with the 4th guess of the masked model; nothing
+    is checked.  A class without a word is null here; there, its text is what the model makes of a
+    bare mask, null only if that is "###", as it happens to be with distilroberta-base.
     """
     assert engine.parse is not None
     assert engine.masked is not None
@@ -1980,7 +1981,7 @@ def _released(
             text = negatives[name]
             scores = model.known.get(text) if text else None
             if text and scores is not None:
-                guess = model.tokenizer.decode(scores.topk(5).indices[3:4]).strip()
+                guess = str(model.tokenizer.decode(scores.topk(5).indices[3:4])).strip()
                 negatives[name] = text.replace(mask, guess, 1)
             else:
                 negatives[name] = None

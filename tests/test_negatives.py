@@ -83,7 +83,7 @@ def generated(count, seed=0):
         ("Tall tower", "attribute", {"Short tower"}),
         ("A boy smiling", "action", {"A boy crying", "A boy frowning"}),
         ("A car parked on a street", "action", {
-            f"A car {act} on a street" for act in ("burning", "moving", "driving", "traveling")}),
+            f"A car {act} on a street" for act in ("moving", "driving", "traveling")}),
         ("A plate topped with cake", "action", {
             f"A plate {act} of cake" for act in ("emptied", "cleared")}),
         ("Some sheep", "attribute", {None}),
@@ -343,7 +343,8 @@ def test_the_header_counts_what_the_lines_hold(manifest, tmp_path):
     header, rows = json.loads(out.read_text().splitlines()[0]), records(out)
     counts = {n: sum(r["negatives"][n] is not None for r in rows) for n in ("relation", "object")}
     assert header == {
-        "manifest": 1, "engine": "lexicon", "filler": "ngram", "seed": 4, "types": ["relation", "object"],
+        "manifest": 1, "engine": "lexicon", "filler": "ngram", "seed": 4,
+        "types": ["relation", "object"],
         "source": "in.jsonl", "captions": 600, "negatives": counts,
         "sha256": hashlib.sha256(out.read_bytes().split(b"\n", 1)[1]).hexdigest(),
     }  # fmt: skip
