@@ -445,21 +445,22 @@ place.ground container fixture ? = away from, past, behind; against: away from, 
 above; away from: towards, near; past: towards, through, into, on; onto: vehicle furniture
 structure container fixture place ? = off of, under, behind; off, off of: furniture vehicle
 structure gear.board place ? = onto, under, behind, on; with: container = next to, under, behind,
-near, on, in, without | animal vehicle person = behind, in front of, near, on, under, without |
+near, beside, on, without | animal vehicle person = behind, in front of, near, on, under, without |
 furniture fixture = without, under, near, behind, on, next to | food tool gear device home nature
-structure = without, next to, near, beside, on, in, under, behind | = without; without: with; to
-the left of: to the right of; to the right of: to the left of; on the side of, on the edge of: in
-the middle of, under, far from; in the middle of: on the edge of, near, next to; during:
-sport.event = before, after; in the distance, in the background: in the foreground; at night: at
-noon; at the top of, on the top of: at the bottom of, near; at the bottom of: at the top of; on the
-back of, in the back of: in front of, next to, under, near; in the foreground: in the background;
-full of, filled with: next to, behind, empty of; topped with: without, next to, under; covered
-with, covered in, decorated with, lined with, loaded with: free of, next to, behind; has: lacks;
-have: lack; containing: lacking; inside of: outside of; outside of: inside of; outdoors: indoors;
-indoors: outdoors; in the sky, in the air: on the ground; through the air: along the ground; on the
-ground: in the air, in the sky; on the floor: on the ceiling, on the wall; on the wall: on the
-ceiling, on the floor; on display: in storage; attached to: detached from, behind, near; side by
-side: far apart; together: apart, alone; among, amongst: far from, behind; within: outside, near"""
+structure = without, next to, near, beside, under, behind | clothing = without, under, behind | =
+without; without: with; to the left of: to the right of; to the right of: to the left of; on the
+side of, on the edge of: in the middle of, under, far from; in the middle of: on the edge of, near,
+next to; during: sport.event = before, after; in the distance, in the background: in the
+foreground; at night: at noon; at the top of, on the top of: at the bottom of, near; at the bottom
+of: at the top of; on the back of, in the back of: in front of, next to, under, near; in the
+foreground: in the background; full of, filled with: next to, behind, empty of; topped with:
+without, next to, under; covered with, covered in, decorated with, lined with, loaded with: free
+of, next to, behind; has: lacks; have: lack; containing: lacking; inside of: outside of; outside
+of: inside of; outdoors: indoors; indoors: outdoors; in the sky, in the air: on the ground; through
+the air: along the ground; on the ground: in the air, in the sky; on the floor: on the ceiling, on
+the wall; on the wall: on the ceiling, on the floor; on display: in storage; attached to: detached
+from, behind, near; side by side: far apart; together: apart, alone; among, amongst: far from,
+behind; within: outside, near"""
 SWAP_KINDS = (
     *MOVERS,
     "gear",
@@ -2212,9 +2213,9 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
     A .partial file that the same command left behind is gone on with.
     """
     header = _header(args, len(jobs))
-    width = len(json.dumps(header))  # its counts and checksum are written over at the end
+    width = len(json.dumps(header))  # the counts and the checksum are written over it at the end
     mark = json.dumps({"manifest": 1, "unfinished": _fingerprint(args, jobs)})
-    first = mark.ljust(width + 100) + "\n"
+    first = mark.ljust(width + 2000) + "\n"
     partial = args.out.with_name(args.out.name + ".partial")
     fates: Counter[tuple[str, str]] = Counter()
     checksum = hashlib.sha256()
@@ -2231,9 +2232,15 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
                 checksum.update(line.encode())
                 fates.update(fate)
             header["negatives"] = {name: fates[name, ""] for name in args.types}
+            header["nulls"] = {
+                name: {
+                    reason: n for (of, reason), n in sorted(fates.items()) if of == name and reason
+                }
+                for name in args.types
+            }
             header["sha256"] = checksum.hexdigest()
             file.seek(0)
-            file.write((json.dumps(header).ljust(width + 100) + "\n").encode())
+            file.write((json.dumps(header).ljust(width + 2000) + "\n").encode())
         os.replace(partial, args.out)
     except OSError as error:
         raise DataError(

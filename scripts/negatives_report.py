@@ -1,8 +1,8 @@
 """How good are the negatives of a file?  Numbers, and a picture of examples.
 
   python negatives.py captions.json --out lexicon.jsonl
-  python scripts/negatives_report.py lexicon.jsonl --mlm DIR --spacy en_core_web_sm \\
-      --out scripts/results/negatives_lexicon.json --gallery gallery.png
+  python scripts/negatives_report.py lexicon.jsonl --mlm DIR --spacy en_core_web_sm --ngrams \\
+      --speed --out scripts/results/negatives_lexicon.json --gallery gallery.png
 
 FILE is a manifest of negatives.py, NegCLIP's .tsv (column neg_caption), or a SugarCrepe .json.
 The blind readers see no picture.  They are asked which of two sentences is the true caption:
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import difflib
 import json
 import random
 import re
@@ -35,7 +36,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from negatives import NEGATIVE_TYPES, DataError, make_negatives  # noqa: E402
+import negatives as kit
+from negatives import DataError
 
 Pair = tuple[str, str, str]  # image, caption, negative
 
@@ -137,9 +139,9 @@ def masked_reader(pairs: list[Pair], reader: MaskedReader) -> float:
 
 def ngram_reader(pairs: list[Pair]) -> float:
     """How often a classifier of n-grams, trained on other images, prefers the caption, in %."""
-    from scipy.sparse import vstack
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
+    from scipy import sparse  # type: ignore[import-untyped]
+    from sklearn.feature_extraction.text import CountVectorizer  # type: ignore[import-untyped]
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
     half = np.array([zlib.crc32(image.encode()) % 2 == 0 for image, _, _ in pairs])
     counter = CountVectorizer(ngram_range=(1, 3), token_pattern=r"[^\s.,!?]+", min_df=2)
@@ -148,6 +150,186 @@ def ngram_reader(pairs: list[Pair]) -> float:
     x = counts[::2] - counts[1::2]
     train = x[half]
     model = LogisticRegression(C=0.1, fit_intercept=False, max_iter=300)
-    model.fit(vstack([train, -train]), np.repeat([1, 0], train.shape[0]))
+    model.fit(sparse.vstack([train, -train]), np.repeat([1, 0], train.shape[0]))
     score = model.decision_function(x[~half])
     return float(100 * np.mean((score > 0) + 0.5 * (score == 0)))
+
+
+# What the edits are
+
+
+def changed(caption: str, negative: str) -> list[tuple[list[str], list[str]]]:
+    """Words that went out and that came in, span by span."""
+    old, new = caption.split(), negative.split()
+    moves = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    return [(old[a:b], new[c:d]) for kind, a, b, c, d in moves if kind != "equal"]
+
+
+def describe(pairs: list[Pair]) -> dict[str, Any]:
+    """Length change, duplicates and the most used replacements."""
+    growth = Counter(len(n.split()) - len(c.split()) for _, c, n in pairs)
+    used: Counter[str] = Counter()
+    for _, caption, negative in pairs:
+        for old, new in changed(clean(caption), clean(negative)):
+            used[f"{' '.join(old)} > {' '.join(new)}"] += 1
+    return {
+        "negatives": len(pairs),
+        "mean words more": sum(k * n for k, n in growth.items()) / len(pairs),
+        "same length %": 100 * growth[0] / len(pairs),
+        "same as the caption": sum(clean(c) == clean(n) for _, c, n in pairs),
+        "most used": dict(used.most_common(25)),
+    }
+
+
+CLASSES = {"PROPN": "NOUN", "AUX": "VERB", "NUM": "ADJ", "DET": "ADJ"}
+CLASSES |= dict.fromkeys(("ADV", "SCONJ", "PART"), "ADP")
+WANTED = {"relation": "ADP", "attribute": "ADJ", "object": "NOUN", "action": "VERB"}
+
+
+def right_speech(name: str, pairs: list[Pair], parse: Any) -> float:
+    """How often spaCy finds a new word of the type's or of the old word's part of speech, in %.
+
+    The last word of edits of one span counts; nouns and names are one class, as are verbs and
+    auxiliaries, adjectives, numbers and determiners, and all words that say where.
+    """
+    right = total = 0
+    for _, caption, negative in pairs:
+        spans = changed(caption, negative)
+        if len(spans) == 1 and all(spans[0]):
+            old, new = spans[0]
+            tag = speech(negative, new, parse)
+            total += 1
+            right += tag == WANTED.get(name) or tag == speech(caption, old, parse)
+    return 100 * right / max(total, 1)
+
+
+def speech(text: str, words: list[str], parse: Any) -> str:
+    """Class of the last of some words in a text."""
+    at = text.find(" ".join(words)) + len(" ".join(words))
+    last = [t for t in parse(text) if t.idx < at and t.text[0].isalnum()][-1]
+    return CLASSES.get(last.pos_, last.pos_)
+
+
+def speed(captions: list[str], parse: Any) -> dict[str, float]:
+    """Captions a second on one core: the lexicon engine, its learning, and spaCy's tagging."""
+    start = time.perf_counter()
+    read = [kit._read(caption) for caption in captions]
+    slots = kit.learn_slots([sentence for sentence in read if sentence])
+    learned = time.perf_counter()
+    for caption in captions:
+        kit.make_negatives(caption, slots=slots)
+    made = time.perf_counter()
+    for _ in parse.pipe(captions, batch_size=256):
+        pass
+    tagged = time.perf_counter()
+    return {
+        "captions": len(captions),
+        "learning the slots, seconds": learned - start,
+        "lexicon, captions a second": len(captions) / (made - learned),
+        "lexicon with learning, captions a second": len(captions) / (made - start),
+        "spaCy tagging, captions a second": len(captions) / (tagged - made),
+    }
+
+
+# The picture
+
+
+def draw_gallery(path: Path, rows: list[dict[str, Any]], out: Path) -> None:
+    """Captions with their four negatives, what is new in colour."""
+    import matplotlib.pyplot as plt
+
+    lines = [
+        (row["caption"].strip(), name, row["negatives"].get(name, ""))
+        for row in rows
+        for name in ("caption", *row["negatives"])
+    ]
+    figure = plt.figure(figsize=(9.6, 0.235 * len(lines) + 0.2), dpi=110)
+    height, step = 1 / (len(lines) + 1), 0.0099
+    font: dict[str, Any] = {"family": "monospace", "fontsize": 8.5, "va": "center"}
+    for k, (caption, name, negative) in enumerate(lines):
+        y = 1 - (k + 1) * height
+        figure.text(0.01, y, name, color="gray", **font)
+        at = 0.11
+        spans = changed(caption, negative.strip()) if negative else []
+        new = [word for _, words in spans for word in words]
+        for word in (negative.strip() or caption).split():
+            edited = bool(new) and word == new[0]
+            new = new[1:] if edited else new
+            weight, colour = ("bold", "#b3261e") if edited else ("normal", "black")
+            figure.text(at, y, word, color=colour, weight=weight, **font)
+            at += step * (len(word) + 1)
+    figure.savefig(out)
+
+
+# The command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Declare every option."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="a manifest, NegCLIP's .tsv or SugarCrepe's .json")
+    add("--mlm", metavar="DIR_OR_NAME", help="masked language model of the first reader")
+    add("--pairs", type=int, default=2000, metavar="N", help="pairs of each type that it reads")
+    add("--ngrams", action="store_true", help="ask the second reader")
+    add("--spacy", metavar="NAME", help="pipeline that tells parts of speech")
+    add("--speed", action="store_true", help="time the lexicon engine against --spacy's tagging")
+    add("--gallery", type=Path, metavar="FILE.png", help="picture of some captions")
+    add("--out", type=Path, metavar="FILE.json", help="where to save the numbers")
+    args = parser.parse_args(argv)
+    if args.speed and not args.spacy:
+        parser.error("--speed needs --spacy")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and save."""
+    args = parse_args(argv)
+    pairs = read_pairs(args.file)
+    report: dict[str, Any] = {"file": args.file.name, "types": {}}
+    if args.file.suffix == ".jsonl":
+        first = json.loads(args.file.open(encoding="utf-8").readline())
+        report["header"] = first if "manifest" in first else None
+    reader = MaskedReader(args.mlm) if args.mlm else None
+    parse = kit._load_spacy(args.spacy, tags_only=True) if args.spacy else None
+    for name, found in pairs.items():
+        row = describe(found)
+        some = random.Random(0).sample(found, min(args.pairs, len(found)))
+        if report.get("header"):
+            row["coverage %"] = 100 * len(found) / report["header"]["captions"]
+        if reader:
+            row["blind, mlm %"] = masked_reader(some, reader)
+        if args.ngrams:
+            row["blind, ngrams %"] = ngram_reader(found)
+        if parse:
+            row["right part of speech %"] = right_speech(name, some, parse)
+        report["types"][name] = row
+        print(name, {k: round(v, 1) for k, v in row.items() if not isinstance(v, dict)}, flush=True)
+    if args.speed:
+        captions = dict.fromkeys(caption for p in pairs.values() for _, caption, _ in p)
+        report["speed"] = speed(list(captions), parse)
+        print(report["speed"])
+    if args.gallery:
+        draw_gallery(args.file, examples(args.file), args.gallery)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def examples(path: Path, count: int = 8) -> list[dict[str, Any]]:
+    """Some captions of a manifest that have all four negatives and fit a line."""
+    rows = [
+        row
+        for row in read_manifest(path)
+        if all(row["negatives"].values()) and 40 < len(row["caption"]) < 75
+    ]
+    return random.Random(1).sample(rows, min(count, len(rows)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        print(f"negatives_report.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

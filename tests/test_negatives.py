@@ -342,6 +342,8 @@ def test_the_header_counts_what_the_lines_hold(manifest, tmp_path):
     main([str(manifest), "--out", str(out), "--types", "object", "relation", "--seed", "4"])
     header, rows = json.loads(out.read_text().splitlines()[0]), records(out)
     counts = {n: sum(r["negatives"][n] is not None for r in rows) for n in ("relation", "object")}
+    nulls = {name: sum(reasons.values()) for name, reasons in header.pop("nulls").items()}
+    assert nulls == {name: 600 - count for name, count in counts.items()}
     assert header == {
         "manifest": 1, "engine": "lexicon", "filler": "ngram", "seed": 4,
         "types": ["relation", "object"],
