@@ -23,26 +23,44 @@ for lines on stdin.  The output has a header line, then one JSON record for each
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import csv
+import functools
+import hashlib
+import io
 import itertools
 import json
 import os
 import random
 import re
 import sys
+import tarfile
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import exp, log
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["NEGATIVE_TYPES", "DataError", "make_negatives", "read_captions"]
+import numpy as np
+
+__all__ = [
+    "NEGATIVE_TYPES",
+    "DataError",
+    "Negative",
+    "Slots",
+    "edit_sentence",
+    "learn_slots",
+    "make_negatives",
+    "read_captions",
+]
 
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 MAX_WORDS = 60  # CLIP reads 77 subwords; an edit behind them would not be seen
+MAX_CANDIDATES = 24  # of one type that are weighed; of more every second, third ... one
 CHUNK = 256  # captions handed to a worker at once
-SWAP_SHARE = 0.5  # of the relations that allow both, how many change places
 
 # Things.  "class.kind: a/b, c > d; ...": a and b mean the same, words before > become those after
 # it, ~ marks a word that is never chosen, * a kind without plural.
@@ -106,7 +124,7 @@ fixture.bath: toilet/~toilet seat/~toilet bowl/commode, sink/~basin, bathtub/tub
   shower, urinal; faucet, toilet paper, shower curtain > towel, soap dish
 furniture.seat: couch/sofa/~loveseat, chair/armchair/recliner/~seat/~rocking chair, bench, stool
 furniture.top: table/~table top/~dining table/~coffee table/~dining room table/~kitchen
-  table/tabletop, desk, counter/countertop/~kitchen counter/~counter top, shelf, dresser,
+  table/~tabletop/desk, counter/countertop/~kitchen counter/~counter top, shelf, dresser,
   nightstand; bookshelf/bookcase, cabinet/cupboard, wardrobe, drawer
 furniture.top: surface, rack > shelf, stool
 furniture.bed: bed, crib, hammock, couch; mattress, bunk bed > couch, hammock
@@ -143,7 +161,7 @@ food.sauce*: ketchup, mustard, butter, cream, chocolate, honey, jam, mayonnaise;
 drink.mass*: wine/~red wine/~white wine, beer, coffee, tea, milk, juice/~orange juice, lemonade,
   ~soda; beverage, drink, alcohol, liquor > sandwich, cookie
 clothing.top: shirt/~t-shirt/~tee shirt/~t shirt/~jersey, jacket/coat/~hoodie, sweater, dress,
-  vest, robe/bathrobe, suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
+  vest, robe/bathrobe, ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
   outfit, costume, gear, clothing, clothes > towel, blanket
 clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajamas, overalls
 clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie, helmet, crown, wig, scarf, turban,
@@ -188,13 +206,13 @@ place.court: tennis court/~court, baseball field/~baseball diamond, golf course,
 place.cage: area > forest, desert; habitat, exhibit, resort, platform, backyard, alley, apartment,
   bay, shoreline, plain > desert, river; enclosure, pen, area > river, swimming pool
 place.land*: grass, snow, sand, mud, dirt, gravel, concrete, ice; ground, hay > ice, sand
-place.water: lake, river/~stream, pond, swimming pool/pool, puddle, fountain; ocean/sea, desert,
+place.water: lake/pond, river/~stream, swimming pool/pool, puddle, fountain; ocean/sea, desert,
   forest; wave > hill, wall
 place.water*: water, surf > sand, snow, mud; rain > snow, fog
 sky.any: sky, air > water; cloud, rainbow, star > mountain, balloon
 place.room: kitchen, bathroom/restroom/washroom/~rest room/~bath room, bedroom/~bed room, living
   room/~family room, dining room, office/~cubicle, garage, classroom, hallway, hotel room, waiting
-  room, room, conference room
+  room, ~room, conference room
 place.shop: restaurant/~cafe/~diner, store/shop/~grocery store/supermarket, bakery, museum,
   library, hospital, barber shop, market
 place.venue: airport/~terminal, train station/~station/~subway station/~bus station, zoo, school,
@@ -212,18 +230,18 @@ OTHER_THINGS = """
 part: side top bottom back front edge end middle center part distance background foreground left
 right rest half base tip point section; body: head hand arm leg foot mouth face hair neck ear eye
 tail nose tusk horn tongue tooth finger lap paw beard chest shoulder knee body; feat: trick jump
-stunt flip swing turn pitch break; idea: way time day night afternoon morning evening sunset
-winter summer wedding party event walk flight show parade race contest competition motion action
-style position something thing stuff item object everything anything nothing fun conversation
-smile reflection shade shadow shape colour color name number word letter pattern life world
-display look stop bite catch hit serve decoration center equipment electronics object light
-accessory appliance supplies ingredient condiment dining parking birthday christmas police flat
-steel teddy size love sale sun graffiti power case cover lid hole sports engine wheel wing
-propeller wire rope pipe frame tape net stall booth island vanity block straw neon design
-furniture snack produce attire space weather direction construction; picture: picture photo
-photograph image view shot selfie portrait painting drawing closeup scene close-up; measure:
-group bunch pile stack row line pair herd flock variety assortment lot set piece collection array
-selection series load bouquet bundle handful pack dozen loaf kind type sort number slice"""
+stunt flip swing turn pitch break; idea: way time day night afternoon morning evening sunset winter
+summer wedding party event walk flight show parade race contest competition motion action style
+position something thing stuff item object everything anything nothing fun conversation smile
+reflection shade shadow shape colour color name number word letter pattern life world display look
+stop bite catch hit serve decoration center equipment electronics object light accessory appliance
+supplies ingredient condiment dining parking birthday christmas police flat steel teddy size love
+sale sun graffiti power case cover lid hole sports engine wheel wing propeller wire rope pipe frame
+tape net stall booth island vanity block straw neon design furniture snack produce attire space
+weather direction construction; picture: picture photo photograph image view shot selfie portrait
+painting drawing closeup scene close-up; measure: group bunch pile stack row line pair herd flock
+variety assortment lot set piece collection array selection series load bouquet bundle handful pack
+dozen loaf kind type sort number slice"""
 HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "container.box")  # of ...
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
@@ -238,39 +256,50 @@ PRONOUNS = set(SEXES) - {"man", "woman", *CHILDREN}
 # Values.  Groups end with ;, in a group | parts what excludes each other, its first word is chosen.
 # After @ stand the kinds of thing that the row is for.
 VALUES = """
-age@person animal: elderly old aging older aged | young younger
-age: old antique vintage older aged old-fashioned | new modern brand-new
-any: many numerous | few; red crimson maroon burgundy | blue navy turquoise teal | green | yellow
-  golden gold | orange | purple violet lavender | pink | black dark-colored | white beige cream
-  ivory | brown tan | gray grey silver; colorful multicolored multi-colored colored vibrant |
-  colorless | black-and-white; large big huge giant enormous gigantic massive oversized jumbo |
-  small little tiny miniature mini; tall towering | short; long lengthy | short; wide broad |
-  narrow skinny thin; wooden wood | metal steel metallic iron aluminum | plastic | glass | stone
-  concrete cement | brick | leather ; grassy grass-covered lush | sandy | snowy snow-covered |
-  muddy | rocky gravel | paved asphalt; sunny clear | rainy stormy | cloudy overcast cloud-filled |
-  foggy misty hazy; striped | checkered plaid | spotted dotted polka-dot | floral flowered flowery
-  | plain; hot warm heated | cold icy chilly cool frozen; wet soaked damp | dry; bright
-  brightly-lit well-lit sunlit | dark dim dimly-lit darkened; clean tidy neat | dirty messy filthy
-  cluttered grimy; empty vacant bare | full crowded packed filled busy crowded; busy bustling |
-  quiet empty deserted; open opened | closed shut; sliced cut chopped | whole; round circular |
-  square rectangular; heavy thick | thin; happy smiling cheerful joyful laughing | sad angry crying
-  frowning; shirtless | fully-clothed; fresh ripe | rotten moldy; parked stationary stopped |
-  moving speeding; left | right; male | female; curly | straight; fluffy furry shaggy hairy fuzzy
-  woolly | hairless; deep | shallow; steep | flat; cooked baked grilled roasted toasted fried | raw
-  uncooked; indoor | outdoor; rural | urban; fancy ornate elegant elaborate decorative | simple
-  plain; broken damaged | intact; rusty rusted | shiny polished; beautiful pretty cute adorable
-  lovely attractive | ugly hideous; calm | rough choppy; soft | hard; illuminated | unlit; domestic
-  tame | wild
+age@person animal: elderly old ~aging older ~aged | young younger
+open@home device container structure.house structure.fence fixture furniture clothing tool food
+  vehicle: open ~opened | closed shut
+age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
+any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise teal | green |
+  yellow ~golden gold | orange | purple ~violet ~lavender | pink | black ~dark-colored | white
+  beige ~cream ~ivory | brown tan | gray grey silver; colorful multicolored multi-colored colored
+  ~vibrant | ~colorless black-and-white plain ; large big huge giant enormous ~gigantic massive
+  ~oversized ~jumbo | small little tiny miniature ~mini; tall ~towering | short; long ~lengthy |
+  short; wide ~broad | narrow ~skinny thin; wooden wood | metal steel ~metallic ~iron ~aluminum |
+  plastic | glass | stone concrete ~cement | brick | leather; grassy ~grass-covered lush | sandy |
+  snowy snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy |
+  cloudy overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted
+  polka-dot | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen;
+  wet ~soaked ~damp | dry; bright ~brightly-lit ~well-lit ~sunlit | dark dim ~dimly-lit ~darkened;
+  clean tidy ~neat | dirty messy ~filthy cluttered ~grimy; empty vacant ~bare | full crowded
+  ~packed ~filled; busy bustling crowded | quiet empty deserted ; sliced cut ~chopped | whole
+  uncut; round circular | square rectangular; heavy thick | thin; happy smiling ~cheerful ~joyful
+  ~laughing | sad angry crying ~frowning; shirtless | fully-clothed; fresh ripe | rotten moldy;
+  parked ~stationary stopped | moving speeding; left | right; male | female; curly ~wavy |
+  straight; fluffy furry shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat;
+  cooked baked grilled roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country |
+  urban; fancy ornate elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty
+  ~rusted | shiny ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly
+  ~hideous; calm | rough choppy; soft | hard; illuminated ~lit | unlit; domestic ~tame | wild; low
+  | high; professional | amateur; different various assorted | identical matching; asian chinese
+  japanese | american | italian mexican | french; commercial | military; public | private; front |
+  back rear; top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt;
+  blurry blurred | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette
+  dark-haired redheaded; electric | manual; homemade | store-bought; funny silly | serious;
+  sleeping ~resting ~sleepy | running jumping playing ; flying | parked grounded; grazing | running
+  sleeping; passenger commuter subway | freight cargo; residential | industrial; christmas |
+  halloween easter; alive | dead ; stuffed | real live ; real | fake toy ; wild | tame domestic;
+  larger bigger | smaller; taller | shorter; leafy | leafless; wooded forested | barren sandy;
+  partial | full; stacked | scattered ; standing | sitting lying; seated | standing
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
 OTHER_VALUES = """
 same different various other many several few more asian american commercial stuffed professional
-stainless nearby public delicious adult tasty nice military electric double single next own
-teenage furnished healthy strange unique special typical real fake good great first second last
-main covered fenced dressed painted tiled mounted decorated displayed fashioned lined assorted
-homemade blurry light dark bald funny ready high low overhead baby multiple larger smaller dead
-close"""
+stainless nearby public delicious adult tasty nice military electric double single next own teenage
+furnished healthy strange unique special typical real fake good great first second last main
+covered fenced dressed painted tiled mounted decorated displayed fashioned lined assorted homemade
+blurry light dark bald funny ready high low overhead baby multiple larger smaller dead close"""
 
 # Acts.
 POSTURE = "sit stand lie lay kneel crouch squat sleep rest lean pose perch wait relax lounge nap"
@@ -289,102 +318,149 @@ bake grill fry buy sell board load unload sweep wipe scrub film lift pick take p
 do try perform touch follow surround cover contain enjoy share practice approach blow stop turn
 bend tie shave type text dig guard row paddle dry return taste gather cuddle scratch climb peek
 roam wander dine wade wrestle milk herd coach examine swat fill seat face pass include feature
-squat pitch travel stick overlook crouch"""
+squat pitch travel stick overlook crouch hike dangle grow celebrate land park sunbathe lack
+display bat pitch stretch enter exit rise sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
-animal: feed wash pet chase ride hug carry brush milk photograph; person: hug chase push carry
-kiss photograph lift follow; vehicle: wash push repair paint ride drive; gear.board: hold carry
-throw kick wash repair paint break; gear.ball: hold throw carry kick catch wash; gear: hold throw
-carry wash repair paint break; food: eat cut throw wash cook drop; drink: drink pour spill throw;
-clothing: wear wash fold iron sew tear; device: hold use repair throw wash paint; fixture: clean
-paint repair break; furniture: carry paint clean push repair break; container: hold wash carry
-break throw paint; tool: hold carry throw wash drop break; home.read: read tear burn throw fold;
-home: carry wash throw paint; feat: watch film; structure: paint climb photograph clean;
-place.road: clean paint sweep photograph; place: photograph leave paint; sport: watch play coach;
-nature: cut paint carry photograph; picture: paint draw hold; body: paint wash scratch; any: wash
-paint throw drop"""
+animal: ride feed wash pet chase hug carry brush milk photograph hold walk lead kiss watch herd;
+person: hug chase push carry kiss photograph lift follow hold feed watch; vehicle: drive ride push
+wash repair paint board load pull watch pass; gear.board: ride hold carry throw kick wash repair
+paint break use; gear.ski: wear hold carry wash break; gear.ball: hold throw carry kick catch wash
+hit chase fly serve watch; gear.bat: swing hold carry throw wash break; gear: hold wear carry throw
+wash repair paint break; food: eat cut hold throw wash cook drop prepare serve make buy; drink:
+drink pour spill throw serve hold; clothing: wear hold wash fold iron sew tear; device: hold use
+repair throw wash paint watch carry; fixture: clean paint repair break use; furniture: carry paint
+clean push repair break; container: hold wash carry break throw paint fill; tool: hold carry throw
+wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug carry wash
+throw kick; home: carry wash throw paint hold; feat: perform do watch film; structure: watch paint
+climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
+photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint carry
+photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any: hold
+wash paint throw drop carry"""
 # "who is no person: what they can do to a thing"
 DOES = """
 animal: chase kick eat carry break push lick sniff drop hold catch; vehicle: push pull follow
 carry hit"""
 # Acts of one group can go together, so that one never replaces another.
 TOGETHER = """
-hold carry lift take use eat drink wear read show swing fly cut catch grab pick have get display;
-hold throw toss serve hit return swing catch; hold pet hug feed brush peel drop kiss lead
-photograph fold sniff touch cuddle push pull row; carry wear hug ride use push pull lead row
-paddle fly put load; ride drive use board wear surf lead race sail enjoy row paddle do perform
-balance; cook make prepare cut serve eat chop bake peel fry grill slice hold get enjoy share; eat
-drink taste bite chew lick sniff enjoy share feed take touch; wash clean brush scrub wipe dry
-sweep; push pull move lead hit kick tow; kick hit throw toss catch chase play serve swing swat
-return drop use; feed pet hug kiss watch touch lick follow; chase herd follow lead watch; use
-repair fix paint type text cut fly read; pour drink serve fill spill; wear have put use show
-display try take get; play use practice enjoy; photograph watch film face show pass cross leave
-approach enjoy enter; climb cross enter leave pass; paint draw make; break cut slice; lie lay
-sleep rest relax nap lounge lean; sit relax rest pose wait lounge perch balance lean eat play;
-stand wait pose lean balance perch; kneel crouch squat bend; walk stroll go move head come march
-roam wander travel crawl; run jog race move go come jump leap hop; ski snowboard skateboard skate
-surf ride slide glide roll; fly jump leap glide fall; move spin roll drive travel go come head
-cruise race hop; graze eat feed; hang fall float balance; smile laugh wave"""
-# "subject: acts > acts that may follow", all without an object.
-FREE = f"""
-person: {POSTURE} > sit stand lie kneel sleep dance crawl; animal: {POSTURE} > sit stand lie
-sleep run jump; vehicle: {POSTURE} > burn move spin; thing: {POSTURE} hang balance > burn fall
-spin float; person: {MOVING} {ROLLING} ride slide > walk run crawl dance roll; animal: {MOVING}
-{ROLLING} roam wander > walk run crawl roll; vehicle: {ROLLING} pass float sail glide > crash
-spin; person: fly soar glide float > crawl swim walk; animal: fly soar glide hover > walk swim
-sleep; vehicle: fly soar glide hover > burn explode fall; thing: fly soar hover > burn fall;
-person: eat feed drink dine > sleep dance crawl; animal: graze eat feed drink > sleep run jump
-fight; person: smile laugh > cry yell; person: look stare gaze > sleep dance; animal: look stare
-gaze peek > sleep run; person: play practice > sleep cry; animal: play fight > sleep eat; person:
-swim wade work > sleep dance run; animal: swim wade > sleep run fly"""
+hold carry lift take use eat drink read show swing fly cut catch grab pick have get display; hold
+throw toss serve hit return swing catch; hold pet hug feed brush peel drop kiss lead walk
+photograph fold sniff touch cuddle push pull row; carry hug use push pull lead row paddle fly put
+load; ride drive use board wear surf lead race sail enjoy row paddle do perform balance walk; cook
+make prepare cut serve eat chop bake peel fry grill slice hold get enjoy share; eat drink taste
+bite chew lick sniff enjoy share feed take touch; wash clean brush scrub wipe dry sweep; push pull
+move lead hit kick tow; kick hit throw toss catch chase play serve swing swat return drop use; feed
+pet hug kiss watch touch lick follow photograph; chase herd follow lead watch walk; use repair fix
+paint type text cut fly read watch; pour drink serve fill spill; wear have put use show display try
+take get; play use practice enjoy; photograph watch film face show pass cross leave approach enjoy
+enter climb; climb cross enter leave pass; paint draw make; break cut slice; stand surf ski skate
+skateboard snowboard ride eat talk play fly sing wait pose drink graze feed perform work cook swing
+hit throw; sit ride eat talk drive fly play swing work read drink feed perch float; lie lay surf
+rest relax sunbathe float; walk ski climb talk eat cross graze play feed; jump ski snowboard
+skateboard skate surf ride dance run fly swim play fall climb; run play jump chase race fight swim;
+kneel surf play work; crouch squat bend kneel ski surf skateboard snowboard skate ride play swing;
+dance play perform sing; crawl climb play; fall jump fly slide; ski snowboard skateboard skate surf
+ride slide glide race; float sail travel move sit drive go swim; fly travel move go come float hang
+soar; play fight wrestle swim wade float; eat graze feed drink; hang fall balance; smile laugh
+wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
+# "subject: acts | acts ...", all without an object: what stands apart by | excludes each other; an
+# act with ~ is never chosen.
+FREE = """
+person: sit ~relax ~lounge ~rest ~perch | stand ~wait ~pose lean ~balance | lie lay sleep ~nap |
+walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap ~hop
+~flip | kneel crouch squat ~bend | dance | crawl | swim ~wade | ski ~glide ~slide | snowboard |
+skateboard skate | surf | ride ~drive ~cruise ~roll | climb | fly ~soar ~float | fall | play | eat
+~dine | talk ~speak ~chat; animal: sit ~rest ~perch ~relax ~lounge | stand ~wait ~pose ~lean | lie
+lay sleep ~nap | walk ~stroll ~roam ~wander ~go ~move ~travel ~come ~head ~march | run ~race | jump
+~leap ~hop | swim ~wade float | fly ~soar ~hover ~glide | eat ~feed graze drink | fight | play |
+crawl | climb; vehicle: park sit ~stand ~stop ~rest ~wait ~lean ~lie ~lay| drive travel move ~go
+~come ~roll ~cruise ~head ~run ~race | fly ~soar ~glide ~hover | float ~sail | crash | burn; thing:
+sit ~rest ~stand lie lay ~lean ~perch ~pose ~wait | hang ~dangle | float ~sail | fall ~drop | fly
+~soar ~hover | burn | grow"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
 WITH_PREPOSITION = """
-look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile
-for > cry yell; pull drive into > crash; chew on > sit step; hold onto > jump climb fall; pose
-for > search dance cry; wait for > search reach; reach for > yell wave dance; search look for >
-wait cry; talk speak chat text type on > step sit stand draw; talk speak chat to > wave point
-bow; talk speak chat with > dance wrestle sing; swing at > point wave yell; look stare gaze out >
-climb jump fall; look stare gaze peek into > fall climb jump; look stare gaze over > jump climb;
-play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on > stand sleep kneel
-dance; ride in > sleep dance kneel"""
+look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile for
+> cry yell; pull drive into > crash; chew on > sit step; hold onto > jump climb fall; pose for >
+search dance cry; wait for > search reach; reach for > yell wave dance; search look for > wait cry;
+talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk speak
+chat with > dance wrestle sing; swing at > point wave yell; look stare gaze out > climb jump fall;
+look stare gaze peek into > fall climb jump; look stare gaze over > jump climb; play with > sleep
+wrestle sit; jump leap over > crawl fly walk; ride on > stand sleep kneel dance; ride in > sleep
+dance kneel"""
 PARTICIPLES = """
-parked: burning, moving, speeding; stopped: moving, burning; docked: sinking, burning; seated:
-standing, kneeling, sleeping; gathered, crowded, huddled: dancing, fighting; smiling: crying,
-frowning; sleeping, curled: running, jumping; crying: smiling; perched: sleeping, running;
-placed, stacked, arranged, displayed, served, mounted, posted, piled: burning, spinning; shown,
-seen, pictured: hidden; located, anchored, chained, propped, planted, stored: burning, spinning;
-eaten, prepared: thrown, burned; held, carried: thrown, dropped; pulled: pushed, chased; topped
-with, covered with, covered in, loaded with, filled with: emptied of, cleared of; decorated with,
-lined with: stripped of, cleared of"""
+parked: driving, moving, traveling; stopped: driving, moving, burning; docked: sinking, burning,
+floating; seated: standing, kneeling, sleeping, walking; gathered, crowded, huddled: dancing,
+fighting; smiling: crying, frowning; sleeping, curled: running, jumping; crying: smiling; perched:
+sleeping, running; placed, stacked, arranged, displayed, served, mounted, posted, piled: burning,
+spinning; shown, seen, pictured: hidden; kept: chased, hunted, fed; hung, wrapped, laid, spread,
+attached, written, suspended: burned, torn, thrown; loaded, stocked: unloaded, emptied; tied:
+thrown, dragged; located, anchored, chained, propped, planted, stored: burning, spinning; prepared:
+thrown, burned; held, carried: thrown, dropped; pulled: pushed, chased; topped with, covered with,
+covered in, loaded with, filled with: emptied of, cleared of; decorated with, lined with: stripped
+of, cleared of"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
 RELATIONS = """
-on: furniture.top = under, next to | furniture vehicle animal gear.board = under, behind, next to
-| container fixture home.soft home.read food = under, next to | nature structure = under, far
-from | home.wall home.light place = far from | it = under, next to; in: it = next to, outside |
-sport.event = far from | place.room place.shop place.venue structure.house = outside | place =
-far from | container fixture furniture vehicle device = under, behind, next to | clothing =
-without; on top of: under, next to; underneath, under, beneath: on top of; over, atop: under;
-above: below; below: above; inside: place.room place.shop place.venue structure.house = outside |
-= outside, under; outside: inside; in front of: behind; behind: in front of; next to, beside,
-near, close to, by: far away from; at: furniture.top = under, far from | place structure
-sport.event fixture = far from; around, surrounded by, between: far from; along, through: place =
-far from; down: place.road = across | place.ground = up; up: place.ground = down; on top:
-underneath; from: container furniture home.light structure nature = far from, next to; across:
-place.road = along | place = far from; into: place vehicle structure container fixture = out of;
-out of: place vehicle structure = into; towards, toward, against, up to: away from; away from:
-towards; with: without; without: with; to the left of: to the right of; to the right of: to the
-left of; on the side of, on the edge of: in the middle of; in the middle of: on the edge of;
-during: sport.event = before, after; in the distance, in the background: in the foreground; at
-night: at noon; at the top of: at the bottom of; at the bottom of: at the top of; on the back of,
-in the back of: next to, in front of; in the foreground: in the background; full of, filled with:
-empty of; topped with, covered with, covered in, decorated with, lined with, loaded with: free
-of; has: lacks; have: lack; containing: lacking; inside of: outside of; outside of: inside of;
-outdoors: indoors; indoors: outdoors; in the sky, in the air: on the ground; through the air:
-along the ground; on the ground: in the air; on the floor: on the ceiling; on the wall: on the
-ceiling, on the floor; on display: in storage; attached to: detached from; side by side: far
-apart; together: apart"""
+on: furniture = under, near, next to, behind, beside, in front of, by, underneath | vehicle
+gear.board animal = next to, behind, under, near, beside, in front of, by | container fixture
+home.soft home.read food tool device clothing home.toy nature structure = under, behind, near, next
+to, beside, in front of, by, inside | home.wall home.light = near, behind, above, under, next to |
+place sky = near, next to, behind, beside, by, above, under, far from | it = under, next to, near,
+behind, beside | person = behind, near, next to, in front of | ? = near, behind, next to, under;
+in: it = next to, behind, near, on top of, outside | sport.event = before, after | place.room
+place.shop place.venue structure.house = outside, near, behind, next to, in front of, by | place
+sky = near, by, next to, behind, beside, outside, above, far from | container fixture furniture
+vehicle device structure nature home gear food tool = on, under, behind, near, next to, on top of,
+beside, in front of, by, outside | clothing = without, behind, near | ? = near, behind, next to,
+outside; on top of: under, next to, behind, beside, in front of, near, below, inside; underneath,
+under, beneath: on top of, on, next to, beside, behind, in front of, above, over, near; over, atop:
+under, next to, behind, beside, below; above: below, under, behind, next to; below: above, over,
+behind, on; inside: place.room place.shop place.venue structure.house = outside, behind, near, next
+to | = outside, under, on top of, behind, next to, near, on, in front of; outside: in, inside,
+behind; in front of: place.room place.shop place.venue structure.house = behind, in, inside |
+vehicle animal = behind, on, in, under, inside, on top of | place = behind, on, in, above | =
+behind, on, under, on top of; behind: place.room place.shop place.venue structure.house = in front
+of, in, inside | = in front of, on, under, in, on top of; next to, beside: place.room place.shop
+place.venue structure.house = in, inside, behind, in front of | animal person = behind, in front
+of, on, under, on top of | vehicle furniture = on, in, behind, in front of, under, on top of,
+inside | place.water place.ground place.court = in, on | place = on, behind, in | container fixture
+food home tool device structure nature gear clothing = on, under, behind, in front of, on top of,
+in, inside | it = on, under, behind, in front of | = far from; near, close to, by: place.room
+place.shop place.venue structure.house = in, inside | vehicle animal furniture = on, in, under, on
+top of, inside | place = on, in, far from | container fixture food home tool device structure
+nature gear clothing = on, under, on top of, in, inside | = far from; of: food drink = next to,
+near, without; at: furniture.top = under, on, behind, far from | place.ground place.water = above,
+far from | place structure fixture = near, outside, behind, in front of, on, far from | sport.event
+= before, after | person animal vehicle ? = away from; around: furniture vehicle animal structure
+nature container = on, under, in, inside | = far from; surrounded by: far from; between: behind, in
+front of, under, on top of, on; along: place = far from, across, in, under; through: place =
+around, past, near, over, along; down, up: place.road = across, by, along, beside | place.ground =
+up, down, behind, near, past; on top: underneath; from: container furniture home.light structure
+nature person animal ? = behind, near, under, next to; across: place.road = along, down, up, beside
+| place = around, near, behind, above; into: place vehicle structure container fixture ? = out of,
+past, around, near; out of: place vehicle structure fixture container = into, past, near; towards,
+toward, up to, to: person animal vehicle place.room place.shop place.venue structure nature
+place.ground container fixture ? = away from, past, behind; against: away from, under, behind, on,
+above; away from: towards, near; past: towards, through, into, on; onto: vehicle furniture
+structure container fixture place ? = off of, under, behind; off, off of: furniture vehicle
+structure gear.board place ? = onto, under, behind, on; with: container = next to, under, behind,
+near, beside, on, without | animal vehicle person = behind, in front of, near, on, under, without |
+furniture fixture = without, under, near, behind, on, next to | food tool gear device home nature
+structure = without, next to, near, beside, under, behind | clothing = without, under, behind | =
+without; without: with; to the left of: to the right of; to the right of: to the left of; on the
+side of, on the edge of: in the middle of, under, far from; in the middle of: on the edge of, near,
+next to; during: sport.event = before, after; in the distance, in the background: in the
+foreground; at night: at noon; at the top of, on the top of: at the bottom of, near; at the bottom
+of: at the top of; on the back of, in the back of: in front of, next to, under, near; in the
+foreground: in the background; full of, filled with: next to, behind, empty of; topped with:
+without, next to, under; covered with, covered in, decorated with, lined with, loaded with: free
+of, next to, behind; has: lacks; have: lack; containing: lacking; inside of: outside of; outside
+of: inside of; outdoors: indoors; indoors: outdoors; in the sky, in the air: on the ground; through
+the air: along the ground; on the ground: in the air, in the sky; on the floor: on the ceiling, on
+the wall; on the wall: on the ceiling, on the floor; on display: in storage; attached to: detached
+from, behind, near; side by side: far apart; together: apart, alone; among, amongst: far from,
+behind; within: outside, near"""
 SWAP_KINDS = (
     *MOVERS,
     "gear",
@@ -399,50 +475,58 @@ SWAP_KINDS = (
     "structure",
     "fixture",
     "nature",
+    "place",
 )
 AGREEMENT = {"is": "are", "are": "is", "was": "were", "were": "was", "has": "have", "have": "has"}
 
 # Words by tag, see Token; and words with a quirk.
 FUNCTION_WORDS = """
-D: a an the this these those some his her their its my our your each every another both all no
-any; M: one nine ten twelve dozens hundreds; I: is are was were be been being am has have had can
-will do did not it's there's that's could should would; E: ridden worn blown driven broken
-written made shown seen held eaten taken used built tied thrown drawn flown laid kept caught
-hung; P: of to from for after before as like off than past thru onto upon during within including
-consisting featuring missing via among amongst about; C: as and or but while when because if
-that's so & where then; Q: he she it they we you i him them me us someone somebody who which that
-what himself herself itself themselves there everyone another's one's others; R: very just also
-not away together alone outdoors indoors here too down up out about ahead almost still only
-nearly partially sideways upside else over back well"""
+D: a an the this these those some his her their its my our your each every another both all no any;
+M: one nine ten twelve dozens hundreds; I: is are was were be been being am has have had can will
+do did not it's there's that's could should would; E: ridden worn blown driven broken written made
+shown seen held eaten taken used built tied thrown drawn flown laid kept caught hung; P: of to from
+for after before as like off than past thru onto upon during within including consisting featuring
+missing via among amongst about; C: as and or but while when because if that's so & where then; Q:
+he she it they we you i him them me us someone somebody who which that what himself herself itself
+themselves there everyone another's one's others; R: very just also not away together alone
+outdoors indoors here too down up out about ahead almost still only nearly partially sideways
+upside else over back well"""
 WORD_SETS = """
-plural only: scissors, pants, shorts, pajamas, overalls, glasses, sunglasses, headphones,
-earrings, electronics, supplies, clothes, traffic, eyeglasses, luggage, cattle, silverware,
-clothing, stairs; doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop,
-spin, swat, grab, dig, step, squat; lonely: outside, inside, together, outdoors, indoors, side by
-side, on top, on display, in the sky, in the air, through the air, on the ground, on the floor,
-on the wall, in the background, in the foreground, in the distance, at night; lacking: with, has,
+plural only: scissors, pants, shorts, pajamas, overalls, glasses, sunglasses, headphones, earrings,
+electronics, supplies, clothes, traffic, eyeglasses, luggage, cattle, silverware, clothing, stairs;
+doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin, swat, grab, dig,
+step, squat; lonely: outside, inside, together, outdoors, indoors, side by side, on top, on
+display, in the sky, in the air, through the air, on the ground, on the floor, on the wall, in the
+background, in the foreground, in the distance, at night; lackings: without, lacks, lack, lacking,
+free of, empty of; idioms: leash, way, fire, use, display, line, case, mid; lacking: with, has,
 have, containing, filled with, topped with, covered with, covered in, decorated with, lined with,
-loaded with; possessive: his, her, its, their, my, our, your; not lacked: his, her, its, their,
-my, our, your, lots, dozens, different, lot, variety, more, multiple, just, assorted, many,
-several, some, few, various, other, no, both, all, each, every; swapping: on, under, behind,
-above, over, below, on top of, in front of; names: red sox, little league; links: that, who,
-which, while; symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make,
-get, be, look, show; states: hold, contain, show, include, cover, surround, feature, have, use,
-make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone,
-they; particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly,
-younger, baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside,
-with, while, on top of, outside, inside, ., together, between, around; fixed on: talk, work,
-speak, chat, display, put; fixed in: fenced, closed, dressed, covered, wrapped; fixed at: look,
-stare, gaze, point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all, look;
-fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange,
-pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near
-brown: orange; near tan: white, yellow; near white: gray; near gray: white, black; near silver:
-white, black; near grey: white, black; near yellow: orange; near blue: purple; never in: beach,
-cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
-stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
-napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest,
-desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom,
-bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+loaded with; possessive: his, her, its, their, my, our, your; not lacked: his, her, its, their, my,
+our, your, lots, dozens, different, lot, variety, more, multiple, just, assorted, many, several,
+some, few, various, other, no, both, all, each, every; swapping: on, under, behind, in, at, inside,
+across, around, through, along, down, into, past, above, over, below, on top of, in front of;
+exchanging: on, in, under, behind, near, next to, in front of, at, by, inside, over, across, on top
+of, beside, outside, around, with; looks: look, stare, gaze, point, watch; often on: hold, carry,
+throw, feed, push, pull, lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit,
+swing, cut, push, pull, lead, kick, chase, walk; names: red sox, big ben, little league; links:
+that, who, which, while; symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have,
+do, make, get, be, look, show; states: hold, contain, show, include, cover, surround, feature,
+have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she,
+someone, they; particles: up, down, out, off; ages: young, little, small, teenage, old, older,
+elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind, under,
+beside, with, while, on top of, outside, inside, ., together, between, around; fixed on: talk,
+work, speak, chat, display, put; fixed in: fenced, closed, dressed, covered, wrapped; placed:
+parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
+throw; fixed together: play; fixed over: all, look; fixed with: fill, cover, top, decorate, mix,
+prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make;
+near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple;
+near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near gray:
+white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
+purple; never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter,
+bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road,
+river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
+never on: forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway,
+kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market,
+lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -450,6 +534,15 @@ class DataError(ValueError):
 
 
 # Making negatives
+
+Edit = tuple[int, int, str]  # start, end, new text
+
+
+class Negative(NamedTuple):
+    """A hard negative and the edits that made it: offsets in the caption, and what went there."""
+
+    text: str
+    edits: tuple[Edit, ...]
 
 
 def make_negatives(
@@ -459,6 +552,7 @@ def make_negatives(
     key: str | int = "",
     types: Sequence[str] = NEGATIVE_TYPES,
     forbidden: frozenset[str] = frozenset(),
+    slots: Slots | None = None,
 ) -> dict[str, str | None]:
     """Rewrite one caption into a hard negative of each type.
 
@@ -471,10 +565,12 @@ def make_negatives(
         types: which of ``NEGATIVE_TYPES`` to make.
         forbidden: lower-case words that no negative may bring in, such as the words of the other
             captions of the image, which may well be true of it.
+        slots: what ``learn_slots`` learned from the corpus; without it every safe edit is as
+            likely as another, and odd ones are easy to tell from captions.
 
     Returns:
         For each type, in the order of ``NEGATIVE_TYPES``, a sentence or None.  No sentence equals
-        the caption (without regard to case and spaces) or another of the four.
+        the caption (without regard to case, spaces and inflection) or another of the four.
 
     Raises:
         ValueError: a type is unknown.
@@ -482,23 +578,49 @@ def make_negatives(
     unknown = sorted(set(types) - set(NEGATIVE_TYPES))
     if unknown:
         raise ValueError(f"unknown negative type {unknown[0]!r}; known are {NEGATIVE_TYPES}")
-    negatives: dict[str, str | None] = {name: None for name in NEGATIVE_TYPES if name in types}
-    sentence = _read(caption, forbidden)
+    made = edit_sentence(_read(caption, forbidden), seed=seed, key=key, types=types, slots=slots)
+    return {name: negative and negative.text for name, negative in made.items()}
+
+
+def edit_sentence(
+    sentence: Sentence | None,
+    *,
+    seed: int = 0,
+    key: str | int = "",
+    types: Sequence[str] = NEGATIVE_TYPES,
+    slots: Slots | None = None,
+    masked: MaskedModel | None = None,
+) -> dict[str, Negative | None]:
+    """What ``make_negatives`` returns, with the edits, of a caption that has been read."""
+    negatives: dict[str, Negative | None] = {name: None for name in NEGATIVE_TYPES if name in types}
     if sentence is None:
         return negatives
-    seen = {_plain(caption)}
+    seen = {_plain(sentence.caption)}
+    start = f"{seed}:{key}:{sentence.caption}".encode("utf-8", "surrogatepass")
     for name in negatives:
-        start = f"{seed}:{key}:{name}:{caption}".encode("utf-8", "surrogatepass")
-        edits = EDITORS[name](sentence, random.Random(start))
-        negative = _apply(caption, edits or [])
-        if _plain(negative) not in seen:
-            seen.add(_plain(negative))
-            negatives[name] = negative
+        digest = hashlib.blake2b(start, digest_size=8, key=name.encode()).digest()
+        draw = int.from_bytes(digest, "big")
+        candidates = EDITORS[name](sentence, slots)
+        step = 1 + len(candidates) // MAX_CANDIDATES
+        candidates = candidates[draw % step :: step]
+        logs = [0.0] * len(candidates)
+        if slots and candidates:
+            gains = _masked_gains(sentence, candidates, masked) if masked else None
+            logs = _weigh(sentence, candidates, name, slots, gains)
+        for chosen in _drawn(candidates, logs, draw):
+            edits = _written(sentence, chosen)
+            text = _apply(sentence.caption, edits)
+            if _plain(text) not in seen:
+                seen.add(_plain(text))
+                negatives[name] = Negative(text, tuple(edits))
+                break
     return negatives
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    """Equal for texts that differ in case, spaces or inflection only."""
+    words = text.casefold().split()
+    return " ".join(map(LEMMAS.get, words, words))
 
 
 # Reading the tables
@@ -537,7 +659,13 @@ def _read_things() -> dict[str, list[Sense]]:
         poles = [_items(pole, "/") for pole in _items(source)]
         pairs = [(p[0], frozenset(w.lstrip("~") for w in p)) for p in poles]
         offered = [(w, frozenset([w])) for w in _items(target) if w]
-        offered = offered or [pair for pair in pairs if pair[0][0] != "~"]
+        if not offered:
+            offered = [
+                (w, same)
+                for p, (_, same) in zip(poles, pairs, strict=True)
+                for w in p
+                if w[0] != "~"
+            ]
         for _, pole in pairs:
             choices = tuple(o for o in offered if not o[1] & pole)
             for word in pole if choices else ():
@@ -550,10 +678,14 @@ def _read_values() -> dict[str, list[Sense]]:
     values: dict[str, list[Sense]] = defaultdict(list)
     for name, group in _rows(VALUES):
         poles = [pole.split() for pole in group.split("|")]
-        for pole in poles:
-            others = tuple((p[0], frozenset(p)) for p in poles if p is not pole)
+        offered = [
+            [(w, frozenset(x.lstrip("~") for x in pole)) for w in pole if w[0] != "~"]
+            for pole in poles
+        ]
+        for k, pole in enumerate(poles):
+            others = tuple(o for j, row in enumerate(offered) if j != k for o in row)
             for word in pole:
-                values[word].append(Sense(name.partition("@")[2], False, others))
+                values[word.lstrip("~")].append(Sense(name.partition("@")[2], False, others))
     return dict(values)
 
 
@@ -567,6 +699,18 @@ def _read_relations() -> dict[str, list[tuple[list[str], list[str]]]]:
     return relations
 
 
+def _read_free() -> dict[tuple[str, str], list[str]]:
+    """Acts without an object that (subject, act) may become."""
+    free = {}
+    for who, acts in _entries(FREE):
+        groups = [group.split() for group in acts.split("|")]
+        for group in groups:
+            others = [a for g in groups if g is not group for a in g if a[0] != "~"]
+            free.update({(who, act.lstrip("~")): others for act in group})
+    return free
+
+
+@functools.cache
 def _plural(noun: str) -> str:
     """Plural of a noun; the last word of a compound carries it."""
     if noun in SETS["plural only"]:
@@ -583,8 +727,11 @@ def _plural(noun: str) -> str:
     return f"{head} {last}".strip()
 
 
+@functools.cache
 def _inflect(verb: str, form: str) -> str:
     """Form G (riding), Z (rides) or B (ride) of a verb."""
+    if verb == "park":  # the vehicle itself does not
+        return {"G": "parked", "Z": "is parked", "B": "are parked"}[form]
     if form == "G" and verb in SETS["doubled"]:
         return verb + verb[-1] + "ing"
     if form == "G":
@@ -597,14 +744,13 @@ def _inflect(verb: str, form: str) -> str:
 
 
 SETS = {name: frozenset(_items(words)) for name, words in _entries(WORD_SETS)}
+NEVER = {name: SETS[f"never {name}"] for name in ("in", "on")}
+NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
 DONE = {kind: acts.split() for kind, acts in _entries(DONE_TO)}
 DONE_BY = {subject: acts.split() for subject, acts in _entries(DOES)}
-FREE_ACTS = [
-    (who, frozenset(acts.split(">")[0].split()), acts.split(">")[1].split())
-    for who, acts in _entries(FREE)
-]
+FREE_ACTS = _read_free()
 PREPOSITIONAL_ACTS = {
     (act, left.split()[-1]): right.split()
     for left, right in _entries(WITH_PREPOSITION, ">")
@@ -615,14 +761,32 @@ PARTNERS = {  # numbers of the groups that an act stands in
     act: {n for n, group in enumerate(TOGETHER.split(";")) if act in group.split()}
     for act in TOGETHER.replace(";", " ").split()
 }
+IMPLIED = {"on", "with", "next to", "near", "behind", "beside", "by", "in front of", "under"}
+LACKS = {"has": "lacks", "have": "lack", "containing": "lacking", "featuring": "lacking"}
+ACT_VALUES = {
+    w
+    for group in ("sleeping", "flying", "grazing", "parked", "standing", "seated", "smiling")
+    for w in [group]
+}
 POSTURES, MOVES = set(POSTURE.split()), {*MOVING.split(), *ROLLING.split(), "fly", "ride", "slide"}
 KINDS = {word: kind for kind, words in _entries(OTHER_THINGS) for word in words.split()}
 KINDS |= dict.fromkeys(SETS["names"], "idea")
 KINDS |= {word: senses[0].kind for word, senses in SENSES.items() if word not in KINDS}
 NOUN_FORMS = {_plural(word): (word, "S") for word in KINDS}
 NOUN_FORMS |= {word: (word, "N") for word in KINDS if word not in SETS["plural only"]}
-VERB_FORMS = {_inflect(verb, form): (verb, form) for verb in ACTS.split() for form in "BZG"}
-VALUE_WORDS = {*VALUE_SENSES, *NUMBERS, *YOUNGER}
+VERB_FORMS = {
+    _inflect(verb, form): (verb, form) for verb in ACTS.split() for form in "BZG" if verb != "park"
+}
+DIMENSIONS = {
+    word.lstrip("~"): n for n, (_, group) in enumerate(_rows(VALUES)) for word in group.split()
+}
+LEMMAS = {form: lemma for form, (lemma, _) in (VERB_FORMS | NOUN_FORMS).items()}
+SAME: dict[str, set[str]] = defaultdict(set)  # what a word bars, as it means the same
+for _senses in (*SENSES.values(), *VALUE_SENSES.values()):
+    for _new, _same in itertools.chain.from_iterable(sense.choices for sense in _senses):
+        for _name in _same:
+            SAME[_name].add(_new)
+VALUE_WORDS = {*VALUE_SENSES, *NUMBERS, *YOUNGER, "several", "multiple"}
 ADJECTIVES = {*VALUE_SENSES, *YOUNGER, *OTHER_VALUES.split()}
 FUNCTION = {word: tag for tag, words in _entries(FUNCTION_WORDS) for word in words.split()}
 FUNCTION |= dict.fromkeys(RELATION_ROWS, "P") | dict.fromkeys(NUMBERS, "M")
@@ -658,6 +822,9 @@ class Phrase(NamedTuple):
     head: int
 
 
+Context = tuple[str, str, tuple[str, str], str, str]
+
+
 class Sentence(NamedTuple):
     """A caption that has been read; ``named`` are the words that no negative may bring in."""
 
@@ -666,13 +833,14 @@ class Sentence(NamedTuple):
     phrases: list[Phrase]
     starts: dict[int, Phrase]  # phrases by first token
     named: frozenset[str]
+    barred: frozenset[str]  # these, and what means the same
+    contexts: list[Context]  # of each token its neighbours, see Slots
 
 
-Edit = tuple[int, int, str]  # start, end, new text
 WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
 
 
-def _read(caption: str, forbidden: frozenset[str]) -> Sentence | None:
+def _read(caption: str, forbidden: frozenset[str] = frozenset()) -> Sentence | None:
     """Tag and chunk a caption; None if it is not English."""
     words = _split(caption)
     tokens: list[Token] = []
@@ -680,13 +848,57 @@ def _read(caption: str, forbidden: frozenset[str]) -> Sentence | None:
         following = words[i + 1][0] if i + 1 < len(words) else ""
         tag, lemma = _tag(word, tokens[-1] if tokens else None, following)
         tokens.append(Token(word, start, end, tag, lemma))
+    return _sentence(caption, tokens, _chunk(tokens), forbidden)
+
+
+def _sentence(
+    caption: str, tokens: list[Token], phrases: list[Phrase], forbidden: frozenset[str]
+) -> Sentence | None:
+    """A caption that has been tagged and chunked; None if it is not English."""
     spoken = [t.tag for t in tokens if t.tag != "."]
     if 2 * sum(tag not in "XUE" for tag in spoken) <= len(spoken):
         return None
-    phrases = _chunk(tokens)
-    named = {t.word for t in tokens} | {t.lemma for t in tokens} | forbidden
-    named |= {form[w][0] for form in (NOUN_FORMS, VERB_FORMS) for w in forbidden if w in form}
-    return Sentence(caption, tokens, phrases, {p.first: p for p in phrases}, frozenset(named))
+    starts = {p.first: p for p in phrases}
+    none: frozenset[str] = frozenset()
+    sentence = Sentence(caption, tokens, phrases, starts, none, none, _contexts(tokens))
+    return _forbid(sentence, forbidden)
+
+
+def _contexts(tokens: Sequence[Token]) -> list[Context]:
+    """Of each token the keys of the five tables."""
+    n = len(tokens)
+    words = ["^", *(t.word for t in tokens), "$"]
+    content = [t.tag not in "DMIRA." for t in tokens]
+    ahead, behind = ["^"] * n, ["$"] * n
+    for i in range(1, n):
+        ahead[i] = words[i] if content[i - 1] else ahead[i - 1]
+        behind[n - 1 - i] = words[n + 1 - i] if content[n - i] else behind[n - i]
+    return [
+        (words[i], words[i + 2], (words[i], words[i + 2]), ahead[i], behind[i]) for i in range(n)
+    ]
+
+
+def _forbid(sentence: Sentence, words: Iterable[str]) -> Sentence:
+    """The same caption, with more words that no negative may bring in."""
+    named = {*words, *sentence.named}
+    named.update(LEMMAS[w] for w in words if w in LEMMAS)
+    for token in sentence.tokens:
+        named.add(token.word)
+        named.add(token.lemma)
+    barred = named.union(*(SAME[w] for w in named if w in SAME))
+    return sentence._replace(named=frozenset(named), barred=frozenset(barred))
+
+
+def _facts(sentence: Sentence) -> set[str]:
+    """What a caption says of its image that no negative of another caption may say."""
+    facts = {t.word for t in sentence.tokens if t.word not in RELATION_ROWS}
+    facts.update(LEMMAS[w] for w in list(facts) if w in LEMMAS)
+    for i, token in enumerate(sentence.tokens):
+        phrase = sentence.starts.get(i + 1)
+        if phrase and token.word in RELATION_ROWS:
+            facts.add(f"{token.word} {sentence.tokens[phrase.head].lemma}")
+            facts.add(f"{token.word} {_kind(sentence, phrase)}")
+    return facts
 
 
 def _split(caption: str) -> list[tuple[str, int, int]]:
@@ -715,8 +927,11 @@ def _tag(word: str, previous: Token | None, following: str) -> tuple[str, str]:
     nounish = following in NOUN_FORMS or following in ADJECTIVES
     if word in PARTICIPLE_ACTS and not nounish:
         return "E", word
-    if word in ADJECTIVES and (
-        nounish or (word not in NOUN_FORMS and (word not in VERB_FORMS or before == "I"))
+    acts = VERB_FORMS.get(word, ("", ""))[1] == "G"
+    if (
+        word in ADJECTIVES
+        and not acts
+        and (nounish or (word not in NOUN_FORMS and (word not in VERB_FORMS or before == "I")))
     ):
         return "A", word
     if word in VERB_FORMS and _acts_here(word, previous, following, nounish):
@@ -734,6 +949,8 @@ def _acts_here(word: str, previous: Token | None, following: str, nounish: bool)
     before = previous.tag if previous else ""
     if form == "G" and word in NOUN_FORMS:
         return before in ("N", "S") and FUNCTION.get(following) == "D"
+    if lemma == "look" and form == "G" and nounish:
+        return False  # a tasty looking cake
     if form == "G":
         modifies = before in ("D", "M", "A") or (
             previous and previous.word in ("with", "of", "for")
@@ -742,7 +959,9 @@ def _acts_here(word: str, previous: Token | None, following: str, nounish: bool)
     if before in ("Q", "I") or (previous and previous.word == "to"):
         return form == "B" or before == "Q"
     if word not in NOUN_FORMS:
-        return before in ("N", "S", "X", "R", "C", "E")
+        return before in (
+            ("S", "X", "R", "C", "E") if form == "B" else ("N", "S", "X", "R", "C", "E")
+        )
     if form == "Z" and lemma not in SENSES and following in SETS["after acts"]:
         return before in ("N", "X")
     moves = previous is not None and _matches(KINDS.get(previous.lemma, ""), MOVERS)
@@ -775,20 +994,62 @@ def _chunk(tokens: list[Token]) -> list[Phrase]:
     return [Phrase(m.start(), m.end(), m.end() - 1) for m in found if m.group()]
 
 
-# Four editors: each proposes one edit, or none
+# Four editors: each proposes every edit that is safe
 
 
-def _relation(sentence: Sentence, rng: random.Random) -> list[Edit] | None:
+class Part(NamedTuple):
+    """New text in the place of tokens first..last; ``words`` are its first, last and head word."""
+
+    first: int
+    last: int
+    new: str
+    words: tuple[str, str, str]
+    moved: bool = False  # from another place of the caption, with its capitals
+
+
+Candidate = tuple[Part, ...]
+
+
+def _put(first: int, last: int, new: str) -> Candidate:
+    """The candidate that writes one word or compound."""
+    return (Part(first, last, new, (new, new, new)),)
+
+
+def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Turn a relation into what contradicts it, or let its two sides change places."""
-    swaps = _swaps(sentence)
-    if swaps and rng.random() < SWAP_SHARE:
-        return rng.choice(swaps)
-    sites = [i for i, t in enumerate(sentence.tokens) if t.word in RELATION_ROWS]
-    for i in _shuffled(sites, rng):
-        targets = _contradictions(sentence, i)
-        if targets:
-            return _replace(sentence, i, i, rng.choice(targets))
-    return rng.choice(swaps) if swaps else None
+    found = _swaps(sentence)
+    for i, token in enumerate(sentence.tokens):
+        if token.word in RELATION_ROWS:
+            found += [_put(i, i, new) for new in _contradictions(sentence, i)]
+    found += _exchanged(sentence)
+    for i, token in enumerate(sentence.tokens if not found else ()):
+        worn = token.tag == "G" and token.lemma in ("wear", "hold", "carry", "ride")
+        if worn and _can_lack(sentence, sentence.starts.get(i + 1)):
+            found.append(_put(i, i, "without"))
+    return found
+
+
+def _exchanged(sentence: Sentence) -> list[Candidate]:
+    """Two relations that change places: near the grass on a bench."""
+    tokens = sentence.tokens
+    sites = [
+        i
+        for i, t in enumerate(tokens)
+        if t.word in SETS["exchanging"] and i + 1 in sentence.starts and _may_turn(tokens, i)
+    ]
+    found = []
+    for i, j in itertools.combinations(sites, 2):
+        one, two = tokens[i].word, tokens[j].word
+        nouns = [tokens[sentence.starts[k + 1].head].lemma for k in (i, j)]
+        kinds = [_kind(sentence, sentence.starts[k + 1]) for k in (i, j)]
+        new = {f"{two} {nouns[0]}", f"{two} {kinds[0]}", f"{one} {nouns[1]}", f"{one} {kinds[1]}"}
+        barred = NEVER.get(two, frozenset()) | {"part", "idea", "picture", ""}
+        other = NEVER.get(one, frozenset()) | {"part", "idea", "picture", ""}
+        if one == two or new & sentence.named or {nouns[0], kinds[0]} & barred:
+            continue
+        if not {nouns[1], kinds[1]} & other:
+            found.append(_put(i, i, two) + _put(j, j, one))
+    return found
 
 
 def _contradictions(sentence: Sentence, i: int) -> list[str]:
@@ -796,14 +1057,32 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
     relation, following = sentence.tokens[i].word, _word(sentence, i + 1)
     phrase = sentence.starts.get(i + 1)
     kind = "it" if following in ("it", "them") else _kind(sentence, phrase)
+    if phrase and not kind and sentence.tokens[phrase.first].tag in "DM":
+        kind = "?" if _word(sentence, phrase.stop) != "of" else ""
     lacking = relation in SETS["lacking"]
-    if not _may_turn(sentence.tokens, i) or (lacking and not _can_lack(sentence, phrase)):
+    if not _may_turn(sentence.tokens, i):
+        return []
+    if i and sentence.tokens[i - 1].lemma in SETS["looks"]:
+        return ["away from"] if relation == "at" and phrase else []
+    barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
+    if relation == "with" and i and KINDS.get(sentence.tokens[i - 1].lemma, "").startswith("place"):
+        return ["without"] if "without" not in barred and phrase else []
+    noun = sentence.tokens[phrase.head].lemma if phrase else ""
+    if noun in SETS["idioms"]:
         return []
     thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
     fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
-            return [t for t in targets if t not in sentence.named]
+            return [
+                t
+                for t in targets
+                if t not in sentence.named
+                and t not in barred
+                and f"{t} {noun}" not in sentence.named
+                and f"{t} {kind}" not in sentence.named
+                and noun not in NEVER.get(t, ())
+            ]
     return []
 
 
@@ -814,10 +1093,16 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
     before, relation = tokens[i - 1], tokens[i].word
     if before.lemma in SETS.get(f"fixed {relation}", ()) or before.tag == "D":
         return False
-    if relation == "by" and any(t.tag == "E" for t in tokens[:i]):
+    if relation == "by" and any(
+        t.tag == "E" and t.word not in SETS["placed"] for t in tokens[max(i - 3, 0) : i]
+    ):
         return False  # ridden by a man
+    if relation == "of":
+        return KINDS.get(before.lemma, "").startswith("container")
     if relation == "from":
-        return before.tag == "G"
+        return before.tag in "GZB"
+    if relation == "with" and before.tag in "GZB":
+        return before.lemma not in SETS["fixed with"]
     if relation in ("with", "by", "without", "between"):
         return before.tag in "NSX" or before.lemma in POSTURES
     return before.tag != "P" or before.word in ("around", "down", "up", "over", "outside", "off")
@@ -829,7 +1114,7 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     return first is not None and first.tag != "M" and first.word not in SETS["not lacked"]
 
 
-def _swaps(sentence: Sentence) -> list[list[Edit]]:
+def _swaps(sentence: Sentence) -> list[Candidate]:
     """Every way to let a subject and what it acts on or stands on change places."""
     whole: list[Phrase] = []  # "a group of men" is one, "a picture of a man" two
     for phrase in sentence.phrases:
@@ -841,39 +1126,38 @@ def _swaps(sentence: Sentence) -> list[list[Edit]]:
             whole.append(phrase)
     found = []
     for k, one in enumerate(whole):
-        before = sentence.tokens[one.first - 1] if one.first else None
-        if before is None or before.word in SETS["links"] | {".", "of"} or before.tag == "I":
-            for two in whole[k + 1 : k + 3]:
-                if _asymmetric(sentence, one, two):
-                    found.append(_swap(sentence, one, two))
-    return [edits for edits in found if edits]
+        for two in whole[k + 1 : k + 4]:
+            if _asymmetric(sentence, one, two):
+                found.append(_swap(sentence, one, two))
+    return [swap for swap in found if swap]
 
 
 def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
     """Whether the words between two phrases make a sentence false once these change places."""
     tokens = sentence.tokens
     middle = tokens[one.stop : two.first]
-    if not 0 < len(middle) <= 9:
+    if not 0 < len(middle) <= 9 or tokens[one.head].lemma == tokens[two.head].lemma:
         return False
     if any(t.tag in "CQ." and t.word not in SETS["links"] for t in middle):
         return False  # never across "and"
+    if _kind(sentence, one).startswith("place") != _kind(sentence, two).startswith("place"):
+        return False  # a mountain does not walk
     for phrase in (one, two):
-        kind = _kind(sentence, phrase)
-        acted_on = phrase is two and middle[-1].tag in "GZB" and tokens[two.first].tag in "DM"
-        if not (_matches(kind, SWAP_KINDS) or (acted_on and not kind)):
+        if not _matches(_kind(sentence, phrase), SWAP_KINDS):
             return False
         if tokens[phrase.first].word in SETS["possessive"]:
             return False
-    last, lead = middle[-1], middle[:-1]
+        if any(t.word in ("and", ",") for t in tokens[max(phrase.first - 1, 0) : phrase.stop + 1]):
+            return False
+    last = middle[-1]
+    if any(t.lemma in SETS["looks"] for t in middle):
+        return all(_matches(_kind(sentence, p), MOVERS[:2]) for p in (one, two))
     if last.tag in "GZB":
-        free = not lead or lead[0].tag in "IPQGEC"
-        return free and last.lemma not in SETS["symmetric"] | POSTURES
-    return last.word in SETS["swapping"] and all(
-        t.tag == "I" or (t.tag in "GZB" and t.lemma in POSTURES) for t in lead
-    )
+        return last.lemma not in SETS["symmetric"] | POSTURES
+    return last.word in SETS["swapping"]
 
 
-def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> list[Edit]:
+def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> Candidate:
     """Let two phrases change places; the verb after the first agrees with its new subject."""
     caption, tokens = sentence.caption, sentence.tokens
     spans = [(tokens[p.first].start, tokens[p.stop - 1].end) for p in (one, two)]
@@ -883,31 +1167,52 @@ def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> list[Edit]:
         for p in (one, two)
     ]
     verb = tokens[one.stop + (tokens[one.stop].tag == "Q")]
-    edits = []
+    parts: list[Part] = []
     if not all(numbers) or numbers[0] != numbers[1]:
         if one.first and tokens[one.first - 1].tag == "I":
-            return []  # there is a man ...
+            return ()  # there is a man ...
         if verb.tag in "IZB":
             form = AGREEMENT.get(verb.word, "")
             if verb.tag != "I":
                 form = _inflect(verb.lemma, "B" if verb.tag == "Z" else "Z")
             if not all(numbers) or not form:
-                return []
-            edits.append((verb.start, verb.end, form))
+                return ()
+            parts += _put(tokens.index(verb), tokens.index(verb), form)
     if first[0].isupper() and not first.isupper() and tokens[one.first].tag != "X":
         first, second = first[0].lower() + first[1:], second[0].upper() + second[1:]
-    return [(*spans[0], second), *edits, (*spans[1], first)]
+    words = [
+        (tokens[p.first].word, tokens[p.stop - 1].word, tokens[p.head].word) for p in (one, two)
+    ]
+    return (
+        Part(one.first, one.stop - 1, second, words[1], moved=True),
+        *parts,
+        Part(two.first, two.stop - 1, first, words[0], moved=True),
+    )
 
 
-def _attribute(sentence: Sentence, rng: random.Random) -> list[Edit] | None:
-    """Give a thing another value of the same dimension."""
+def _attribute(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
+    """Give a thing another value of the same dimension, or two things the other's."""
     tokens = sentence.tokens
     sites = [i for i, t in enumerate(tokens) if t.tag in "AM" and t.word in VALUE_WORDS]
-    for i in _shuffled(sites, rng):
-        targets = _values(sentence, i)
-        if targets:
-            return _replace(sentence, i, i, rng.choice(targets))
-    return None
+    found = [_put(i, i, new) for i in sites for new in _values(sentence, i)]
+    for k, i in enumerate(sites):
+        for j in sites[k + 1 :]:
+            if _exchangeable(sentence, i, j):
+                found.append(_put(i, i, tokens[j].word) + _put(j, j, tokens[i].word))
+    return found
+
+
+def _exchangeable(sentence: Sentence, i: int, j: int) -> bool:
+    """Whether two values of one dimension belong to two different things."""
+    tokens = sentence.tokens
+    owners = [next((p for p in sentence.phrases if p.first <= k < p.stop), None) for k in (i, j)]
+    if tokens[i].tag != "A" or tokens[j].tag != "A" or None in owners or owners[0] == owners[1]:
+        return False
+    if any(tokens[k + 1].tag in "AC" or tokens[k - 1].tag in "AC" for k in (i, j) if k):
+        return False
+    heads = {tokens[p.head].lemma for p in owners if p}
+    same = DIMENSIONS.get(tokens[i].word) == DIMENSIONS.get(tokens[j].word)
+    return len(heads) == 2 and same and tokens[i].word != tokens[j].word
 
 
 def _values(sentence: Sentence, i: int) -> list[str]:
@@ -919,7 +1224,11 @@ def _values(sentence: Sentence, i: int) -> list[str]:
         return []  # in the wild, baked into a loaf
     head = tokens[phrase.head] if phrase else tokens[i]
     if word in NUMBERS:
-        return [n for n in NUMBERS[:5] if n not in sentence.named] if head.tag == "S" else []
+        wanted = (*NUMBERS[:4], "several") if word in ("two", "three") else NUMBERS[:4]
+        return [n for n in wanted if n not in sentence.named] if head.tag == "S" else []
+    if word in ("several", "many", "multiple", "few"):
+        fits = head.tag == "S" and tokens[i - 1].tag != "D"
+        return [n for n in NUMBERS[:2] if n not in sentence.named] if fits else []
     if head.lemma in ("boy", "girl", "child", "kid") and word in YOUNGER:
         fits = head.lemma in ("boy", "girl") and YOUNGER[word] not in sentence.named
         return [YOUNGER[word]] if fits else []
@@ -930,21 +1239,17 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     return []
 
 
-def _object(sentence: Sentence, rng: random.Random) -> list[Edit] | None:
+def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Name another thing of the same kind."""
-    tokens = sentence.tokens
-    for k in _shuffled(range(len(sentence.phrases)), rng):
-        phrase = sentence.phrases[k]
-        targets = _things(sentence, phrase)
-        if targets:
-            first = phrase.head
-            while first > phrase.first and tokens[first - 1].tag == "N":
-                first -= 1  # a kitchen counter becomes a table
-            new = rng.choice(targets)
-            if tokens[phrase.head].tag == "S":
-                new = _plural(new)
-            return _replace(sentence, first, phrase.head, new)
-    return None
+    tokens, found = sentence.tokens, []
+    for phrase in sentence.phrases:
+        first = phrase.head
+        while first > phrase.first and tokens[first - 1].tag == "N":
+            first -= 1  # a kitchen counter becomes a table
+        for new in _things(sentence, phrase):
+            plural = tokens[phrase.head].tag == "S"
+            found += [_put(first, phrase.head, _plural(new) if plural else new)]
+    return found
 
 
 def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
@@ -963,29 +1268,52 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     return [
         word
         for word in _unnamed(sense, sentence)
-        if word not in SETS.get(f"never {before}", ())
+        if word not in NEVER.get(before, ())
         and (noun.tag == "S" or word not in SETS["plural only"])
         and (word not in SEXES or not sexes or sexes == {SEXES[word]})
         and (word not in SEXES or not ages or (word in CHILDREN) == (noun.lemma in CHILDREN))
     ]
 
 
-def _action(sentence: Sentence, rng: random.Random) -> list[Edit] | None:
+def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Let the subject do something else that takes the same complement."""
-    verbs = [i for i, t in enumerate(sentence.tokens) if t.tag in "GZBEP"]
-    for i in _shuffled(verbs, rng):
-        verb = sentence.tokens[i]
-        if verb.word in PARTICIPLE_ACTS:
-            return _replace(sentence, i, i, rng.choice(PARTICIPLE_ACTS[verb.word]))
-        if verb.tag in "GZB":
+    found: list[Candidate] = []
+    for i, verb in enumerate(sentence.tokens):
+        if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
+            found += [_put(i, i, new) for new in PARTICIPLE_ACTS[verb.word]]
+        elif verb.word in IMPLIED and verb.word not in LACKS:
+            found += [_put(i, i, act) for act in _implied(sentence, i)]
+        elif verb.word in LACKS and _can_lack(sentence, sentence.starts.get(i + 1)):
+            found.append(_put(i, i, LACKS[verb.word]))
+        elif verb.tag == "A" and verb.word in ACT_VALUES:
+            found += [_put(i, i, new) for new in _values(sentence, i)]
+        elif verb.tag in "GZB":
             last, acts = _acts(sentence, i)
+            if slots and last == i:
+                acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
-            acts = [
-                a for a in acts if a not in sentence.named and not groups & PARTNERS.get(a, set())
+            found += [
+                _put(i, last, _inflect(act, verb.tag))
+                for act in dict.fromkeys(acts)
+                if act not in sentence.named and not groups & PARTNERS.get(act, set())
             ]
-            if acts:
-                return _replace(sentence, i, last, _inflect(rng.choice(acts), verb.tag))
-    return None
+    return found
+
+
+def _implied(sentence: Sentence, i: int) -> list[str]:
+    """What somebody on, near or with a thing might do to it: a man on a horse, feeding a horse."""
+    before = next((p for p in sentence.phrases if p.stop == i), None)
+    after = sentence.starts.get(i + 1)
+    word = sentence.tokens[i].word
+    if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
+        return []
+    kind, subject = _kind(sentence, after), _kind(sentence, before).split(".")[0]
+    if not kind or subject not in ("person", "animal"):
+        return []
+    acts: Sequence[str] = DONE.get(kind, DONE.get(kind.split(".")[0], ()))
+    acts = acts if subject == "person" else DONE_BY["animal"]
+    common = SETS["often on"] if word == "on" else SETS["often near"]
+    return [_inflect(act, "G") for act in acts if act in common]
 
 
 def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
@@ -995,7 +1323,7 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return i, PREPOSITIONAL_ACTS[verb.lemma, following]
     subject = _subject(sentence, i)
     who = subject or "thing"
-    free: Sequence[str] = next((n for w, old, n in FREE_ACTS if w == who and verb.lemma in old), ())
+    free: Sequence[str] = FREE_ACTS.get((who, verb.lemma), ())
     if not free and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
         free = ANY_ACT.get(subject, ())
     particle = following in SETS["particles"] and (i + 2 not in sentence.starts or not free)
@@ -1005,7 +1333,9 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return last, () if following in ("to", "like") else free
     kind = _kind(sentence, phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
-    nameless = not kind and sentence.tokens[phrase.first].tag not in "DM"
+    if lifeless and verb.lemma in ("hold", "contain", "include", "feature", "have"):
+        return last, ("lack",)
+    nameless = not kind and sentence.tokens[phrase.first].tag not in "DM" and subject != "person"
     if nameless or lifeless or verb.lemma in POSTURES or kind in ("idea", "part", "measure"):
         return last, ()
     acts = next(DONE[k] for k in (kind, kind.split(".")[0], "any") if k in DONE)
@@ -1053,30 +1383,290 @@ def _matches(kind: str, wanted: Iterable[str]) -> bool:
 
 
 def _unnamed(sense: Sense, sentence: Sentence) -> list[str]:
-    return [word for word, same in sense.choices if not same & sentence.named]
+    """Choices that the captions of the image do not name, in these or other words."""
+    barred = sentence.barred
+    return [word for word, _ in sense.choices if word not in barred]
 
 
-def _shuffled(items: Iterable[int], rng: random.Random) -> list[int]:
-    mixed = list(items)
-    rng.shuffle(mixed)
-    return mixed
+# Choosing a hard one
+
+SLOT_WEIGHTS = (0.7, 0.7, 0.4, 0.5, 0.5)  # of the five tables; their evidence overlaps
+SMOOTH = 20.0  # captions' worth of belief that neighbours do not matter
+RARE = 2e5  # 1 / p of a word that the captions do not have
+AIM, WIDTH = 3.0, 2.0  # log of how much likelier than the caption a negative should be, and spread
+LEARNED = 200_000  # captions that the slots are learned from, the first of the source
+BALANCED = 10_000  # of these, that the balance is found on
+ROUNDS = 12
+STRENGTH = (0.6, 0.3)  # of a step of the balance, for words and for pairs of words
+LIMIT = 6.0  # of a balance, in nats
+NO_COUNTS: dict[str, int] = {}
+NO_WEIGHTS: dict[str, float] = {}
+
+
+class Balance(NamedTuple):
+    """What is put in too often is less welcome: weights in nats by word and by pair of words."""
+
+    words: dict[str, float]
+    left: dict[str, dict[str, float]]  # by the word before, then by the word
+    right: dict[str, dict[str, float]]  # by the word after, then by the word
+
+
+class Slots:
+    """What stands where in a file's captions: counts of words by their neighbours.
+
+    A word fits a slot as well as p(word) times what each neighbour says for or against it: the
+    words next to it, both together, and the nearest words of content on either side.
+    """
+
+    def __init__(self) -> None:
+        """Start without a caption."""
+        self.count: Counter[str] = Counter()
+        self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
+        self.inverse: dict[str, float] = {}
+        self.known_acts: dict[tuple[Any, ...], list[str]] = {}
+        self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
+
+    def learn(self, sentence: Sentence) -> None:
+        """Count the words of one caption."""
+        words = [t.word for t in sentence.tokens]
+        self.count.update(words)
+        for word, context in zip(words, sentence.contexts, strict=True):
+            for table, key in zip(self.tables, context, strict=True):
+                row = table.get(key)
+                if row is None:
+                    table[key] = {word: 1}
+                else:
+                    row[word] = row.get(word, 0) + 1
+
+    def finish(self) -> None:
+        """Make the learned counts ready for use."""
+        total = sum(self.count.values()) / SMOOTH
+        self.inverse = {word: total / count for word, count in self.count.items()}
+
+    def score(
+        self, rows: Sequence[dict[str, int]], words: tuple[str, str, str], own: int = 0
+    ) -> float:
+        """Log of how well words fit; ``own`` is 1 where they are counted there themselves."""
+        first, last, head = words
+        left, right, both, ahead, behind = rows
+        w0, w1, w2, w3, w4 = SLOT_WEIGHTS
+        inverse = self.inverse
+        h = a = z = inverse.get(head, RARE)
+        if first != last:
+            a, z = inverse.get(first, RARE), inverse.get(last, RARE)
+        total = -log(h)
+        if (c := left.get(first, 0) - own) > 0:
+            total += w0 * log(1 + c * a)
+        if (c := right.get(last, 0) - own) > 0:
+            total += w1 * log(1 + c * z)
+        if first == last and (c := both.get(first, 0) - own) > 0:
+            total += w2 * log(1 + c * a)
+        if (c := ahead.get(head, 0) - own) > 0:
+            total += w3 * log(1 + c * h)
+        if (c := behind.get(head, 0) - own) > 0:
+            total += w4 * log(1 + c * h)
+        return total
+
+    def acts(self, context: Context, verb: Token) -> list[str]:
+        """Other acts that the captions have between the same neighbours."""
+        _, right, between, ahead, behind = context
+        takes = FUNCTION.get(right, "")
+        if verb.lemma not in PARTNERS or not (takes in ("P", "D") or right == "."):
+            return []
+        key = between, ahead, behind if takes == "D" else "", verb.tag
+        if key not in self.known_acts:
+            rows = [self.tables[2].get(between, NO_COUNTS), self.tables[3].get(ahead, NO_COUNTS)]
+            rows += [self.tables[4].get(behind, NO_COUNTS)] if takes == "D" else []
+            found = {w: VERB_FORMS[w] for w in sorted(rows[0]) if w in VERB_FORMS}
+            self.known_acts[key] = [
+                lemma
+                for word, (lemma, form) in found.items()
+                if form == verb.tag
+                and lemma in PARTNERS
+                and all(row.get(word, 0) > 1 for row in rows)
+            ]
+        return self.known_acts[key]
+
+
+def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES) -> Slots:
+    """Learn from captions that have been read what stands where, and balance each type.
+
+    The order of the captions does not matter.
+    """
+    slots, some = Slots(), []
+    for sentence in sentences:
+        slots.learn(sentence)
+        digest = zlib.crc32(sentence.caption.encode("utf-8", "surrogatepass"))
+        some.append((digest, sentence.caption, sentence))
+    slots.finish()
+    some.sort(key=lambda item: item[:2])
+    for name in types:
+        slots.balance[name] = _balanced([s for _, _, s in some[:BALANCED]], name, slots)
+    return slots
+
+
+class Site(NamedTuple):
+    """A span that candidates replace: its rows of the tables, and how its own words fare."""
+
+    rows: tuple[dict[str, int], ...]
+    left: dict[str, float]
+    right: dict[str, float]
+    fit: float
+    weight: float
+
+
+def _weigh(
+    sentence: Sentence,
+    candidates: Sequence[Candidate],
+    name: str,
+    slots: Slots,
+    gains: Sequence[float | None] | None = None,
+) -> list[float]:
+    """Log weights for the draw: as likely as the caption, and in balance over the corpus.
+
+    ``gains``, how much likelier than the caption each one is, come from the slots if not given.
+    """
+    balance = slots.balance[name]
+    sites: dict[tuple[int, int, bool], Site] = {}
+    words, score = balance.words, slots.score
+    weights = []
+    for k, candidate in enumerate(candidates):
+        gain = weight = 0.0
+        for part in candidate:
+            first, last, new, (one, two, _), moved = part
+            site = sites.get((first, last, moved))
+            if site is None:
+                site = sites[first, last, moved] = _site(sentence, part, balance, slots)
+            rows, left, right, fit, own = site
+            gain += score(rows, part.words) - fit
+            weight -= own
+            if left:
+                weight += left.get(one, 0.0)
+            if right:
+                weight += right.get(two, 0.0)
+            if not moved:
+                weight += words.get(new, 0.0)
+        known = gains[k] if gains else None
+        gain = gain if known is None else known
+        weights.append(round(weight - abs(gain - AIM) / WIDTH, 4))
+    return weights
+
+
+def _site(sentence: Sentence, part: Part, balance: Balance, slots: Slots) -> Site:
+    tokens, contexts = sentence.tokens, sentence.contexts
+    before, _, _, ahead, _ = contexts[part.first]
+    _, after, _, _, behind = contexts[part.last]
+    keys = (before, after, (before, after), ahead, behind)
+    rows = tuple(table.get(k, NO_COUNTS) for table, k in zip(slots.tables, keys, strict=True))
+    first, last = tokens[part.first].word, tokens[part.last].word
+    left, right = balance.left.get(before, NO_WEIGHTS), balance.right.get(after, NO_WEIGHTS)
+    weight = left.get(first, 0.0) + right.get(last, 0.0)
+    weight += 0.0 if part.moved else balance.words.get(last, 0.0)
+    return Site(rows, left, right, slots.score(rows, (first, last, last), own=1), weight)
+
+
+def _drawn(candidates: list[Candidate], logs: list[float], draw: int) -> Iterator[Candidate]:
+    """Candidates in the order in which 64 random bits draw them, the likeliest most often."""
+    top = max(logs, default=0.0)
+    weights = [exp(w - top) for w in logs]
+    while weights:
+        sums = list(itertools.accumulate(weights))
+        k = min(bisect.bisect_right(sums, draw / 2**64 * sums[-1]), len(sums) - 1)
+        yield candidates[k]
+        weights[k] = 0.0
+        if not any(weights):
+            return
+
+
+def _balanced(sentences: Sequence[Sentence], name: str, slots: Slots) -> Balance:
+    """Weights under which words and pairs come in about as often as they go out."""
+    ids: dict[Any, int] = {}
+    features: list[int] = []
+    signs: list[int] = []
+    rows: list[int] = []  # candidate of each feature
+    owners: list[int] = []  # caption of each candidate
+    logs: list[float] = []
+    for owner, sentence in enumerate(sentences):
+        candidates = EDITORS[name](sentence, slots)
+        logs += _weigh(sentence, candidates, name, slots)
+        for candidate in candidates:
+            for feature, sign in _moves(sentence, candidate):
+                features.append(ids.setdefault(feature, len(ids)))
+                signs.append(sign)
+                rows.append(len(owners))
+            owners.append(owner)
+    arrays = [np.array(column) for column in (features, signs, rows, owners, logs)]
+    weights = _settle(arrays, [feature[0] for feature in ids])
+    balance = Balance({}, {}, {})
+    for (side, neighbour, word), weight in zip(ids, weights.tolist(), strict=True):
+        if side == 0:
+            balance.words[word] = weight
+        elif weight:
+            side_weights = balance.left if side == 1 else balance.right
+            side_weights.setdefault(neighbour, {})[word] = weight
+    return balance
+
+
+def _moves(sentence: Sentence, candidate: Candidate) -> Iterator[tuple[tuple[int, str, str], int]]:
+    """Words and pairs of words that come in (+1) and go out (-1) with a candidate."""
+    tokens = sentence.tokens
+    for part in candidate:
+        before = tokens[part.first - 1].word if part.first else "^"
+        after = tokens[part.last + 1].word if part.last + 1 < len(tokens) else "$"
+        first, last = tokens[part.first].word, tokens[part.last].word
+        if not part.moved:
+            yield (0, "", part.new), 1
+            yield (0, "", last), -1
+        yield (1, before, part.words[0]), 1
+        yield (1, before, first), -1
+        yield (2, after, part.words[1]), 1
+        yield (2, after, last), -1
+
+
+def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
+    """Weight of each feature, found by evening out how often it is expected to come and go.
+
+    Args:
+        arrays: feature, sign and candidate of each move; caption and log weight of each candidate.
+        sides: 0 for features that are words, 1 or 2 for pairs.
+    """
+    features, signs, rows, owners, logs = arrays
+    weights = np.zeros(len(sides))
+    if not len(owners):
+        return weights
+    step = np.where(np.array(sides) == 0, *STRENGTH)
+    begins = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
+    sizes = np.diff(np.r_[begins, len(owners)])
+    for _ in range(ROUNDS):
+        total = logs + np.bincount(rows, weights[features] * signs, len(owners))
+        total = np.exp(total - np.repeat(np.maximum.reduceat(total, begins), sizes))
+        share = total / np.repeat(np.add.reduceat(total, begins), sizes)
+        come = np.bincount(features, share[rows] * (signs > 0), len(sides))
+        go = np.bincount(features, share[rows] * (signs < 0), len(sides))
+        # rounded, so that another machine's last bit changes nothing
+        weights = np.round(weights + step * np.log((go + 1) / (come + 1)), 3)
+        weights = weights.clip(-LIMIT, LIMIT)
+    return weights
 
 
 # Writing an edit
 
 
-def _replace(sentence: Sentence, first: int, last: int, new: str) -> list[Edit]:
-    """Put new words in the place of tokens first..last, and mend the article before them."""
-    caption, tokens = sentence.caption, sentence.tokens
-    start, end = tokens[first].start, tokens[last].end
-    edits = [(start, end, _cased(new, caption[start:end]))]
-    before = tokens[first - 1] if first else None
-    if before and before.word in ("a", "an"):
-        vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", new)
-        old = caption[before.start : before.end]
-        article = "an" if vowel else "a"
-        if article != before.word:
-            edits.append((before.start, before.end, _cased(article, old)))
+def _written(sentence: Sentence, candidate: Candidate) -> list[Edit]:
+    """The edits of a candidate as offsets and text; an article before them is mended."""
+    caption, tokens, edits = sentence.caption, sentence.tokens, []
+    for part in candidate:
+        start, end = tokens[part.first].start, tokens[part.last].end
+        new = part.new if part.moved else _cased(part.new, caption[start:end])
+        before = tokens[part.first - 1] if part.first else None
+        if before and before.word in ("a", "an") and not part.moved:
+            vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", new)
+            old = caption[before.start : before.end]
+            article = "an" if vowel else "a"
+            if article != before.word:
+                new = _cased(article, old) + caption[before.end : start] + new
+                start = before.start
+        edits.append((start, end, new))
     return edits
 
 
@@ -1200,7 +1790,209 @@ def _read_table(path: Path, image: str | None, caption: str | None) -> Iterator[
             raise DataError(f"{path.name}:{table.line_num}: not a table ({error})") from None
 
 
+# Engines
+
+
+class Engine(NamedTuple):
+    """How captions are read and rewritten; the same in every process."""
+
+    seed: int
+    types: tuple[str, ...]
+    explain: bool
+    slots: Slots | None
+    parse: Callable[[str], Any] | None  # a spaCy pipeline; None for the lexicon's own reader
+    masked: MaskedModel | None
+    released: bool = False
+
+
+ENGINE: list[Engine] = []  # of this process, set by _start
+
+
+def _start(engine: Engine) -> None:
+    ENGINE[:] = [engine]
+    _known.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(caption: str) -> tuple[Sentence | None, frozenset[str]]:
+    """A caption as the engine reads it, and the facts that it states."""
+    parse = ENGINE[0].parse
+    sentence = _read_spacy(parse(caption)) if parse else _read(caption)
+    return sentence, frozenset(_facts(sentence) if sentence else ())
+
+
+def _read_spacy(doc: Any) -> Sentence | None:
+    """A caption with spaCy's parts of speech and noun phrases."""
+    tokens: list[Token] = []
+    for word, start, end in _split(doc.text):
+        span = doc.char_span(start, end, alignment_mode="expand")
+        tag = _tag_of(span[-1])
+        if word in FUNCTION and (" " in word or tag in "IR"):
+            tag = FUNCTION[word]
+        lemma = LEMMAS.get(word, span[-1].lemma_.lower() if " " not in word else word)
+        lemma = NOUN_FORMS[word][0] if tag in "NS" and word in NOUN_FORMS else lemma
+        lemma = VERB_FORMS[word][0] if tag in "GZB" and word in VERB_FORMS else lemma
+        tokens.append(Token(word, start, end, tag, word if tag in "DMAIPCQR." else lemma))
+    phrases = _chunk(tokens)
+    if doc.has_annotation("DEP"):
+        at = {t.start: i for i, t in enumerate(tokens)}
+        chunks = [(at.get(c.start_char), c.end_char) for c in doc.noun_chunks]
+        stops = {t.end: i + 1 for i, t in enumerate(tokens)}
+        found = [(i, stops.get(end, 0)) for i, end in chunks if i is not None]
+        phrases = [Phrase(i, j, j - 1) for i, j in found if i < j and tokens[j - 1].tag in "NSX"]
+    return _sentence(doc.text, tokens, phrases, frozenset())
+
+
+def _tag_of(token: Any) -> str:
+    """Our tag of a spaCy token."""
+    fine = {"VBG": "G", "VBZ": "Z", "VB": "B", "VBP": "B", "VBN": "E", "VBD": "E", "PRP$": "D"}
+    fine |= {"NN": "N", "NNP": "N", "NNS": "S", "NNPS": "S", "TO": "P", "WDT": "Q"}
+    coarse = {"AUX": "I", "DET": "D", "NUM": "M", "ADJ": "A", "ADP": "P", "CCONJ": "C", "PRON": "Q"}
+    coarse |= {"SCONJ": "C", "ADV": "R", "PUNCT": ".", "SYM": ".", "PART": "R"}
+    if token.pos_ in ("AUX", "ADP"):
+        return coarse[token.pos_]
+    return fine.get(token.tag_) or coarse.get(token.pos_, "X")
+
+
+def _load_spacy(name: str, *, tags_only: bool) -> Callable[[str], Any]:
+    try:
+        import spacy
+    except ImportError:
+        raise DataError("--engine: spaCy is missing; pip install spacy") from None
+    unused = ["ner", "parser"] if tags_only else ["ner"]
+    try:
+        return spacy.load(name, exclude=unused)
+    except OSError:
+        raise DataError(
+            f"--spacy-model {name}: not installed; python -m spacy download {name}"
+        ) from None
+
+
+class MaskedModel:
+    """A masked language model that says what may stand in the place of a mask."""
+
+    def __init__(self, name: str, device: str) -> None:
+        """Load a model with its head, from a folder or by name."""
+        try:
+            import torch
+            from transformers import AutoModelForMaskedLM, AutoTokenizer
+        except ImportError:
+            raise DataError("--mlm: transformers is missing; pip install transformers") from None
+        self.torch = torch
+        self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device
+        self.device = "cpu" if self.device == "auto" else self.device
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"--mlm {name}: cannot be loaded ({reason})") from None
+        missing = sorted(report["missing_keys"])
+        if missing or self.tokenizer.mask_token is None:
+            raise DataError(f"--mlm {name}: has no masked-language-model head, lacks {missing[:2]}")
+        self.model = model.to(self.device).eval()
+        self.known: dict[str, Any] = {}
+
+    def predict(self, texts: Iterable[str], batch: int = 256) -> None:
+        """Read masked texts; ``known`` keeps the log probabilities of their masks."""
+        torch, mask = self.torch, self.tokenizer.mask_token_id
+        new = sorted(set(texts) - self.known.keys(), key=lambda text: (len(text), text))
+        for at in range(0, len(new), batch):
+            rows = self.tokenizer(
+                new[at : at + batch], padding=True, truncation=True, return_tensors="pt"
+            ).to(self.device)
+            with torch.inference_mode():
+                logits = self.model(**rows).logits.float()
+            for text, ids, scores in zip(
+                new[at : at + batch], rows["input_ids"], logits, strict=True
+            ):
+                places = (ids == mask).nonzero().flatten()
+                if len(places):  # else it was cut off
+                    self.known[text] = scores[places[0]].log_softmax(-1).cpu()
+
+    def fit(self, text: str, word: str) -> float | None:
+        """Log probability of a word in the place of the mask; None if it is not one token."""
+        scores = self.known.get(text)
+        if scores is None:
+            return None
+        space = " " if self.tokenizer.mask_token == "<mask>" else ""  # RoBERTa's words have one
+        ids = self.tokenizer(space + word, add_special_tokens=False)["input_ids"]
+        return float(scores[ids[0]]) if len(ids) == 1 else None
+
+
+def _masked_text(sentence: Sentence, part: Part, mask: str) -> str:
+    tokens = sentence.tokens
+    start, end = tokens[part.first].start, tokens[part.last].end
+    return sentence.caption[:start] + mask + sentence.caption[end:]
+
+
+def _masked_gains(
+    sentence: Sentence, candidates: Sequence[Candidate], model: MaskedModel
+) -> list[float | None]:
+    """How much likelier than its own word the model finds each one-word candidate."""
+    gains: list[float | None] = []
+    for candidate in candidates:
+        part = candidate[0]
+        text = _masked_text(sentence, part, model.tokenizer.mask_token)
+        own = " ".join(t.word for t in sentence.tokens[part.first : part.last + 1])
+        new = model.fit(text, part.new) if len(candidate) == 1 and not part.moved else None
+        old = model.fit(text, own)
+        gains.append(None if new is None or old is None else new - old)
+    return gains
+
+
+# The published recipe
+
+
+def _released(
+    captions: Sequence[str], keys: Sequence[str], engine: Engine
+) -> list[dict[str, str | None]]:
+    """Negatives as the published code makes them, faults included; only the draws are seeded.
+
+    spaCy's NOUN, ADJ and VERB words; of three nouns and more the first two change places by
+    ``str.replace``; one word of each class, drawn at random, is masked where it first
+    appears (even inside another word) and filled with the 4th guess of the masked model; nothing
+    is checked.  A class without a word is null here; there, its text is what the model makes of a
+    bare mask, null only if that is "###", as it happens to be with distilroberta-base.
+    """
+    assert engine.parse is not None
+    assert engine.masked is not None
+    model, mask = engine.masked, engine.masked.tokenizer.mask_token
+    classes = {"ADJ": "attribute", "NOUN": "object", "VERB": "action"}
+    found: list[dict[str, str | None]] = []
+    for doc, key in zip(map(engine.parse, captions), keys, strict=True):
+        caption = doc.text
+        words = {p: [t.text for t in doc if t.pos_ == p] for p in classes}
+        negatives: dict[str, str | None] = dict.fromkeys(NEGATIVE_TYPES)
+        nouns = words["NOUN"]
+        if len(nouns) > 2:
+            swapped = caption.replace(nouns[0], "temp1").replace(nouns[1], nouns[0])
+            negatives["relation"] = swapped.replace("temp1", nouns[1])
+        rng = random.Random(f"{engine.seed}:{key}:{caption}".encode("utf-8", "surrogatepass"))
+        for pos, name in classes.items():
+            if words[pos]:
+                negatives[name] = caption.replace(rng.choice(words[pos]), mask, 1)
+        found.append(negatives)
+    model.known.clear()
+    model.predict(n[name] or "" for n in found for name in classes.values() if n[name])
+    for negatives in found:
+        for name in classes.values():
+            text = negatives[name]
+            scores = model.known.get(text) if text else None
+            if text and scores is not None:
+                guess = str(model.tokenizer.decode(scores.topk(5).indices[3:4])).strip()
+                negatives[name] = text.replace(mask, guess, 1)
+            else:
+                negatives[name] = None
+    return [{n: negatives[n] for n in engine.types} for negatives in found]
+
+
 # The command
+
+Job = tuple[dict[str, Any], tuple[str, ...]]  # a record, and the other captions of its image
+Fates = list[tuple[str, str]]  # of each type why it is null, "" if it is not
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -1211,53 +2003,111 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare every option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     add = parser.add_argument
-    add("captions", nargs="?", metavar="CAPTIONS", help='a file, or "-" for stdin')
+    add("captions", nargs="*", metavar="CAPTIONS", help='a file, "-" for stdin, or .tar shards')
     add("--text", metavar="CAPTION", help="print the negatives of one caption")
-    add("--out", type=Path, metavar="FILE.jsonl", help="the manifest to write")
+    add("--out", type=Path, metavar="FILE.jsonl", help="the manifest, or the folder of shards")
     add("--overwrite", action="store_true", help="replace --out if it exists")
-    add("--engine", choices=["lexicon"], default="lexicon", help="how to rewrite")
+    add(
+        "--engine", choices=["lexicon", "spacy", "released"], default="lexicon", help="who rewrites"
+    )
+    add(
+        "--filler",
+        choices=["ngram", "mlm", "none"],
+        default="ngram",
+        help="who chooses among edits",
+    )
+    add("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="masked language model")
+    add("--spacy-model", metavar="NAME", default="en_core_web_sm", help="English pipeline")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the masked model")
     add("--types", nargs="+", choices=NEGATIVE_TYPES, default=NEGATIVE_TYPES, help="to make")
     add("--seed", type=int, default=0, metavar="N", help="another seed, other choices")
     add("--workers", type=int, default=1, metavar="N", help="processes")
     add("--limit", type=int, metavar="N", help="read the first N captions only")
     add("--stats", action="store_true", help="print coverage and the reasons for nulls")
+    add("--explain", action="store_true", help="say what was edited: under edits in the manifest")
     add("--image-column", metavar="NAME", help="of a table")
     add("--caption-column", metavar="NAME", help="of a table")
     args = parser.parse_args(argv)
-    if (args.captions is None) == (args.text is None):
+    if bool(args.captions) == (args.text is not None):
         parser.error("want either CAPTIONS or --text")
-    if args.captions is not None and args.out is None:
+    if args.captions and args.out is None:
         parser.error("--out is missing: name the .jsonl file to write")
     if args.workers < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--workers and --limit must be at least 1")
+    shards = [name.endswith(".tar") for name in args.captions]
+    if len(args.captions) > 1 and not all(shards):
+        parser.error("several CAPTIONS must all be .tar shards")
+    if any(shards) and (args.limit or args.engine == "released"):
+        parser.error("--limit and --engine released do not go with shards")
+    args.types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the negatives of a file, or print those of one caption."""
     args = parse_args(argv)
-    types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
     if args.text is not None:
-        for name, negative in make_negatives(args.text, seed=args.seed, types=types).items():
-            print(f"{name:<10}{negative or '-'}")
-        return
-    if args.out.exists() and not args.overwrite:
-        raise DataError(f"--out {args.out} exists already; name another file or add --overwrite")
+        _print_text(args)
+    elif args.captions[0].endswith(".tar"):
+        _rewrite_shards(args)
+    else:
+        _rewrite_file(args)
+
+
+def _print_text(args: argparse.Namespace) -> None:
+    sentence = _read(args.text)
+    for name, negative in edit_sentence(sentence, seed=args.seed, types=args.types).items():
+        print(f"{name:<10}{negative.text if negative else '-'}")
+        for edit in _edits(args.text, negative) if args.explain and negative else ():
+            print(f"{'':<10}  {edit['start']}-{edit['end']}: {edit['old']!r} -> {edit['new']!r}")
+
+
+def _edits(caption: str, negative: Negative) -> list[dict[str, Any]]:
+    return [
+        {"start": start, "end": end, "old": caption[start:end], "new": new}
+        for start, end, new in sorted(negative.edits)
+    ]
+
+
+def _rewrite_file(args: argparse.Namespace) -> None:
+    out, source = args.out, args.captions[0]
+    if _rank()[1] > 1:
+        raise DataError(f"{source}: ranks share .tar shards; run one process with --workers")
+    if out.exists() and not args.overwrite:
+        raise DataError(f"--out {out} exists already; name another file or add --overwrite")
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    records = list(itertools.islice(read_captions(args.captions, **columns), args.limit))
+    records = list(itertools.islice(read_captions(source, **columns), args.limit))
     if not records:
-        raise DataError(f"{args.captions}: no captions in it; is it the right file?")
-    jobs = [(r, siblings, args.seed, types, args.stats) for r, siblings in _siblings(records)]
-    fates = _write(args.out, jobs, Path(args.captions).name, args.workers)
-    for name in types if args.stats else ():
+        raise DataError(f"{source}: no captions in it; is it the right file?")
+    engine = _engine(args, [r["caption"] for r in records])
+    fates = _write(args, _jobs(records), engine)
+    _report(args, fates, len(records))
+
+
+def _report(args: argparse.Namespace, fates: Counter[tuple[str, str]], total: int) -> None:
+    for name in args.types if args.stats else ():
         made = fates[name, ""]
-        print(f"{name:<10}{made:>8} of {len(jobs)} ({made / len(jobs):.1%})")
+        print(f"{name:<10}{made:>8} of {total} ({made / max(total, 1):.1%})")
         for (other, reason), count in sorted(fates.items()):
             if other == name and reason:
                 print(f"{'':<10}{count:>8} null: {reason}")
 
 
-Job = tuple[dict[str, Any], frozenset[str], int, tuple[str, ...], bool]
+def _engine(args: argparse.Namespace, captions: Iterable[str]) -> Engine:
+    """Load models, and learn the slots from captions."""
+    released = args.engine == "released"
+    parse = None
+    if args.engine != "lexicon":
+        parse = _load_spacy(args.spacy_model, tags_only=released)
+    masked = MaskedModel(args.mlm, args.device) if released or args.filler == "mlm" else None
+    engine = Engine(args.seed, args.types, args.explain, None, parse, masked, released)
+    _start(engine)
+    if released or args.filler == "none":
+        return engine
+    read = (_known(caption)[0] for caption in itertools.islice(captions, LEARNED))
+    engine = engine._replace(slots=learn_slots((s for s in read if s), args.types))
+    _start(engine)
+    return engine
 
 
 def _image_of(record: dict[str, Any]) -> str:
@@ -1265,66 +2115,276 @@ def _image_of(record: dict[str, Any]) -> str:
     return "" if image is None else str(image)
 
 
-def _siblings(records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], frozenset[str]]]:
-    """Each record with the words of its image's captions, which may be true of it as well."""
-    words: dict[str, set[str]] = defaultdict(set)
+def _jobs(records: list[dict[str, Any]]) -> list[Job]:
+    """Each record with the other captions of its image, which are true of it as well."""
+    captions: dict[str, list[str]] = defaultdict(list)
     for record in records:
         if _image_of(record):
-            words[_image_of(record)].update(w for w, _, _ in _split(record["caption"]))
-    frozen = {image: frozenset(found) for image, found in words.items()}
-    for record in records:
-        yield record, frozen.get(_image_of(record), frozenset())
-
-
-def _work(job: Job) -> tuple[str, list[tuple[str, str]]]:
-    """The line of one record, and of each type why it is null, "" if it is not."""
-    record, siblings, seed, types, stats = job
-    caption, key = record["caption"], _image_of(record)
-    negatives = make_negatives(caption, seed=seed, key=key, types=types, forbidden=siblings)
-    fates = [
-        (name, "" if text else _reason(caption, name) if stats else "null")
-        for name, text in negatives.items()
+            captions[_image_of(record)].append(record["caption"])
+    return [
+        (r, tuple(c for c in captions.get(_image_of(r), ()) if c != r["caption"])) for r in records
     ]
-    line = json.dumps({**record, "negatives": negatives}, ensure_ascii=False)
+
+
+def _work(jobs: Sequence[Job]) -> list[tuple[str, Fates]]:
+    """The line of each record, and what became of each type."""
+    engine = ENGINE[0]
+    if engine.released:
+        captions, keys = [r["caption"] for r, _ in jobs], [_image_of(r) for r, _ in jobs]
+        made = _released(captions, keys, engine)
+        return [
+            _line(record, negatives, {n: "" if t else "no such word" for n, t in negatives.items()})
+            for (record, _), negatives in zip(jobs, made, strict=True)
+        ]
+    sentences = []
+    for record, others in jobs:
+        sentence = _known(record["caption"])[0]
+        facts = frozenset().union(*(_known(other)[1] for other in others))
+        sentences.append(_forbid(sentence, facts) if sentence and facts else sentence)
+    if engine.masked:
+        _predict(sentences, engine)
+    return [
+        _finished(record, sentence, engine)
+        for (record, _), sentence in zip(jobs, sentences, strict=True)
+    ]
+
+
+def _predict(sentences: Iterable[Sentence | None], engine: Engine) -> None:
+    """Let the masked model read every span that could be replaced."""
+    model = engine.masked
+    assert model is not None
+    model.known.clear()
+    model.predict(
+        _masked_text(sentence, candidate[0], model.tokenizer.mask_token)
+        for sentence in sentences
+        if sentence
+        for name in engine.types
+        for candidate in EDITORS[name](sentence, engine.slots)
+        if len(candidate) == 1 and not candidate[0].moved
+    )
+
+
+def _finished(
+    record: dict[str, Any], sentence: Sentence | None, engine: Engine
+) -> tuple[str, Fates]:
+    made = edit_sentence(
+        sentence,
+        seed=engine.seed,
+        key=_image_of(record),
+        types=engine.types,
+        slots=engine.slots,
+        masked=engine.masked,
+    )
+    reasons = {n: "" if negative else _reason(record["caption"], n) for n, negative in made.items()}
+    texts = {n: negative and negative.text for n, negative in made.items()}
+    if engine.explain:
+        edits = {n: x and _edits(record["caption"], x) for n, x in made.items()}
+        record = {**record, "edits": edits}
+    return _line(record, texts, reasons)
+
+
+def _line(
+    record: dict[str, Any], negatives: dict[str, str | None], reasons: dict[str, str]
+) -> tuple[str, Fates]:
+    row = {**record, "negatives": negatives}
+    line = json.dumps(row, ensure_ascii=False)
     if re.search("[\ud800-\udfff]", line):  # half a character cannot be written as UTF-8
-        line = json.dumps({**record, "negatives": negatives})
-    return line + "\n", fates
+        line = json.dumps(row)
+    return line + "\n", list(reasons.items())
 
 
 def _reason(caption: str, name: str) -> str:
-    sentence = _read(caption, frozenset())
+    sentence = _known(caption)[0]
+    if not caption.strip():
+        return "empty"
     if sentence is None:
         return "not English"
-    if EDITORS[name](sentence, random.Random(0)):
+    if EDITORS[name](sentence, ENGINE[0].slots):
         return "the other captions of the image use the words that would do"
     return "no word that can be replaced"
 
 
-def _write(out: Path, jobs: list[Job], source: str, workers: int) -> Counter[tuple[str, str]]:
-    """Write header and records to a .partial file, then rename it; count the fates."""
+# Writing
+
+
+def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter[tuple[str, str]]:
+    """Write header and records to a .partial file, then rename it; count the fates.
+
+    A .partial file that the same command left behind is gone on with.
+    """
+    header = _header(args, len(jobs))
+    width = len(json.dumps(header))  # the counts and the checksum are written over it at the end
+    mark = json.dumps({"manifest": 1, "unfinished": _fingerprint(args, jobs)})
+    first = mark.ljust(width + 2000) + "\n"
+    partial = args.out.with_name(args.out.name + ".partial")
     fates: Counter[tuple[str, str]] = Counter()
-    seed, types = jobs[0][2:4]
-    header = {"manifest": 1, "engine": "lexicon", "seed": seed, "types": types, "source": source}
-    header |= {"captions": len(jobs), "negatives": dict.fromkeys(types, len(jobs))}
+    checksum = hashlib.sha256()
+    try:
+        done = _resume(partial, first, fates, checksum)
+        with partial.open("r+b" if done else "wb") as file:
+            file.seek(0, os.SEEK_END)
+            if not done:
+                file.write(first.encode())
+            for line, fate in _results(
+                jobs[max(done, 0) :] if done else jobs, engine, args.workers
+            ):
+                file.write(line.encode())
+                checksum.update(line.encode())
+                fates.update(fate)
+            header["negatives"] = {name: fates[name, ""] for name in args.types}
+            header["nulls"] = {
+                name: {
+                    reason: n for (of, reason), n in sorted(fates.items()) if of == name and reason
+                }
+                for name in args.types
+            }
+            header["sha256"] = checksum.hexdigest()
+            file.seek(0)
+            file.write((json.dumps(header).ljust(width + 2000) + "\n").encode())
+        os.replace(partial, args.out)
+    except OSError as error:
+        raise DataError(
+            f"--out {args.out}: cannot be written ({error.strerror}); check it and start again"
+        ) from None
+    return fates
+
+
+def _header(args: argparse.Namespace, captions: int) -> dict[str, Any]:
+    filler = "none" if args.engine == "released" else args.filler
+    header = {"manifest": 1, "engine": args.engine, "filler": filler, "seed": args.seed}
+    if args.engine != "lexicon":
+        header["spacy"] = args.spacy_model
+    if args.engine == "released" or filler == "mlm":
+        header["mlm"] = Path(args.mlm).name
+    header |= {"types": args.types, "source": Path(args.captions[0]).name, "captions": captions}
+    return header | {"negatives": dict.fromkeys(args.types, captions), "sha256": "0" * 64}
+
+
+def _fingerprint(args: argparse.Namespace, jobs: list[Job]) -> str:
+    """Of all that shapes the lines: the options, the captions, and this file."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(json.dumps([_header(args, len(jobs)), args.mlm, args.explain]).encode())
+    for record, _ in jobs:
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
+
+
+def _resume(partial: Path, first: str, fates: Counter[tuple[str, str]], checksum: Any) -> int:
+    """How many records a .partial file of the same command holds; what was torn is cut off."""
+    if not partial.exists():
+        return 0
+    done, end = 0, len(first)
+    with partial.open("r+b") as file:
+        if file.readline() != first.encode():
+            return 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            done, end = done + 1, end + len(line)
+            checksum.update(line)
+            for name, text in row["negatives"].items():
+                fates[name, "" if text else _reason(row["caption"], name)] += 1
+        file.truncate(end)
+    return done
+
+
+def _results(jobs: list[Job], engine: Engine, workers: int) -> Iterator[tuple[str, Fates]]:
+    """Results of jobs in their order, from one process or several."""
+    blocks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
+    with contextlib.ExitStack() as stack:
+        if workers > 1 and engine.masked is None:
+            pool = stack.enter_context(Pool(workers, _start, (engine,)))
+            yield from itertools.chain.from_iterable(pool.imap(_work, blocks))
+        else:
+            _start(engine)
+            yield from itertools.chain.from_iterable(map(_work, blocks))
+
+
+# Shards
+
+
+def _rank() -> tuple[int, int]:
+    """Number of this process and of all, under torchrun or SLURM."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def _rewrite_shards(args: argparse.Namespace) -> None:
+    """Copy webdataset shards into a folder, with negatives in the .json of each sample.
+
+    Every rank takes each WORLD_SIZE-th shard.  A shard that is there already is not made again.
+    """
+    paths = sorted(map(Path, args.captions))
+    names = Counter(path.name for path in paths)
+    double = next((name for name, count in names.items() if count > 1), None)
+    if double:
+        raise DataError(f"{double}: two shards have this name and would be written to one file")
+    rank, world = _rank()
+    mine = [p for p in paths[rank::world] if args.overwrite or not (args.out / p.name).exists()]
+    fates: Counter[tuple[str, str]] = Counter()
+    total = 0
+    if mine:
+        captions = (s["caption"] for path in paths for _, s in _samples(path))
+        engine = _engine(args, captions)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for path in mine:
+            total += _rewrite_shard(path, args.out / path.name, engine, args.workers, fates)
+    print(f"rank {rank} of {world}: {len(mine)} shards written", file=sys.stderr)
+    _report(args, fates, total)
+
+
+def _rewrite_shard(
+    path: Path, out: Path, engine: Engine, workers: int, fates: Counter[tuple[str, str]]
+) -> int:
+    samples = list(_samples(path))
+    records = [record for _, record in samples]
     partial = out.with_name(out.name + ".partial")
     try:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(partial.open("w", encoding="utf-8", newline="\n"))
-            stack.callback(partial.unlink, missing_ok=True)
-            width = len(json.dumps(header))  # its counts are written over at the end
-            file.write(" " * width + "\n")
-            pool = stack.enter_context(Pool(workers)) if workers > 1 else None
-            for line, fate in pool.imap(_work, jobs, CHUNK) if pool else map(_work, jobs):
-                file.write(line)
+        with tarfile.open(partial, "w") as tar:
+            results = _results(_jobs(records), engine, workers)
+            for (members, _), (line, fate) in zip(samples, results, strict=True):
                 fates.update(fate)
-            header["negatives"] = {name: fates[name, ""] for name in types}
-            file.seek(0)
-            file.write(json.dumps(header).ljust(width))
-            file.close()
-            os.replace(partial, out)
+                stem = next(iter(members)).partition(".")[0]
+                for name, content in {**members, f"{stem}.json": line.encode()}.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        os.replace(partial, out)
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); check it") from None
-    return fates
+        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return len(records)
+
+
+def _samples(path: Path) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
+    """Members and record of every sample of a shard; the caption is in its .json or .txt."""
+    try:
+        with tarfile.open(path) as tar:
+            files = (member for member in tar if member.isfile())
+            for stem, members in itertools.groupby(files, key=lambda m: _stem(m.name)):
+                parts = {m.name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
+                yield parts, _sample_record(path, stem, parts)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is it a .tar shard?") from None
+
+
+def _stem(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _sample_record(path: Path, stem: str, parts: dict[str, bytes]) -> dict[str, Any]:
+    place = f"{path.name}: sample {stem}"
+    row = _parse(parts[f"{stem}.json"].decode(), place, 1) if f"{stem}.json" in parts else {}
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: want a JSON object in its .json")
+    caption = row.get("caption")
+    if caption is None and f"{stem}.txt" in parts:
+        caption = parts[f"{stem}.txt"].decode()
+    base = {"image": row.get("image"), "image_id": row.get("image_id")}
+    return {**row, **base, **_record(base["image"], base["image_id"], caption, place)}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """negatives.py: edits, determinism, sources, errors.  No test needs a download or a GPU."""
 
+import hashlib
+import itertools
 import json
 import random
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import negatives
 from negatives import NEGATIVE_TYPES, DataError, main, make_negatives, read_captions
 
 SCRIPT = Path(__file__).parent.parent / "negatives.py"
@@ -64,23 +67,23 @@ def generated(count, seed=0):
 @pytest.mark.parametrize(
     ("caption", "name", "wanted"),
     [
-        ("A cat under a chair.", "relation", {"A cat on top of a chair.", "A chair under a cat."}),
-        ("A dog in front of a bus", "relation", {"A dog behind a bus", "A bus in front of a dog"}),
-        ("A ball inside a kitchen", "relation", {"A ball outside a kitchen"}),
+        ("A ball inside a kitchen", "relation", {
+            f"A ball {there} a kitchen" for there in ("behind", "near", "next to", "outside")}),
         ("A cup to the left of a plate", "relation", {"A cup to the right of a plate"}),
-        ("A dog next to a tree", "relation", {"A dog far away from a tree"}),
+        ("A man looking at a building", "relation", {"A man looking away from a building"}),
         ("A cow eating an apple", "relation", {"An apple eating a cow"}),
         ("A man is riding two horses", "relation", {"Two horses are riding a man"}),
         ("A dog chases two cats", "relation", {"Two cats chase a dog"}),
         ("A room with a bed", "relation", {"A room without a bed"}),
-        ("The old house", "attribute", {"The new house"}),
-        ("The old man", "attribute", {"The young man"}),
-        ("An open window", "attribute", {"A closed window"}),
-        ("A LARGE dog", "attribute", {"A SMALL dog"}),
+        ("The old house", "attribute", {"The new house", "The modern house"}),
+        ("The old man", "attribute", {"The young man", "The younger man"}),
+        ("An open window", "attribute", {"A closed window", "A shut window"}),
+        ("A LARGE dog", "attribute", {
+            f"A {size} dog" for size in ("SMALL", "LITTLE", "TINY", "MINIATURE")}),
         ("Tall tower", "attribute", {"Short tower"}),
         ("A boy smiling", "action", {"A boy crying", "A boy frowning"}),
         ("A car parked on a street", "action", {
-            f"A car {act} on a street" for act in ("burning", "moving", "speeding")}),
+            f"A car {act} on a street" for act in ("moving", "driving", "traveling")}),
         ("A plate topped with cake", "action", {
             f"A plate {act} of cake" for act in ("emptied", "cleared")}),
         ("Some sheep", "attribute", {None}),
@@ -100,7 +103,7 @@ def test_an_attribute_stays_in_its_dimension():
 
 def test_a_number_becomes_another_number():
     assert answers("Two cats", "attribute") == {
-        f"{n} cats" for n in ("Three", "Four", "Five", "Six")
+        f"{n} cats" for n in ("Three", "Four", "Five", "Several")
     }
 
 
@@ -184,7 +187,6 @@ def test_capitals_stay_where_they_were():
         "A tennis player",
         "A group of people",
         "A bunch of bananas",
-        "A bowl of rice and a cup of coffee",
         "The side of a street",
         "A zebra and a zebra",
         "A man hugging a woman",
@@ -210,7 +212,6 @@ def test_a_swap_never_starts_in_a_coordination():
 
 
 def test_idioms_are_not_relations():
-    assert answers("A man looking at a building", "relation") == {None}
     assert answers("a horse ridden by a man", "relation") == {None}
     assert answers("a horse ridden bareback by a man", "relation") == {None}
     assert answers("a woman dressed in black", "relation") == {None}
@@ -222,8 +223,8 @@ def test_text_outside_the_edit_is_unchanged(seed):
     for caption in generated(200, seed):
         for name in ("attribute", "object", "action"):
             negative = make_negatives(caption, seed=seed, types=(name,))[name]
-            if negative is None:
-                continue
+            if negative is None or sorted(negative.split()) == sorted(caption.split()):
+                continue  # two values that changed places
             start = len(longest_common_prefix(caption, negative))
             end = len(longest_common_prefix(caption[start:][::-1], negative[start:][::-1]))
             changed = caption[start : len(caption) - end]
@@ -341,9 +342,13 @@ def test_the_header_counts_what_the_lines_hold(manifest, tmp_path):
     main([str(manifest), "--out", str(out), "--types", "object", "relation", "--seed", "4"])
     header, rows = json.loads(out.read_text().splitlines()[0]), records(out)
     counts = {n: sum(r["negatives"][n] is not None for r in rows) for n in ("relation", "object")}
+    nulls = {name: sum(reasons.values()) for name, reasons in header.pop("nulls").items()}
+    assert nulls == {name: 600 - count for name, count in counts.items()}
     assert header == {
-        "manifest": 1, "engine": "lexicon", "seed": 4, "types": ["relation", "object"],
+        "manifest": 1, "engine": "lexicon", "filler": "ngram", "seed": 4,
+        "types": ["relation", "object"],
         "source": "in.jsonl", "captions": 600, "negatives": counts,
+        "sha256": hashlib.sha256(out.read_bytes().split(b"\n", 1)[1]).hexdigest(),
     }  # fmt: skip
     assert list(rows[0]) == ["image", "image_id", "caption", "negatives"]
     assert not list(tmp_path.glob("*.partial"))
@@ -505,22 +510,68 @@ def test_an_unwritable_folder_is_one_sentence(manifest, tmp_path):
         main([str(manifest), "--out", str(tmp_path / "no" / "such" / "out.jsonl")])
 
 
-def test_a_crash_halfway_keeps_the_old_file_and_no_partial(manifest, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_file(manifest, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    (tmp_path / "out.jsonl.partial").write_text("torn by an earlier crash")
-    calls = iter(range(1000))
+    (tmp_path / "out.jsonl.partial").write_text("torn by another command")
 
-    def tear(job):
-        if next(calls) > 300:
-            raise OSError(28, "No space left on device")
-        return "x\n", []
+    def tear(jobs):
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("negatives._work", tear)
     with pytest.raises(DataError, match="No space left"):
         main([str(manifest), "--out", str(out), "--overwrite"])
     assert out.read_text() == "precious"
-    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"image": "1.jp'])
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    manifest, tmp_path, monkeypatch, torn
+):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    main([str(manifest), "--out", str(whole)])
+    blocks = []
+
+    def killed(jobs):
+        if blocks:
+            raise KeyboardInterrupt
+        blocks.append(len(jobs))
+        return negatives._work(jobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "negatives._results",
+            lambda jobs, *_: itertools.chain.from_iterable(map(killed, [jobs[:256], jobs[256:]])),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            main([str(manifest), "--out", str(out)])
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(partial.read_bytes() + torn)
+    left = []
+    results = negatives._results
+
+    def counted(jobs, *options):
+        left.append(len(jobs))
+        return results(jobs, *options)
+
+    monkeypatch.setattr("negatives._results", counted)
+    main([str(manifest), "--out", str(out)])
+    assert left == [600 - 256]
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monkeypatch):
+    def killed(jobs, *_):
+        yield from negatives._work(jobs[:256])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("negatives._results", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(manifest), "--out", str(tmp_path / "a"), "--seed", "1"])
+    main([str(manifest), "--out", str(tmp_path / "a")])
+    main([str(manifest), "--out", str(tmp_path / "b")])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -532,7 +583,9 @@ def test_a_crash_halfway_keeps_the_old_file_and_no_partial(manifest, tmp_path, m
         ["in.json", "--out", "o", "--workers", "0"],
         ["in.json", "--out", "o", "--limit", "0"],
         ["in.json", "--out", "o", "--types", "verb"],
-        ["in.json", "--out", "o", "--engine", "spacy"],
+        ["in.json", "--out", "o", "--engine", "word2vec"],
+        ["a.tar", "in.json", "--out", "o"],
+        ["a.tar", "--out", "o", "--limit", "3"],
     ],
 )
 def test_a_wrong_option_ends_with_code_2(argv, capsys):
