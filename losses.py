@@ -459,7 +459,7 @@ def _backend(o: Options, x: Inputs, group: dist.ProcessGroup | None) -> Options:
                 _say_once("losses.py runs without its kernels: they want triton and half precision")
     if backend == "triton" and not _has_triton(kind):
         raise ValueError("backend is 'triton', which needs a CUDA device and the package triton")
-    return o._replace(backend=backend, operands=operands)
+    return o._replace(backend=backend, operands=operands if backend == "triton" else "float32")
 
 
 def _has_triton(device: str) -> bool:
