@@ -65,7 +65,8 @@ def put(folder, captions=2, limit=8):
     """A small manifest with its pictures, as options of train.py."""
     path = folder / "m.jsonl"
     data.main(["shapes", "--out", str(path), "--images", str(folder), "--limit", str(limit)])
-    return ["--data", str(path), "--images", str(folder), "--model", "shapes-tiny"]
+    photos = ["--data", str(path), "--images", str(folder), "--model", "shapes-tiny"]
+    return [*photos, "--workers", "0"]
 
 
 def prepare(*options, world=None):
@@ -366,11 +367,12 @@ def test_shards_train(tmp_path):
     manifest = put(tmp_path)[1]
     pattern = f"{tmp_path}/s/000000.tar"
     data.main(["shards", manifest, "--images", str(tmp_path), "--out", str(tmp_path / "s")])
-    run = ["--data", pattern, "--model", "shapes-tiny", "--out", str(tmp_path / "x"), *SHORT]
+    photos = ["--data", pattern, "--model", "shapes-tiny", "--workers", "0"]
+    run = [*photos, "--out", str(tmp_path / "x"), *SHORT]
     assert train.main([*run, "--imc", "repulsion"]) == 0
     assert (tmp_path / "x/latest.pt").exists()
     with pytest.raises(data.DataError, match="which shards lack"):
-        train.main([*run[:-6], *SHORT, "--out", str(tmp_path / "y")])
+        train.main([*photos, "--out", str(tmp_path / "y"), *SHORT])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
