@@ -1068,7 +1068,8 @@ def epoch_batches(
     every picture that has so many. What does not fill a batch at the end of a round is left out of
     this epoch; the next epoch shuffles anew. The number of steps is the same in every epoch.
     """
-    generator = torch.Generator().manual_seed(hash((seed, epoch, source)) % 2**63)
+    key = (seed, epoch, source) if source else (seed, epoch)
+    generator = torch.Generator().manual_seed(hash(key) % 2**63)
     order = torch.randperm(size, generator=generator).numpy()
     counts = np.array([size])
     if image_of is not None:
