@@ -61,7 +61,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     open_clip.create_model("shapes-tiny", pretrained=str(cut / "epoch_01.pt"))
 
 
-def put(folder, captions=2, limit=8):
+def put(folder, limit=8):
     """A small manifest with its pictures, as options of train.py."""
     path = folder / "m.jsonl"
     data.main(["shapes", "--out", str(path), "--images", str(folder), "--limit", str(limit)])
@@ -69,10 +69,10 @@ def put(folder, captions=2, limit=8):
     return [*photos, "--workers", "0"]
 
 
-def prepare(*options, world=None):
+def prepare(*options):
     """A run and the parts of its first batch."""
     args = train.parse_args(["--steps", "3", "--batch-size", "8", *map(str, options)])
-    rank = world or train.Rank(0, 1, torch.device("cpu"))
+    rank = train.Rank(0, 1, torch.device("cpu"))
     train.check_args(args, rank)
     torch.manual_seed(0)
     model = load_model(args.model)
