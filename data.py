@@ -686,7 +686,8 @@ def open_image(file: str | Path | io.BytesIO, name: str | None = None) -> Image.
     name = name or str(file)
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{name}: no such picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
