@@ -61,11 +61,11 @@ from losses import IMC_VARIANTS, RECIPES, THRESHOLDS, CEClipLoss
 DEFAULTS = {
     "photos": {
         **{"lr": 5e-6, "warmup": 50, "batch_size": 512, "epochs": 5, "grad_clip": 0.0},
-        **{"model": "ViT-B-32-quickgelu", "save_every": 500},
+        **{"model": "ViT-B-32-quickgelu", "save_every": 500, "workers": 4},
     },
     "shapes": {
         **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 700, "grad_clip": 1.0},
-        **{"model": TINY_CONFIG.stem, "save_every": 100},
+        **{"model": TINY_CONFIG.stem, "save_every": 100, "workers": 0},
     },
 }
 LOSS_OPTIONS = (
@@ -724,7 +724,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--precision", choices=list(PRECISIONS), default="fp32", help="of the towers (default fp32)"
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
-    add("--workers", type=int, default=0, help="processes that load pictures (default 0)")
+    add("--workers", type=int, help="loading processes of each rank (default 4; shapes 0)")
     add("--seed", type=int, default=0, help="of weights, order and crops (default 0)")
     add("--log-every", type=int, default=20, help="steps between lines of metrics (default 20)")
     add("--save-every", type=int, help="steps between checkpoints (default 500; shapes 100)")

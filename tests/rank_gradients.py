@@ -32,7 +32,7 @@ def step(recipe: str, world: int, micro: int, number: int, argv: list[str]) -> N
         [
             *("--data", manifest, "--images", images, "--model", "shapes-tiny"),
             *("--recipe", recipe, "--batch-size", "8", "--micro-batch", str(micro)),
-            *("--steps", "2", "--distill", "1", "--captions", "one"),
+            *("--steps", "2", "--distill", "1", "--captions", "one", "--workers", "0"),
         ]
     )
     rank = train.Rank(number, world, torch.device("cpu"))
