@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -1114,59 +1115,64 @@ def test_a_root_that_may_not_be_read_is_named(tmp_path):
 
 
 def script(name, *options):
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    """Run a script in this process; gives its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, options)])
+        patch.setattr(sys, "path", list(sys.path))
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+    return 0
 
 
 @pytest.mark.slow
-def test_tables_of_a_readme_follow_the_results(tmp_path, root):
+def test_tables_of_a_readme_follow_the_results(tmp_path, root, capsys):
     out = tmp_path / "out"
     run("--ckpt", tiny(tmp_path / "a/latest.pt"), "--suite", "valse", "--root", root, "--out", out)
     results = out / "results.json"
     page = tmp_path / "page.md"
     page.write_text(f"Text\n<!-- table: {results} valse -->\nold\n<!-- end -->\nMore\n")
-    assert script("make_tables.py", "--file", page, "--check").returncode == 1
-    assert script("make_tables.py", "--file", page).returncode == 0
+    assert script("make_tables.py", "--file", page, "--check") == 1
+    assert script("make_tables.py", "--file", page) == 0
     text = page.read_text()
     assert "| foil-it | 2 of 943 |" in text
     assert text.startswith("Text\n")
     assert text.endswith("<!-- end -->\nMore\n")
-    assert script("make_tables.py", "--file", page, "--check").returncode == 0
+    assert script("make_tables.py", "--file", page, "--check") == 0
     results.write_text(results.read_text().replace('"scored": 2', '"scored": 3', 1))
-    found = script("make_tables.py", "--file", page, "--check")
-    assert found.returncode == 1
-    assert "tables differ" in found.stdout
+    capsys.readouterr()
+    assert script("make_tables.py", "--file", page, "--check") == 1
+    assert "tables differ" in capsys.readouterr().out
     page.write_text("<!-- table: none.json valse -->\n<!-- end -->\n")
-    found = script("make_tables.py", "--file", page, "--check")
-    assert found.returncode == 2
-    assert "holds no results of valse" in found.stderr
+    assert script("make_tables.py", "--file", page, "--check") == 2
+    assert "holds no results of valse" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_tradeoff_picture_needs_gains_and_costs(tmp_path):
+def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    assert script("plot_tradeoff.py", "--out", tmp_path / "a.png").returncode == 0
+    assert script("plot_tradeoff.py", "--out", tmp_path / "a.png") == 0
     assert (tmp_path / "a.png").stat().st_size > 10_000
     cell = {"accuracy": 50.0}
     table = {"subsets": {}, "averages": {"mean of 7 subsets": cell}, "costs": {}}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"a": {"suites": {"sugarcrepe": table}}}))
-    found = script("plot_tradeoff.py", path, "--out", tmp_path / "b.png")
-    assert found.returncode == 2
-    assert "no compositional suite with a cost" in found.stderr
+    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 2
+    assert "no compositional suite with a cost" in capsys.readouterr().err
     zero_shot = {"subsets": {}, "averages": {}, "costs": {"zero-shot cifar10": cell}}
     suites = {"sugarcrepe": table, "zeroshot": zero_shot}
     path.write_text(json.dumps({"a": {"suites": suites}}))
-    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png").returncode == 0
+    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 0
 
 
 @pytest.mark.slow
 def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
     out = tmp_path / "speed.json"
     path = tiny(tmp_path / "a/latest.pt")
-    made = script("bench_eval.py", "--ckpt", path, "--root", root, "--repeats", 1, "--out", out)
-    assert made.returncode == 0, made.stderr
+    assert (
+        script("bench_eval.py", "--ckpt", path, "--root", root, "--repeats", 1, "--out", out) == 0
+    )
     result = json.loads(out.read_text())
     assert result["same verdicts"] == result["items"] == 14
     assert result["pictures"] == 1
