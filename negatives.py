@@ -11,13 +11,17 @@ picture, one of each type:
 
 A small tagger reads the words, a chunker finds the noun phrases, and four editors propose edits.
 An edit replaces whole words at known offsets; every other character stays as it was.  Where no
-edit is safe the negative is null.  All knowledge of words stands in the tables below.
+edit is safe the negative is null.  All knowledge of words stands in the tables below.  Which edit
+is made is drawn by how well it fits its place in the captions of the file (--filler ngram), so that
+words come in about as often as they go out, and no odd word gives a negative away.
 
   python negatives.py captions.json --out negatives.jsonl --stats
   python negatives.py --text "A man riding a brown horse on the beach."
 
 CAPTIONS is a manifest (.jsonl), a COCO or Karpathy .json, a .csv or .tsv with a header, or "-"
-for lines on stdin.  The output has a header line, then one JSON record for each caption.
+for lines on stdin.  The output has a header line, then one JSON record for each caption.  A run
+that was stopped goes on where it was.  Webdataset shards (.tar ...) come out as shards in the folder
+--out, with negatives in the .json of each sample; torchrun and SLURM ranks share them.
 """
 
 from __future__ import annotations
@@ -287,11 +291,11 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   back rear; top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt;
   blurry blurred | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette
   dark-haired redheaded; electric | manual; homemade | store-bought; funny silly | serious;
-  sleeping ~resting ~sleepy | running jumping playing ; flying | parked grounded; grazing | running
-  sleeping; passenger commuter subway | freight cargo; residential | industrial; christmas |
-  halloween easter; alive | dead ; stuffed | real live ; real | fake toy ; wild | tame domestic;
-  larger bigger | smaller; taller | shorter; leafy | leafless; wooded forested | barren sandy;
-  partial | full; stacked | scattered ; standing | sitting lying; seated | standing
+  sleeping ~resting ~sleepy | running jumping playing ; grazing | running sleeping; passenger
+  commuter subway | freight cargo; residential | industrial; christmas | halloween easter; alive |
+  dead ; stuffed | real live ; real | fake toy ; wild | tame domestic; larger bigger | smaller;
+  taller | shorter; leafy | leafless; wooded forested | barren sandy; partial | full; stacked |
+  scattered ; standing | sitting lying; seated | standing
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -499,35 +503,35 @@ doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin
 step, squat, drop, flip, chop, skip, slip, snap, trim, wrap, sip, bat; lonely: outside, inside,
 together, outdoors, indoors, side by side, on top, on display, in the sky, in the air, through the
 air, on the ground, on the floor, on the wall, in the background, in the foreground, in the
-distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: leash, way,
-fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with, topped
-with, covered with, covered in, decorated with, lined with, loaded with; possessive: his, her, its,
-their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens, different,
-lot, variety, more, multiple, just, assorted, many, several, some, few, various, other, no, both,
-all, each, every; swapping: on, under, behind, in, at, inside, across, around, through, along,
-down, into, past, above, over, below, on top of, in front of; exchanging: on, in, under, behind,
-near, next to, in front of, at, by, inside, over, across, on top of, beside, outside, around;
-looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push, pull, lead, kick,
-chase, walk, pet; often near: ride, throw, feed, drive, hit, swing, cut, push, pull, lead, kick,
-chase, walk; names: red sox, big ben, little league; links: that, who, which, while; symmetric:
-play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make, get, be, look, show;
-states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy: try,
-get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down,
-out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after acts: on,
-in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of, outside,
-inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put; fixed in:
-fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
-located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all,
-look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed
-into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange, pink; near
-orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange;
-near tan: white, yellow; near white: gray; near gray: white, black; near silver: white, black; near
-grey: white, black; near yellow: orange; near blue: purple; never in: beach, cliff, hill, rooftop,
-runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard,
-surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board,
-driveway, railroad track, dresser, nightstand, zoo; never on: forest, desert, garden, valley,
-swamp, castle, church, village, city, office, hallway, kitchen, bathroom, bedroom, restaurant,
-store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home,
+leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with,
+topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
+her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
+different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
+no, both, all, each, every; swapping: on, under, behind, in, at, inside, across, around, through,
+along, down, into, past, above, over, below, on top of, in front of; exchanging: on, in, under,
+behind, near, next to, in front of, at, by, inside, over, across, on top of, beside, outside,
+around; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push, pull,
+lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit, swing, cut, push, pull,
+lead, kick, chase, walk; names: red sox, big ben, little league; links: that, who, which, while;
+symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make, get, be, look,
+show; states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy:
+try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up,
+down, out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after
+acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of,
+outside, inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put;
+fixed in: fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked,
+gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed
+over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut,
+board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near red:
+orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue;
+near brown: orange; near tan: white, yellow; near white: gray; near gray: white, black; near
+silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; never in:
+beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench,
+couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate,
+tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest,
+desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom,
+bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1076,6 +1080,7 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
         return []
     thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
     fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
+    named = phrase is not None or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
             return [
@@ -1083,6 +1088,7 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
                 for t in targets
                 if t not in sentence.named
                 and t not in barred
+                and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
                 and f"{t} {noun}" not in sentence.named
                 and f"{t} {kind}" not in sentence.named
                 and noun not in NEVER.get(t, ())
@@ -1274,6 +1280,8 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
     if first in ("some", "any", "much") and noun.tag == "N" and not sense.mass:
         return []
+    if sense.kind == "sport.game" and counted:
+        return []  # a baseball is a ball
     sexes = {SEXES[t.word] for t in sentence.tokens if t.word in PRONOUNS}
     ages = {t.word for t in sentence.tokens[phrase.first : phrase.head]} & SETS["ages"]
     before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
