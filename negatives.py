@@ -20,7 +20,7 @@ words come in about as often as they go out, and no odd word gives a negative aw
 
 CAPTIONS is a manifest (.jsonl), a COCO or Karpathy .json, a .csv or .tsv with a header, or "-"
 for lines on stdin.  The output has a header line, then one JSON record for each caption.  A run
-that was stopped goes on where it was.  Webdataset shards (.tar ...) come out as shards in the folder
+that was stopped goes on where it was.  Webdataset shards (.tar) come out as shards in the folder
 --out, with negatives in the .json of each sample; torchrun and SLURM ranks share them.
 """
 
