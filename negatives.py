@@ -11,13 +11,17 @@ picture, one of each type:
 
 A small tagger reads the words, a chunker finds the noun phrases, and four editors propose edits.
 An edit replaces whole words at known offsets; every other character stays as it was.  Where no
-edit is safe the negative is null.  All knowledge of words stands in the tables below.
+edit is safe the negative is null.  All knowledge of words stands in the tables below.  Which edit
+is made is drawn by how well it fits its place in the captions of the file (--filler ngram), so that
+words come in about as often as they go out, and no odd word gives a negative away.
 
   python negatives.py captions.json --out negatives.jsonl --stats
   python negatives.py --text "A man riding a brown horse on the beach."
 
 CAPTIONS is a manifest (.jsonl), a COCO or Karpathy .json, a .csv or .tsv with a header, or "-"
-for lines on stdin.  The output has a header line, then one JSON record for each caption.
+for lines on stdin.  The output has a header line, then one JSON record for each caption.  A run
+that was stopped goes on where it was.  Webdataset shards (.tar) come out as shards in the folder
+--out, with negatives in the .json of each sample; torchrun and SLURM ranks share them.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import bisect
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -286,11 +291,11 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   back rear; top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt;
   blurry blurred | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette
   dark-haired redheaded; electric | manual; homemade | store-bought; funny silly | serious;
-  sleeping ~resting ~sleepy | running jumping playing ; flying | parked grounded; grazing | running
-  sleeping; passenger commuter subway | freight cargo; residential | industrial; christmas |
-  halloween easter; alive | dead ; stuffed | real live ; real | fake toy ; wild | tame domestic;
-  larger bigger | smaller; taller | shorter; leafy | leafless; wooded forested | barren sandy;
-  partial | full; stacked | scattered ; standing | sitting lying; seated | standing
+  sleeping ~resting ~sleepy | running jumping playing ; grazing | running sleeping; passenger
+  commuter subway | freight cargo; residential | industrial; christmas | halloween easter; alive |
+  dead ; stuffed | real live ; real | fake toy ; wild | tame domestic; larger bigger | smaller;
+  taller | shorter; leafy | leafless; wooded forested | barren sandy; partial | full; stacked |
+  scattered ; standing | sitting lying; seated | standing
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -376,7 +381,7 @@ lay sleep ~nap | walk ~stroll ~roam ~wander ~go ~move ~travel ~come ~head ~march
 crawl | climb; vehicle: park sit ~stand ~stop ~rest ~wait ~lean ~lie ~lay| drive travel move ~go
 ~come ~roll ~cruise ~head ~run ~race | fly ~soar ~glide ~hover | float ~sail | crash | burn; thing:
 sit ~rest ~stand lie lay ~lean ~perch ~pose ~wait | hang ~dangle | float ~sail | fall ~drop | fly
-~soar ~hover | burn | grow"""
+~soar ~hover | burn | ~grow"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
 WITH_PREPOSITION = """
@@ -495,38 +500,38 @@ WORD_SETS = """
 plural only: scissors, pants, shorts, pajamas, overalls, glasses, sunglasses, headphones, earrings,
 electronics, supplies, clothes, traffic, eyeglasses, luggage, cattle, silverware, clothing, stairs;
 doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin, swat, grab, dig,
-step, squat; lonely: outside, inside, together, outdoors, indoors, side by side, on top, on
-display, in the sky, in the air, through the air, on the ground, on the floor, on the wall, in the
-background, in the foreground, in the distance, at night; lackings: without, lacks, lack, lacking,
-free of, empty of; idioms: leash, way, fire, use, display, line, case, mid; lacking: with, has,
-have, containing, filled with, topped with, covered with, covered in, decorated with, lined with,
-loaded with; possessive: his, her, its, their, my, our, your; not lacked: his, her, its, their, my,
-our, your, lots, dozens, different, lot, variety, more, multiple, just, assorted, many, several,
-some, few, various, other, no, both, all, each, every; swapping: on, under, behind, in, at, inside,
-across, around, through, along, down, into, past, above, over, below, on top of, in front of;
-exchanging: on, in, under, behind, near, next to, in front of, at, by, inside, over, across, on top
-of, beside, outside, around, with; looks: look, stare, gaze, point, watch; often on: hold, carry,
-throw, feed, push, pull, lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit,
-swing, cut, push, pull, lead, kick, chase, walk; names: red sox, big ben, little league; links:
-that, who, which, while; symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have,
-do, make, get, be, look, show; states: hold, contain, show, include, cover, surround, feature,
-have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she,
-someone, they; particles: up, down, out, off; ages: young, little, small, teenage, old, older,
-elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind, under,
-beside, with, while, on top of, outside, inside, ., together, between, around; fixed on: talk,
-work, speak, chat, display, put; fixed in: fenced, closed, dressed, covered, wrapped; placed:
-parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
-throw; fixed together: play; fixed over: all, look; fixed with: fill, cover, top, decorate, mix,
-prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make;
-near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple;
-near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near gray:
-white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
-purple; never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter,
-bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road,
-river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
-never on: forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway,
-kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market,
-lake, pond, ocean"""
+step, squat, drop, flip, chop, skip, slip, snap, trim, wrap, sip, bat; lonely: outside, inside,
+together, outdoors, indoors, side by side, on top, on display, in the sky, in the air, through the
+air, on the ground, on the floor, on the wall, in the background, in the foreground, in the
+distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home,
+leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with,
+topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
+her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
+different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
+no, both, all, each, every; swapping: on, under, behind, in, at, inside, across, around, through,
+along, down, into, past, above, over, below, on top of, in front of; exchanging: on, in, under,
+behind, near, next to, in front of, at, by, inside, over, across, on top of, beside, outside,
+around; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push, pull,
+lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit, swing, cut, push, pull,
+lead, kick, chase, walk; names: red sox, big ben, little league; links: that, who, which, while;
+symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make, get, be, look,
+show; states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy:
+try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up,
+down, out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after
+acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of,
+outside, inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put;
+fixed in: fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked,
+gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed
+over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut,
+board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near red:
+orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue;
+near brown: orange; near tan: white, yellow; near white: gray; near gray: white, black; near
+silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; never in:
+beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench,
+couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate,
+tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest,
+desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom,
+bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1035,7 +1040,10 @@ def _exchanged(sentence: Sentence) -> list[Candidate]:
     sites = [
         i
         for i, t in enumerate(tokens)
-        if t.word in SETS["exchanging"] and i + 1 in sentence.starts and _may_turn(tokens, i)
+        if t.word in SETS["exchanging"]
+        and i + 1 in sentence.starts
+        and _may_turn(tokens, i)
+        and not (i and tokens[i - 1].lemma in SETS["looks"])
     ]
     found = []
     for i, j in itertools.combinations(sites, 2):
@@ -1072,6 +1080,7 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
         return []
     thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
     fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
+    named = phrase is not None or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
             return [
@@ -1079,6 +1088,7 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
                 for t in targets
                 if t not in sentence.named
                 and t not in barred
+                and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
                 and f"{t} {noun}" not in sentence.named
                 and f"{t} {kind}" not in sentence.named
                 and noun not in NEVER.get(t, ())
@@ -1136,25 +1146,33 @@ def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
     """Whether the words between two phrases make a sentence false once these change places."""
     tokens = sentence.tokens
     middle = tokens[one.stop : two.first]
-    if not 0 < len(middle) <= 9 or tokens[one.head].lemma == tokens[two.head].lemma:
+    if not 0 < len(middle) <= 6 or tokens[one.head].lemma == tokens[two.head].lemma:
         return False
     if any(t.tag in "CQ." and t.word not in SETS["links"] for t in middle):
         return False  # never across "and"
-    if _kind(sentence, one).startswith("place") != _kind(sentence, two).startswith("place"):
+    if not (_movable(sentence, one) and _movable(sentence, two)):
+        return False
+    kinds = [_kind(sentence, phrase) for phrase in (one, two)]
+    if kinds[0].startswith("place") != kinds[1].startswith("place"):
         return False  # a mountain does not walk
-    for phrase in (one, two):
-        if not _matches(_kind(sentence, phrase), SWAP_KINDS):
-            return False
-        if tokens[phrase.first].word in SETS["possessive"]:
-            return False
-        if any(t.word in ("and", ",") for t in tokens[max(phrase.first - 1, 0) : phrase.stop + 1]):
-            return False
+    acts = [t for t in middle if t.tag in "GZBEU" and t.lemma not in POSTURES]
+    governed = one.first > 0 and tokens[one.first - 1].tag in "PGZB"
+    if acts and (len(acts) > 1 or governed or not all(_matches(k, MOVERS) for k in kinds)):
+        return False  # nor does a hat wear a man
     last = middle[-1]
-    if any(t.lemma in SETS["looks"] for t in middle):
-        return all(_matches(_kind(sentence, p), MOVERS[:2]) for p in (one, two))
     if last.tag in "GZB":
         return last.lemma not in SETS["symmetric"] | POSTURES
-    return last.word in SETS["swapping"]
+    return last.word in SETS["swapping"] or any(t.lemma in SETS["looks"] for t in middle)
+
+
+def _movable(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a phrase names a thing, stands alone, and says "his" of nobody."""
+    around = sentence.tokens[max(phrase.first - 1, 0) : phrase.stop + 1]
+    return (
+        _matches(_kind(sentence, phrase), SWAP_KINDS)
+        and sentence.tokens[phrase.first].word not in SETS["possessive"]
+        and not any(t.word in ("and", ",") for t in around)
+    )
 
 
 def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> Candidate:
@@ -1262,6 +1280,8 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
     if first in ("some", "any", "much") and noun.tag == "N" and not sense.mass:
         return []
+    if sense.kind == "sport.game" and counted:
+        return []  # a baseball is a ball
     sexes = {SEXES[t.word] for t in sentence.tokens if t.word in PRONOUNS}
     ages = {t.word for t in sentence.tokens[phrase.first : phrase.head]} & SETS["ages"]
     before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
@@ -1483,6 +1503,7 @@ class Slots:
                 for word, (lemma, form) in found.items()
                 if form == verb.tag
                 and lemma in PARTNERS
+                and (takes != "D" or lemma != "play")
                 and all(row.get(word, 0) > 1 for row in rows)
             ]
         return self.known_acts[key]
@@ -1494,6 +1515,7 @@ def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_T
     The order of the captions does not matter.
     """
     slots, some = Slots(), []
+    gc.disable()  # nothing here is ever garbage, and there is much of it
     for sentence in sentences:
         slots.learn(sentence)
         digest = zlib.crc32(sentence.caption.encode("utf-8", "surrogatepass"))
@@ -1502,6 +1524,8 @@ def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_T
     some.sort(key=lambda item: item[:2])
     for name in types:
         slots.balance[name] = _balanced([s for _, _, s in some[:BALANCED]], name, slots)
+    gc.freeze()
+    gc.enable()
     return slots
 
 
