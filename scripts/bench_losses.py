@@ -195,7 +195,7 @@ def extra_memory(name: str, b: int, args: argparse.Namespace, queue: Any = None)
     torch.set_num_threads(args.threads)
     loss, (leaves, valid) = make(name), make_inputs(b, args)
     small = argparse.Namespace(**{**vars(args), "width": 8})
-    step(loss, *make_inputs(8, small), args.dtype == "bf16")  # what torch loads at first use
+    step(loss, *make_inputs(512, small), args.dtype == "bf16")  # what torch loads at first use
     loss = make(name)
     gradients = sum(t.numel() * t.element_size() for t in leaves) / 2**20
     if args.device == "cuda":
