@@ -788,8 +788,9 @@ def _start(x: Inputs, o: Options, need: dict[str, bool], group: dist.ProcessGrou
     )
     operands = torch.bfloat16 if o.operands == "bfloat16" else x.images.dtype
     mib = o.workspace_mib or (512 if x.images.is_cuda else 32)
-    most = max(2 * len(everyone[0]) * max(b, b * k), 1)
-    size = min(max(int(mib * 2**20) // operands.itemsize, 2 * max(b * k, len(everyone[0]))), most)
+    # Not more than a quarter of all logits: fresh memory costs time as well.
+    most, least = len(everyone[0]) * max(b, b * k) // 2, 2 * max(b * k, len(everyone[0]))
+    size = max(min(int(mib * 2**20) // operands.itemsize, most), least)
     return _Step(
         *(x, o, group, slice(rank * b, (rank + 1) * b), everyone, keys, (d_images, d_texts)),
         *(d_negatives, d_keys, x.images.new_empty(size, dtype=operands)),
@@ -850,17 +851,20 @@ def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
         rows = x.images.new_empty(b, dtype=torch.float64)
         columns = texts.new_full((n,), -torch.inf, dtype=torch.float64)
         for chunk in _chunks(b, step.work.numel() // 2 // n):
-            at = step.work[: (chunk.stop - chunk.start) * n].view(-1, n)
+            size = (chunk.stop - chunk.start) * n
+            at, other = (w[:size].view(-1, n) for w in step.work.chunk(2))
             at = at if pairs is None else pairs[chunk]
             logits = torch.mm(x.images[chunk] * x.scale, texts.T, out=at)
-            rows[chunk] = _log_sum(logits, 1)
-            columns = torch.logaddexp(columns, _log_sum(logits, 0))
+            rows[chunk] = _log_sum(logits, 1, other)
+            columns = torch.logaddexp(columns, _log_sum(logits, 0, other))
     return pairs, rows, _gather(columns, step.group).logsumexp(dim=0)
 
 
-def _log_sum(logits: Tensor, dim: int) -> Tensor:
+def _log_sum(logits: Tensor, dim: int, other: Tensor) -> Tensor:
+    """Log-sum-exp along a dimension, in float64; `other` is memory of the same shape."""
     top = logits.amax(dim=dim, keepdim=True)
-    return top.squeeze(dim).double() + (logits - top).exp_().sum(dim=dim).double().log()
+    exps = torch.sub(logits, top, out=other).exp_()
+    return top.squeeze(dim).double() + exps.sum(dim=dim).double().log()
 
 
 def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor) -> None:
@@ -1005,27 +1009,26 @@ def _gather_grads(
     grads: dict[str, Any] = {"negatives": step.d_negatives, "positives": None}
     for name, total in zip(("images", "texts"), step.d_everyone, strict=True):
         grads[name] = None if total is None else _reduce_rows(total, step.group)
-    if grads["images"] is not None:
-        by_own = (d.negative[:, None] @ x.negatives)[:, 0]
-        grads["images"] += s * (d.true[:, None] * x.texts + by_own)
+    if grads["images"] is not None:  # in place, for these are the largest tensors of all
+        grads["images"].addcmul_(s * d.true[:, None], x.texts)
+        grads["images"][:, None].baddbmm_(s * d.negative[:, None], x.negatives)
     if grads["negatives"] is not None:
         if len(step.keys) < x.counted.numel():
             grads["negatives"][x.counted] = step.d_keys
         grads["negatives"].addcmul_((s * d.negative)[..., None], x.images[:, None])
         grads["negatives"].addcmul_((s * d.text)[..., None], x.texts[:, None])
-    pull, towards = (
-        s * d.numerator[:, None],
-        torch.zeros_like(x.texts),
-    )  # of captions, by numerators
+    pull, towards = s * d.numerator[:, None], first  # captions are pulled to their numerators
     if o.imc == "paired" and x.positives is not None:
-        grads["positives"], towards = pull * x.texts, pull * x.positives
+        grads["positives"], towards = pull * x.texts, x.positives
     if first is not None:
-        towards, sums = pull * first, _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
+        sums = _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
         if grads["negatives"] is not None and step.here.start == 0:
             grads["negatives"][0, 0] += sums * x.counted[0, 0]
     if grads["texts"] is not None:
-        by_own = (d.text[:, None] @ x.negatives)[:, 0]
-        grads["texts"] += s * (d.true[:, None] * x.images + by_own) + towards
+        grads["texts"].addcmul_(s * d.true[:, None], x.images)
+        grads["texts"][:, None].baddbmm_(s * d.text[:, None], x.negatives)
+        if towards is not None:
+            grads["texts"].addcmul_(pull, towards.expand_as(x.texts))
     grads["scale"] = _scale_grad(step, own, d, of_captions, grads) / s
     return grads
 
