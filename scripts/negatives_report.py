@@ -244,7 +244,7 @@ def draw_gallery(path: Path, rows: list[dict[str, Any]], out: Path) -> None:
         for name in ("caption", *row["negatives"])
     ]
     figure = plt.figure(figsize=(8.6, 0.235 * len(lines) + 0.2), dpi=90)
-    height, step = 1 / (len(lines) + 1), 0.0077
+    height, step = 1 / (len(lines) + 1), 0.0085
     font: dict[str, Any] = {"family": "monospace", "fontsize": 8.5, "va": "center"}
     for k, (caption, name, negative) in enumerate(lines):
         y = 1 - (k + 1) * height
