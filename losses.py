@@ -153,9 +153,11 @@ def intra_modal_loss(
         A scalar in nats; 0 where no item counts.
     """
     logits = text_negative.masked_fill(~valid, -torch.inf)
-    each = torch.cat([numerator[:, None], logits], dim=1).logsumexp(dim=1) - numerator
+    first = torch.zeros(len(numerator), dtype=torch.long, device=numerator.device)
+    logits = torch.cat([numerator[:, None], logits], dim=1)
     if counts is None:
-        return each.mean()
+        return F.cross_entropy(logits, first)
+    each = F.cross_entropy(logits, first, reduction="none")
     return each.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
 
 
@@ -211,10 +213,12 @@ def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tens
     if missing is not None:
         logits = logits.masked_fill(F.pad(missing, (b, 0)), -torch.inf)
     pairs, true = logits[:, :b], logits[:, :b].diagonal()
-    own = logits[:, b:].view(b, b, -1).diagonal().T.masked_fill(~x.counted, 0)  # [B, K]
+    own = logits[:, b:].view(b, b, -1).diagonal().T  # [B, K]
+    own = own if missing is None else own.masked_fill(~x.counted, 0)
     to_text = logits if o.negatives_in_itc else pairs
     if x.bias is None:
-        itc = (to_text.logsumexp(dim=1) + pairs.logsumexp(dim=0) - 2 * true).mean() / 2
+        partner = torch.arange(b, device=pairs.device)
+        itc = (F.cross_entropy(to_text, partner) + F.cross_entropy(pairs.T, partner)) / 2
     else:  # SigLIP: each pair, and each image with each negative, is a question of its own
         itc = (F.softplus(to_text + x.bias).sum() - (true + x.bias).sum()) / b
     imc = mine = torch.zeros_like(itc)
@@ -236,6 +240,8 @@ def _plain_imc(x: Inputs, o: Options, everyones: Tensor, missing: Tensor | None)
     if not x.counted.any():
         return 0 * x.scale
     batch = x.scale * x.texts @ everyones.T  # [B, BK]
+    if missing is None and o.imc == "released":
+        return F.cross_entropy(batch, torch.zeros_like(x.positive_valid, dtype=torch.long))
     if missing is not None:
         batch = batch.masked_fill(missing, -torch.inf)
     if o.imc == "released":
@@ -1017,20 +1023,26 @@ def _gather_grads(
             grads["negatives"][x.counted] = step.d_keys
         grads["negatives"].addcmul_((s * d.negative)[..., None], x.images[:, None])
         grads["negatives"].addcmul_((s * d.text)[..., None], x.texts[:, None])
-    pull, towards = s * d.numerator[:, None], first  # captions are pulled to their numerators
-    if o.imc == "paired" and x.positives is not None:
+    if grads["texts"] is not None:
+        grads["texts"].addcmul_(s * d.true[:, None], x.images)
+        grads["texts"][:, None].baddbmm_(s * d.text[:, None], x.negatives)
+    _pull_to_numerators(step, d, first, grads)
+    grads["scale"] = _scale_grad(step, own, d, of_captions, grads) / s
+    return grads
+
+
+def _pull_to_numerators(step: _Step, d: _Own, first: Tensor | None, grads: dict[str, Any]) -> None:
+    """Add what the numerators S(T, T+), or S(T, first) of "released", give to both their sides."""
+    x, towards = step.x, first
+    pull = x.scale * d.numerator[:, None]
+    if step.o.imc == "paired" and x.positives is not None:
         grads["positives"], towards = pull * x.texts, x.positives
     if first is not None:
         sums = _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
         if grads["negatives"] is not None and step.here.start == 0:
             grads["negatives"][0, 0] += sums * x.counted[0, 0]
-    if grads["texts"] is not None:
-        grads["texts"].addcmul_(s * d.true[:, None], x.images)
-        grads["texts"][:, None].baddbmm_(s * d.text[:, None], x.negatives)
-        if towards is not None:
-            grads["texts"].addcmul_(pull, towards.expand_as(x.texts))
-    grads["scale"] = _scale_grad(step, own, d, of_captions, grads) / s
-    return grads
+    if grads["texts"] is not None and towards is not None:
+        grads["texts"].addcmul_(pull, towards.expand_as(x.texts))
 
 
 def _scale_grad(
