@@ -233,6 +233,9 @@ def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tens
 
 
 def _plain_imc(x: Inputs, o: Options, everyones: Tensor, missing: Tensor | None) -> Tensor:
+    if o.imc == "released" and missing is None and len(everyones):
+        target = torch.zeros(len(x.texts), dtype=torch.long, device=x.texts.device)
+        return F.cross_entropy(x.scale * x.texts @ everyones.T, target)
     numerator, counts = _numerator(x, o, everyones[0] if len(everyones) else None)
     if not _whole_batch(o):
         own = x.scale * (x.negatives @ x.texts[..., None])[..., 0]  # [B, K]
@@ -240,10 +243,7 @@ def _plain_imc(x: Inputs, o: Options, everyones: Tensor, missing: Tensor | None)
     if not x.counted.any():
         return 0 * x.scale
     batch = x.scale * x.texts @ everyones.T  # [B, BK]
-    if missing is None and o.imc == "released":
-        return F.cross_entropy(batch, torch.zeros_like(x.positive_valid, dtype=torch.long))
-    if missing is not None:
-        batch = batch.masked_fill(missing, -torch.inf)
+    batch = batch if missing is None else batch.masked_fill(missing, -torch.inf)
     if o.imc == "released":
         return (batch.logsumexp(dim=1) - numerator).mean()
     return intra_modal_loss(numerator, batch, x.counted.flatten().expand(batch.shape), counts)
@@ -306,8 +306,11 @@ class RankThreshold(nn.Module):
         """Set theta for the next step from this step's logits [b], [b, K] and their mask [b, K]."""
         if self.mode == "fixed":
             return
-        if self.mode == "released":
+        if self.mode == "released":  # the mean S(I, T) of all images, counted or not
             valid = valid & (image_negative != 0)
+            image_text = image_text.mean().expand_as(image_text)
+            if _world(group)[1] > 1:
+                image_text = _sum_over_ranks(image_text, group) / _world(group)[1]
         gap = (image_text[:, None] - image_negative).masked_fill(~valid, 0)
         count, gaps = _sum_over_ranks(torch.stack([valid.sum(dim=0), gap.sum(dim=0)]), group)
         new = gaps / count
@@ -315,11 +318,6 @@ class RankThreshold(nn.Module):
             new = gap.masked_fill(~valid, -torch.inf).amax(dim=0) / 5
             if _world(group)[1] > 1:
                 dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
-        elif self.mode == "released":  # all images' mean, not that of the counted ones
-            own = (image_text[:, None] * valid).sum(dim=0)
-            all_own = torch.stack([own, image_text.sum().expand_as(own)])
-            own, everyone = _sum_over_ranks(all_own, group)
-            new = new - own / count + everyone / (len(image_text) * _world(group)[1])
         self.value.copy_(torch.where(count > 0, new.clamp(0, self.cap), self.value))
 
 
@@ -550,7 +548,7 @@ def _clean(x: Inputs, o: Options) -> Inputs:
     """Float32 (float64 stays), with zeros under the masks: NaN times 0 would be NaN."""
     dtype = torch.promote_types(x.images.dtype, torch.float32)
     negatives, positives = x.negatives.to(dtype), x.positives
-    if not x.counted.all():
+    if o.mask_invalid and not x.counted.all():
         negatives = torch.where(x.counted[..., None], negatives, 0.0)
     if positives is not None and not x.positive_valid.all():
         positives = torch.where(x.positive_valid[:, None], positives, 0.0)
