@@ -5,10 +5,10 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt matplotlib
 python=.venv/bin/python out=runs/quickstart
-$python train.py --recipe clip --steps 300 --out $out/base
+$python train.py --recipe clip --steps 400 --out $out/base
 for recipe in clip ce-clip; do
   name=$([ $recipe = clip ] && echo control || echo ce-clip)
-  $python train.py --recipe $recipe --pretrained $out/base/latest.pt --seed 1 --steps 600 --out $out/$name
+  $python train.py --recipe $recipe --pretrained $out/base/latest.pt --seed 1 --steps 1000 --out $out/$name
 done
 if [ -f $out/results/results.md ]; then
   cat $out/results/results.md
