@@ -619,7 +619,10 @@ class ShardStream(IterableDataset[Item]):
             reader: Any = importlib.import_module("webdataset")
         except ImportError:
             raise DataError("--data *.tar needs webdataset: pip install webdataset") from None
-        self.shards = list(reader.SimpleShardList(shards).urls)
+        try:
+            self.shards = list(reader.SimpleShardList(shards).urls)
+        except ValueError as error:  # braces that do not match
+            raise DataError(f"--data {shards}: {error}; check the pattern") from None
         missing = [x for x in self.shards if ":" not in x and not os.path.exists(x)]
         if missing:
             raise DataError(f"--data {missing[0]}: no such shard; check the pattern")

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -220,7 +221,7 @@ def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tens
         partner = torch.arange(b, device=pairs.device)
         itc = (F.cross_entropy(to_text, partner) + F.cross_entropy(pairs.T, partner)) / 2
     else:  # SigLIP: each pair, and each image with each negative, is a question of its own
-        itc = (F.softplus(to_text + x.bias).sum() - (true + x.bias).sum()) / b
+        itc = (-F.logsigmoid(-to_text - x.bias).sum() - (true + x.bias).sum()) / b
     imc = mine = torch.zeros_like(itc)
     if o.imc != "none" and o.imc_weight:
         imc = _plain_imc(x, o, everyones, missing)
@@ -270,7 +271,7 @@ class RankThreshold(nn.Module):
         fixed: `value`, never changed;
         released: as adaptive, but the mean of S(I, T) is over all images of the batch, and that
             of S(I, N_k) over those that are not 0.
-    A type without a valid negative keeps its theta.
+    A type without a valid negative keeps its theta, and so does one whose logits are not finite.
     """
 
     value: Tensor
@@ -318,7 +319,8 @@ class RankThreshold(nn.Module):
             new = gap.masked_fill(~valid, -torch.inf).amax(dim=0) / 5
             if _world(group)[1] > 1:
                 dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
-        self.value.copy_(torch.where(count > 0, new.clamp(0, self.cap), self.value))
+        known = (count > 0) & new.isfinite()  # one bad batch must not stay for ever
+        self.value.copy_(torch.where(known, new.clamp(0, self.cap), self.value))
 
 
 # The loss of a step
@@ -408,10 +410,10 @@ def ce_clip_loss_and_grads(
     inputs = {
         "image_features": image_features,
         "text_features": text_features,
-        "logit_scale": torch.as_tensor(logit_scale),
+        "logit_scale": torch.as_tensor(logit_scale) * 1.0,  # an int has no gradient
         "negative_features": negative_features,
         "positive_features": positive_features,
-        "logit_bias": None if logit_bias is None else torch.as_tensor(logit_bias),
+        "logit_bias": None if logit_bias is None else torch.as_tensor(logit_bias) * 1.0,
     }
     leaves: dict[str, Any] = {}
     for name, value in inputs.items():
@@ -427,11 +429,25 @@ def _options(given: dict[str, Any]) -> Options:
     unknown = set(given) - set(Options._fields)
     if unknown:
         raise ValueError(f"unknown option {min(unknown)!r}; there are {', '.join(Options._fields)}")
-    o = Options(**given)
+    defaults = Options()
+    for name, value in given.items():
+        kind = type(getattr(defaults, name))
+        fits = isinstance(value, bool) == (kind is bool) and isinstance(value, kind | int)
+        if not fits or (kind is float and not math.isfinite(value)):
+            wanted = {bool: "True or False", str: "a word", float: "a finite number"}[kind]
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+    cast: dict[str, Any] = {k: float(v) if type(v) is int else v for k, v in given.items()}
+    o = Options(**cast)
     _choose("imc", o.imc, IMC_VARIANTS)
     _choose("imc_scope", o.imc_scope, ("own", "batch"))
     _choose("cmr_mean", o.cmr_mean, ("valid", "all"))
     _choose("backend", o.backend, ("auto", "plain", "torch", "triton"))
+    _choose("operands", o.operands, ("auto", "float32", "bfloat16"))
+    for name in ("imc_weight", "cmr_weight", "own_weight", "workspace_mib"):
+        if getattr(o, name) < 0:
+            raise ValueError(f"{name} is {getattr(o, name)}; it must be 0 or more")
+    if not 0 <= o.label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {o.label_smoothing}; it must be from 0 to below 1")
     if 0 < o.focal_gamma < 1 or o.focal_gamma < 0:
         raise ValueError(f"focal_gamma is {o.focal_gamma}; it must be 0, or 1 or more")
     return o
@@ -453,7 +469,8 @@ def _backend(o: Options, x: Inputs, group: dist.ProcessGroup | None) -> Options:
         operands = "bfloat16" if half and kind == "cuda" else "float32"
     if backend == "auto":
         small = len(x.images) * (len(x.images) + x.valid.numel()) <= SMALL
-        if (small and _world(group)[1] == 1) or kind not in ("cpu", "cuda"):
+        small = small and _world(group)[1] == 1 and not torch.compiler.is_compiling()
+        if small or kind not in ("cpu", "cuda"):
             backend = "plain"
         elif operands == "bfloat16" and _has_triton(kind):
             backend = "triton"
@@ -485,12 +502,15 @@ def _inputs(
     """Refuse what does not fit; make defaults explicit."""
     (images, texts, negatives, positives), (valid, positive_valid) = features, masks
     scale, bias, thresholds = scalars
-    if images.dim() != 2 or not images.is_floating_point():
+    if images.dim() != 2 or not len(images) or not images.is_floating_point():
         raise ValueError(
-            f"image_features are {images.dtype} {list(images.shape)}; they must be floats [B, D]"
+            f"image_features are {images.dtype} {list(images.shape)}; "
+            "they must be floats [B, D], B > 0"
         )
     b, d = images.shape
     forgotten = valid is None
+    if negatives is None and valid is not None and valid.numel():
+        raise ValueError("valid is given, but negative_features are missing")
     negatives = images.new_zeros(b, 0, d) if negatives is None else negatives
     k = negatives.shape[1] if negatives.dim() == 3 else -1
     valid = images.new_ones(b, max(k, 0), dtype=torch.bool) if valid is None else valid
@@ -509,7 +529,10 @@ def _inputs(
         if tensor is not None and tensor.shape != shape:
             size = f"[{', '.join('K' if n == -1 else str(n) for n in shape)}]"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {size}")
-        if tensor is not None and (tensor.dtype == torch.bool) != mask:
+        right = tensor is None or (
+            tensor.dtype == torch.bool if mask else tensor.is_floating_point()
+        )
+        if tensor is not None and not right:
             kind = "a bool mask" if mask else "of floats"
             raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
     if o.imc == "paired" and o.imc_weight and k > 0 and positives is None:
@@ -518,8 +541,8 @@ def _inputs(
             "use imc='repulsion'"
         )
     counted = valid if o.mask_invalid else torch.ones_like(valid)
-    scale = torch.as_tensor(scale, device=images.device)
-    bias = None if bias is None else torch.as_tensor(bias, device=images.device)
+    scale = _scalar("logit_scale", scale, images.device)
+    bias = None if bias is None else _scalar("logit_bias", bias, images.device)
     x = Inputs(
         *(images, texts, negatives, positives, valid, counted, positive_valid),
         *(scale, bias, thresholds),
@@ -527,6 +550,13 @@ def _inputs(
     if o.check:
         _check_values(x, forgotten)
     return x
+
+
+def _scalar(name: str, value: Tensor | float, device: torch.device) -> Tensor:
+    tensor = torch.as_tensor(value, device=device)
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be a scalar")
+    return tensor.reshape(())
 
 
 def _check_values(x: Inputs, forgotten: bool) -> None:
@@ -648,8 +678,9 @@ class CEClipLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit, or K is not the number of types.
         """
-        if negative_features is not None and negative_features.shape[1] not in (0, len(self.types)):
-            k = negative_features.shape[1]
+        given = negative_features is not None and negative_features.dim() == 3
+        k = negative_features.shape[1] if given and negative_features is not None else 0
+        if k not in (0, len(self.types)):
             raise ValueError(f"negative_features have K = {k}; there are {len(self.types)} types")
         theta = self.threshold.value.clone()
         out = ce_clip_loss(
@@ -657,7 +688,7 @@ class CEClipLoss(nn.Module):
             negative_features if self.needs_negatives else None,
             valid if self.needs_negatives else None,
             *(positive_features, positive_valid, logit_bias),
-            thresholds=theta if self.needs_negatives and negative_features is not None else None,
+            thresholds=theta if self.needs_negatives and k else None,
             group=self.group,
             **self.options,
         )
@@ -765,7 +796,7 @@ def _fused(
         grad = grads.get(name) if wanted else raw.images.new_zeros(0)
         found.append(torch.zeros_like(t) if grad is None else grad)  # type: ignore[arg-type]
         if wanted:
-            found[-1] = found[-1].to(t.dtype).view(t.shape)  # type: ignore[union-attr]
+            found[-1] = found[-1].to(t.dtype).reshape(t.shape).contiguous()  # type: ignore[union-attr]
     return [(values * weights).sum(), values, own.true, own.negative, *found]
 
 
@@ -779,7 +810,7 @@ def _start(x: Inputs, o: Options, need: dict[str, bool], group: dist.ProcessGrou
     rank, b, k = _world(group)[0], len(x.images), x.negatives.shape[1]
     everyone = (_gather(x.images, group).flatten(0, 1), _gather(x.texts, group).flatten(0, 1))
     keys, counted = x.negatives.flatten(0, 1), x.counted.flatten()
-    d_negatives = torch.zeros_like(x.negatives) if need["negatives"] else None
+    d_negatives = x.negatives.new_zeros(x.negatives.shape) if need["negatives"] else None
     d_keys = None if d_negatives is None else d_negatives.view_as(keys)
     if not counted.all():
         keys = keys[counted]
@@ -996,7 +1027,7 @@ def _sigmoid_logits(
         softplus, _ = _tiles("sigmoid", q, keys, keys.dtype, at, bias=bias, first=first)
         return at, softplus.sum()
     logits = torch.mm(q, keys.T, out=at).add_(bias)
-    softplus = F.softplus(logits).sum()
+    softplus = -F.logsigmoid(-logits).sum()  # F.softplus is a straight line from 20 on
     logits.sigmoid_()
     if first >= 0:
         logits[torch.arange(len(q)), torch.arange(len(q)) + first] -= 1
@@ -1107,7 +1138,7 @@ def _(*arguments: Any) -> list[Tensor]:
     scalar = x.images.new_empty((), dtype=torch.promote_types(x.images.dtype, torch.float32))
     own = [scalar.new_empty(4), scalar.new_empty(len(x.images)), scalar.new_empty(x.valid.shape)]
     grads = [
-        torch.empty_like(t) if t is not None and n else x.images.new_empty(0)
+        t.new_empty(t.shape) if t is not None and n else x.images.new_empty(0)
         for t, n in zip(x, needs, strict=True)
     ]
     return [scalar, *own, *grads]

@@ -180,7 +180,10 @@ def start_process(device: str) -> Rank:
 def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     """The towers, the loss, AdamW and the scaler that only fp16 needs."""
     given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
-    loss = CEClipLoss(args.recipe, **given).to(rank.device)
+    try:
+        loss = CEClipLoss(args.recipe, **given).to(rank.device)
+    except ValueError as error:
+        raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
     net = model.net
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
@@ -608,6 +611,11 @@ def save_step(
     """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
     if rank.number:
         return None
+    if not all(bool(torch.isfinite(p).all()) for p in run.net.parameters()):
+        return DataError(
+            f"weights are not finite after step {step}: lower --lr; {args.out}/latest.pt, "
+            "if it is there, is the last good checkpoint"
+        )
     content = checkpoint(run, about, args, step)
     try:
         if ended:
@@ -784,11 +792,24 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
         raise DataError(
             f"--batch-size {args.batch_size}: is not divisible by the {rank.world} ranks"
         )
-    if not args.lr > 0 or args.warmup < 0 or args.grad_clip < 0 or args.workers < 0:
-        raise DataError("--lr must be above 0; --warmup, --grad-clip and --workers 0 or more")
+    check_numbers(args)
+    if args.images and not args.data:
+        raise DataError("--images: needs --data, the manifest of these pictures")
+    check_methods(args)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be meant."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            flag = name.replace("_", "-")
+            raise DataError(f"--{flag} {value}: must be a finite number, 0 or more")
+    if not args.lr > 0 or args.warmup < 0 or (args.workers or 0) < 0:
+        raise DataError("--lr must be above 0; --warmup and --workers 0 or more")
     if args.cap is not None and not args.cap > 0:
         raise DataError(f"--cap {args.cap}: must be above 0 logits")
-    check_methods(args)
+    if not 0 <= args.seed < 2**63:
+        raise DataError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
 
 
 def check_methods(args: argparse.Namespace) -> None:

@@ -551,6 +551,13 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
         ({"imc": "x"}, "imc is 'x'; it must be one of none, paired"),
         ({"no": 1}, "unknown option 'no'"),
         ({"focal_gamma": 0.5}, "focal_gamma is 0.5"),
+        ({"negatives_in_itc": 1}, "negatives_in_itc is 1; it must be True or False"),
+        ({"imc_weight": None}, "imc_weight is None; it must be a finite number"),
+        ({"cmr_weight": -1.0}, "cmr_weight is -1.0; it must be 0 or more"),
+        ({"label_smoothing": 2}, "label_smoothing is 2.0"),
+        ({"logit_scale": torch.ones(2)}, r"logit_scale has shape \[2\]; it must be a scalar"),
+        ({"negative_features": None}, "valid is given, but negative_features are missing"),
+        ({"text_features": torch.ones(5, 6, dtype=torch.long)}, "it must be of floats"),
         ({"backend": "triton"}, "needs a CUDA device"),
         ({"check": True, "image_features": 2 * torch.ones(5, 6)}, "not unit vectors"),
         ({"check": True, "valid": None, "negative_features": torch.zeros(5, 4, 6)}, "pass `valid`"),
@@ -627,3 +634,29 @@ def test_examples_run(name):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "threshold_relation" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["plain", "torch"])
+def test_strides_shapes_of_scalars_and_no_negatives_do_not_matter(backend):
+    (image, text, negative, positive), valid, _ = batch()
+    loss = CEClipLoss(backend=backend)
+    turned = negative.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    straight = negative.clone().requires_grad_()
+    grads = []
+    for texts, scale in ((turned, torch.tensor([7.0])), (straight, 7.0)):
+        out = loss.eval()(image, text, scale, texts, valid, positive)
+        grads.append(torch.autograd.grad(out["loss"], texts)[0])
+    assert torch.allclose(*grads, atol=1e-12)
+    nothing = loss(image, text, 7.0, image.new_zeros(5, 0, 6), None, positive)
+    assert torch.allclose(nothing["loss"], CEClipLoss("clip")(image, text, 7.0)["loss"])
+
+
+@pytest.mark.parametrize("backend", ["plain", "torch"])
+def test_a_batch_that_is_not_finite_leaves_thresholds(backend):
+    (image, text, negative, positive), valid, _ = batch()
+    loss = CEClipLoss(backend=backend)
+    loss(image, text, 7.0, negative, valid, positive)
+    before = loss.threshold.value.clone()
+    loss(image * math.nan, text, 7.0, negative, valid, positive)
+    assert torch.equal(before, loss.threshold.value)
+    assert (before > 0).any()
