@@ -33,7 +33,9 @@ def make_table(path: Path, suite: str) -> str:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for result in results.values():
-            result["suites"] = {suite: result["suites"][suite]}
+            scores = result["suites"][suite]
+            scores.pop("versus", None)  # comparisons of pairs are for results.md
+            result["suites"] = {suite: scores}
         table = evaluate.markdown(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
