@@ -53,9 +53,7 @@ __all__ = [
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 IMC_VARIANTS = ("none", "paired", "paper", "repulsion", "released")
 THRESHOLDS = ("adaptive", "fixed", "max", "released")
-SMALL = (
-    2**16
-)  # logits, up to which one step of plain autograd costs less than the fused bookkeeping
+SMALL = 2**19  # logits, up to which plain autograd is as fast as the fused core
 
 # What a recipe switches on; what it does not name has the default of Options or RankThreshold.
 RECIPES: dict[str, dict[str, Any]] = {
