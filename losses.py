@@ -366,13 +366,20 @@ def ce_clip_loss(
         ValueError: shapes, dtypes, mask or options do not fit, or ranks hold different numbers of
             rows.
     """
-    o = _options(options)
-    x = _inputs(
-        (image_features, text_features, negative_features, positive_features),
-        (valid, positive_valid),
-        (logit_scale, logit_bias, thresholds),
-        o,
-    )
+    features = (image_features, text_features, negative_features, positive_features)
+    scalars = (logit_scale, logit_bias, thresholds)
+    return _loss(features, (valid, positive_valid), scalars, _options(options), group)
+
+
+def _loss(
+    features: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    masks: tuple[Tensor | None, Tensor | None],
+    scalars: tuple[Tensor | float, Tensor | float | None, Tensor | None],
+    o: Options,
+    group: dist.ProcessGroup | None,
+) -> dict[str, Tensor]:
+    """`ce_clip_loss` with options that were checked."""
+    x = _inputs(features, masks, scalars, o)
     o = _backend(o, x, group)
     if o.backend == "plain":
         with torch.autocast(x.images.device.type, enabled=False):
@@ -630,7 +637,12 @@ class CEClipLoss(nn.Module):
         self.recipe, self.types, self.group = recipe, tuple(types), group
         self.reset_each_epoch = reset if reset_each_epoch is None else reset_each_epoch
         self.threshold = RankThreshold(len(self.types), mode, cap, fixed_threshold)
-        self.options = _options(chosen | options)._asdict()
+        self._options = _options(chosen | options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of `Options` that this loss has."""
+        return self._options._asdict()
 
     @property
     def needs_positives(self) -> bool:
@@ -681,14 +693,15 @@ class CEClipLoss(nn.Module):
         if k not in (0, len(self.types)):
             raise ValueError(f"negative_features have K = {k}; there are {len(self.types)} types")
         theta = self.threshold.value.clone()
-        out = ce_clip_loss(
-            *(image_features, text_features, logit_scale),
-            negative_features if self.needs_negatives else None,
-            valid if self.needs_negatives else None,
-            *(positive_features, positive_valid, logit_bias),
-            thresholds=theta if self.needs_negatives and k else None,
-            group=self.group,
-            **self.options,
+        negatives, mask = negative_features, valid
+        if not self.needs_negatives:
+            negatives, mask = None, None
+        out = _loss(
+            (image_features, text_features, negatives, positive_features),
+            (mask, positive_valid),
+            (logit_scale, logit_bias, theta if self.needs_negatives and k else None),
+            self._options,
+            self.group,
         )
         true, wrong = out.pop("image_text"), out.pop("image_negative")
         if self.training and wrong.shape[1]:
