@@ -988,7 +988,12 @@ def _class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, 
         if split == "train":
             raise FileNotFoundError
         raise DataError(f"{folder}: holds no test/CLASS/ folders of pictures")
-    classes = sorted(path.name for path in parts[0].iterdir() if path.is_dir())
+    classes = _class_folders(parts[0])
+    for other in ("train", "test", "val", "validation"):
+        if not names and (folder / other).is_dir():  # labels are ranks of folder names
+            odd = set(classes) ^ set(_class_folders(folder / other))
+            if odd:
+                raise DataError(f"{folder}: the class {min(odd)} is not in every split; mend it")
     order = _class_order(classes, names, parts[0])
     pairs = [
         (str(path), order[name])
@@ -999,6 +1004,10 @@ def _class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, 
     if not pairs:
         raise DataError(f"{parts[0]}: holds no pictures")
     return pairs, names or [_plain(name) for name in classes]
+
+
+def _class_folders(split: Path) -> list[str]:
+    return sorted(x.name for x in split.iterdir() if x.is_dir() and not x.name.startswith("."))
 
 
 def _class_order(classes: list[str], names: Any, folder: Path) -> dict[str, int]:
@@ -1107,6 +1116,9 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
     costs = [x for x in loaded if not isinstance(x, Item)]
     if not loaded:
         raise DataError(f"{name}: none of its files is below {root}; get them: {info['where']}")
+    for item in items:
+        if not all(isinstance(text, str) for text in item.texts):
+            raise DataError(f"{name}: the row {item.id} of {item.path[-1]} has a text that is none")
     items, kept = keep_found(items, costs, partial, info["where"])
     for cost in kept:
         full = next(x for x in costs if x.name == cost.name)
@@ -1256,7 +1268,11 @@ class Encoder:
     def _unit(self, encode: Callable[[Any], torch.Tensor], batch: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = encode(batch.to(self.device))
-        return F.normalize(features.float(), dim=-1).cpu()
+        features = F.normalize(features.float(), dim=-1).cpu()
+        if not features.isfinite().all():  # every comparison with NaN is false: a rank of 0
+            model = self.model.about.get("model")
+            raise DataError(f"{model}: features are not finite; its weights are damaged, or fp16")
+        return features
 
     def _read_cache(self) -> None:
         for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
@@ -2143,7 +2159,11 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
         else:
             raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
         label = label or short
-        if label in named or "/" in label:
+        if not re.fullmatch(r"\w[\w.+ -]*", label):
+            raise DataError(
+                f"--ckpt {given}: the label {label!r} may hold letters, digits and .+-_"
+            )
+        if label in named:
             raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
         named[label] = pair
     return named

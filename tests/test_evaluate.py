@@ -1179,3 +1179,33 @@ def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
     result = json.loads(out.read_text())
     assert result["same verdicts"] == result["items"] == 14
     assert result["pictures"] == 1
+
+
+def test_labels_are_plain_words():
+    for label in ("a|b", "..", "a/b"):
+        args = evaluate.parse_args(["--ckpt", f"{label}={evaluate.TINY_CONFIG}"])
+        with pytest.raises(data.DataError, match="may hold letters"):
+            evaluate.name_models(args)
+
+
+def test_features_that_are_not_finite_are_refused():
+    model = evaluate.load_model("shapes-tiny")
+    with torch.no_grad():
+        model.net.text_projection.fill_(float("nan"))
+    args = evaluate.parse_args(["--ckpt", "x"])
+    args.device = "cpu"
+    with pytest.raises(data.DataError, match="features are not finite"):
+        evaluate.Encoder(model, args).texts(["a cat"])
+
+
+def test_splits_must_have_the_same_classes(tmp_path):
+    for split, names in (("train", ("a", "b")), ("test", ("a", "b", "c"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "1.png").touch()
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    with pytest.raises(data.DataError, match="the class c is not in every split"):
+        evaluate._class_split(tmp_path, {}, "test")
+    (tmp_path / "test/c/1.png").unlink()
+    (tmp_path / "test/c").rmdir()
+    assert evaluate._class_split(tmp_path, {}, "train")[1] == ["a", "b"]
