@@ -37,7 +37,8 @@ def test_links_and_named_files_exist():
 
 
 def test_flags_of_the_readme_exist():
-    sources = "".join((ROOT / f"{name}.py").read_text() for name in OURS)
+    files = [*(ROOT / f"{name}.py" for name in OURS), *(ROOT / "scripts").glob("*.py")]
+    sources = "".join(file.read_text() for file in files)
     known = set(re.findall(r'"(--[a-z-]+)"', sources)) | {"--nproc_per_node"}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert used
