@@ -140,8 +140,8 @@ def masked_reader(pairs: list[Pair], reader: MaskedReader) -> float:
 def ngram_reader(pairs: list[Pair]) -> float:
     """How often a classifier of n-grams, trained on other images, prefers the caption, in %."""
     from scipy import sparse  # type: ignore[import-untyped]
-    from sklearn.feature_extraction.text import CountVectorizer  # type: ignore[import-untyped]
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
 
     half = np.array([zlib.crc32(image.encode()) % 2 == 0 for image, _, _ in pairs])
     counter = CountVectorizer(ngram_range=(1, 3), token_pattern=r"[^\s.,!?]+", min_df=2)
