@@ -781,7 +781,7 @@ def unpack_parquet(source: Source, folder: str) -> None:
     if not shards or (base / "rows.jsonl").exists():
         return
     try:
-        import pyarrow.parquet  # type: ignore[import-not-found]
+        import pyarrow.parquet
     except ImportError:
         raise DataError(f"{base}: parquet needs pyarrow; pip install pyarrow") from None
     lines: list[str] = []

@@ -139,7 +139,7 @@ def masked_reader(pairs: list[Pair], reader: MaskedReader) -> float:
 
 def ngram_reader(pairs: list[Pair]) -> float:
     """How often a classifier of n-grams, trained on other images, prefers the caption, in %."""
-    from scipy import sparse  # type: ignore[import-untyped]
+    from scipy import sparse
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
