@@ -232,19 +232,17 @@ def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tens
 
 
 def _plain_imc(x: Inputs, o: Options, everyones: Tensor, missing: Tensor | None) -> Tensor:
-    if o.imc == "released" and missing is None and len(everyones):
-        target = torch.zeros(len(x.texts), dtype=torch.long, device=x.texts.device)
-        return F.cross_entropy(x.scale * x.texts @ everyones.T, target)
-    numerator, counts = _numerator(x, o, everyones[0] if len(everyones) else None)
+    numerator, counts = _numerator(x, o, None)
     if not _whole_batch(o):
         own = x.scale * (x.negatives @ x.texts[..., None])[..., 0]  # [B, K]
         return intra_modal_loss(numerator, own, x.counted, counts)
     if not x.counted.any():
         return 0 * x.scale
     batch = x.scale * x.texts @ everyones.T  # [B, BK]
+    first = batch[:, 0]  # the target of every caption in "released"
     batch = batch if missing is None else batch.masked_fill(missing, -torch.inf)
     if o.imc == "released":
-        return (batch.logsumexp(dim=1) - numerator).mean()
+        return (batch.logsumexp(dim=1) - first).mean()
     return intra_modal_loss(numerator, batch, x.counted.flatten().expand(batch.shape), counts)
 
 
@@ -307,9 +305,8 @@ class RankThreshold(nn.Module):
             return
         if self.mode == "released":  # the mean S(I, T) of all images, counted or not
             valid = valid & (image_negative != 0)
-            image_text = image_text.mean().expand_as(image_text)
-            if _world(group)[1] > 1:
-                image_text = _sum_over_ranks(image_text, group) / _world(group)[1]
+            mean = _sum_over_ranks(image_text.mean(), group) / _world(group)[1]
+            image_text = mean.expand_as(image_text)
         gap = (image_text[:, None] - image_negative).masked_fill(~valid, 0)
         count, gaps = _sum_over_ranks(torch.stack([valid.sum(dim=0), gap.sum(dim=0)]), group)
         new = gaps / count
@@ -804,10 +801,12 @@ def _fused(
     weights = values.new_tensor([1.0, o.imc_weight, o.cmr_weight, o.own_weight])
     found = []
     for name, t, wanted in zip(Inputs._fields, raw, needs, strict=True):
-        grad = grads.get(name) if wanted else raw.images.new_zeros(0)
-        found.append(torch.zeros_like(t) if grad is None else grad)  # type: ignore[arg-type]
-        if wanted:
-            found[-1] = found[-1].to(t.dtype).reshape(t.shape).contiguous()  # type: ignore[union-attr]
+        if t is None or not wanted:
+            found.append(raw.images.new_empty(0))
+            continue
+        grad = grads.get(name)
+        grad = t.new_zeros(t.shape) if grad is None else grad  # positives that nobody reads
+        found.append(grad.to(t.dtype).reshape(t.shape).contiguous())
     return [(values * weights).sum(), values, own.true, own.negative, *found]
 
 
@@ -931,7 +930,7 @@ def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor
             other = step.work[half : half + len(q) * n].view(-1, n)
             torch.sub(at, columns.to(q.dtype), out=other).exp_()
             at.sub_(row[:, None]).exp_().add_(other)
-            at[torch.arange(len(q)), torch.arange(len(q)) + first] -= 2
+            at.diagonal(first).sub_(2)
         if d_images is not None:
             d_images[step.here][chunk] += _product(at, keys) * (0.5 / b * x.scale)
         if d_texts is not None:
@@ -958,9 +957,7 @@ def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> di
         q = torch.cat([step.everyone[tower][chunk] for tower in towers]) * x.scale
         e = extra[:, chunk].flatten()
         exps, offset, total = _exp_logits(step, q, keys, e)
-        if _world(step.group)[1] > 1:
-            total = _gather(total, step.group).logsumexp(dim=0)
-        total = torch.logaddexp(e, total)
+        total = torch.logaddexp(e, _gather(total, step.group).logsumexp(dim=0))
         totals[:, chunk] = total.view(len(towers), -1)
         f = torch.where(total > -torch.inf, weight[:, chunk].flatten() * (offset - total).exp(), 0)
         f = f.to(q.dtype)
@@ -1005,13 +1002,13 @@ def _sigmoid_contrast(step: _Step, true: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         this rank's share of the loss, times the number of ranks, and its derivative by the bias.
     """
-    x, o = step.x, step.o
+    x, o, bias = step.x, step.o, step.x.bias
+    assert bias is not None  # what makes it SigLIP's
     d_images, d_texts = step.d_everyone
     d_own = None if d_images is None else d_images[step.here]
     questions = [(x.images, step.everyone[1], d_own, d_texts, step.here.start)]
     if o.negatives_in_itc and len(step.keys):
         questions.append((step.everyone[0], step.keys, d_images, step.d_keys, -1))
-    bias = torch.zeros_like(x.scale) if x.bias is None else x.bias
     loss, d_bias = -(true + bias).mean(), torch.zeros_like(x.scale)
     share = 1 / len(x.images)
     for images, texts, d_queries, d_keys, first in questions:
@@ -1041,7 +1038,7 @@ def _sigmoid_logits(
     softplus = -F.logsigmoid(-logits).sum()  # F.softplus is a straight line from 20 on
     logits.sigmoid_()
     if first >= 0:
-        logits[torch.arange(len(q)), torch.arange(len(q)) + first] -= 1
+        logits.diagonal(first).sub_(1)
     return logits, softplus
 
 
