@@ -35,6 +35,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench_losses import Released
+
 import train
 from data import Batch, pack_texts, read_manifest
 from evaluate import PRECISIONS, Model, load_model
@@ -86,25 +88,24 @@ def make_batch(texts: list[list[str]], model: Model, size: int, share: bool) -> 
 
 
 def released_step(
-    net: Any, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor, precision: str
+    net: Any,
+    loss: Released,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    tokens: Tensor,
+    precision: str,
 ) -> None:
-    """The paper's code's step: dense logits, every text padded, the rank loss and imc on top."""
+    """The paper's code's step: every text padded, its loss with dense logits."""
     b = len(images)
     dtype = PRECISIONS[precision]
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         visual = F.normalize(net.encode_image(train.normalise(images, net)), dim=-1)
         texts = F.normalize(net.encode_text(tokens), dim=-1)
-        scale = net.logit_scale.exp()
-        labels = torch.arange(b, device=images.device)
-        to_text = scale * visual @ texts.T  # [B, 5B]
-        to_image = scale * texts[:b] @ visual.T
-        loss = (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
-        among = scale * texts[:b] @ texts[b:].T  # [B, 4B]
-        loss = loss + 0.2 * F.cross_entropy(among, torch.zeros_like(labels))
-        own = to_text[:, b:].view(b, b, -1)[labels, labels]  # [B, 4]
-        loss = loss + 0.4 * F.relu(5 + own - to_text.diagonal()[:, None]).mean()
+        negatives = texts[b:].view(b, len(NEGATIVE_TYPES), -1)
+        valid = torch.ones(negatives.shape[:2], dtype=torch.bool, device=images.device)
+        value = loss(visual, texts[:b], negatives, valid, net.logit_scale.exp())
     optimizer.zero_grad()
-    loss.backward()
+    value.backward()
     optimizer.step()
     with torch.no_grad():
         net.logit_scale.clamp_(0, 4.6052)
@@ -118,7 +119,8 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
     tokens = model.tokenizer(flat).to(device)
     size = train.picture_size(model.net)
     images = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8).to(device)
-    step = functools.partial(released_step, model.net, adam, images, tokens, args.precision)
+    given = (model.net, Released(), adam, images, tokens, args.precision)
+    step = functools.partial(released_step, *given)
     return Way(step, tokens.numel() / len(texts))
 
 

@@ -19,12 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import evaluate
+import train
 from data import DataError
 
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         if path.exists():
             raise DataError(f"--out {path}: exists; choose another folder")
         content = {"state_dict": interpolate(before, after, alpha), "kit": about}
-        torch.save(content, path)
+        train.save(content, path)
         checkpoints += ["--ckpt", f"{path.stem}={path}"]
     print(f"{len(args.alpha)} mixes written to {args.out}")
     if args.suite:
