@@ -883,8 +883,13 @@ def text_layout(model: Any) -> str:
     """Say how `encode_text` runs this model's captions."""
     if can_pack(model):
         return "packed as prefix trees"
-    trims = hasattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id")
+    trims = _pad_token(model) is not None
     return "one to a row, cut to the longest" if trims else "one to a row at full length"
+
+
+def _pad_token(model: Any) -> int | None:
+    """The padding that a Hugging Face tower masks itself."""
+    return getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
 
 
 def encode_text(model: Any, packed: PackedText) -> Tensor:
@@ -894,8 +899,7 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
     padding itself (Hugging Face's), else at full length.
     """
     if not len(packed.where):
-        pad = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
-        longest = packed.tokens.shape[1]
+        pad, longest = _pad_token(model), packed.tokens.shape[1]
         if pad is not None:
             longest = int((packed.tokens != pad).any(dim=0).nonzero().max()) + 1
         return model.encode_text(packed.tokens[:, :longest])
