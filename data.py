@@ -906,12 +906,14 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
     if not can_pack(model):
         return model.encode_text(_unpack(packed, model))
     tower = getattr(model, "text", model)
-    x = tower.token_embedding(packed.tokens) + tower.positional_embedding[packed.positions]
+    # F.embedding and index_select, for the gradient of x[i] is summed in any order by threads.
+    x = tower.token_embedding(packed.tokens)
+    x = x + F.embedding(packed.positions, tower.positional_embedding)
     x = x.to(tower.transformer.get_cast_dtype())  # [R, L, width]
     count = torch.arange(x.shape[1], device=x.device)
     seen = _seen(packed.stops, count.expand(packed.stops.shape))  # [R, L, L]
     x = _run_blocks(tower.transformer, x, packed.reads, seen)  # [R, E, width]
-    x = tower.ln_final(x.flatten(0, 1)[packed.where])  # [M, width]
+    x = tower.ln_final(x.flatten(0, 1).index_select(0, packed.where))  # [M, width]
     project = tower.text_projection
     if project is None:
         return x

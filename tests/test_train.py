@@ -418,18 +418,15 @@ def test_all_ranks_stop_where_one_cannot_go_on(tmp_path):
     assert said.count("exitcode  : 2 ") == 2, said
 
 
-@pytest.mark.parametrize("option", [["--lora", "2"], ["--distill", "1"]])
+@pytest.mark.parametrize("option", [[], ["--lora", "2"], ["--distill", "1"]])
 def test_what_a_method_adds_is_resumed_to_the_same_bits(option, tmp_path, monkeypatch):
     run = ["--steps", "4", "--batch-size", "8", "--save-every", "2", *option]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, a teacher's products differ in the last bit
     assert train.main(["--out", str(tmp_path / "whole"), *run]) == 0
     monkeypatch.setattr(train, "train_step", stop_at(2, train.train_step))
     with pytest.raises(KeyboardInterrupt):
         train.main(["--out", str(tmp_path / "cut"), *run])
     monkeypatch.undo()
     assert train.main(["--out", str(tmp_path / "cut"), *run]) == 0
-    torch.set_num_threads(threads)
     for key, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "cut")[key]), key
 
