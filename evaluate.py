@@ -36,6 +36,7 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -433,7 +434,8 @@ class Row(dict[str, Any]):
         raise DataError(f"{self.place}: has no field {key!r}; download the official file again")
 
 
-class Source(NamedTuple):
+@dataclass
+class Source:
     """A suite's files below --root; what its loader finds out goes into expected and notes."""
 
     suite: str
@@ -441,12 +443,15 @@ class Source(NamedTuple):
     partial: bool
     expected: dict[str, int]
     notes: list[str]
+    read: dict[str, set[str]] = field(default_factory=dict)  # files, the subsets each gave
+    place: str = ""  # of the row that was read last
 
     def rows(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield (id, row) of a json list or dict, JSON lines or csv.
 
         Raises:
-            DataError: the file is missing (unless some may be) or cannot be parsed.
+            DataError: the file is missing (unless some may be), cannot be parsed, or a row is
+                neither a record nor a list.
         """
         if self.root is None:
             raise DataError(f"--root is needed: the folder that holds {name}")
@@ -459,14 +464,23 @@ class Source(NamedTuple):
                 return
             where = read_table("suites")[self.suite]["where"]
             raise DataError(f"{path}: cannot be read ({error.strerror}); get it: {where}") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: is not UTF-8 text; download it again") from None
         try:
             table = _parse(text, path.suffix)
         except ValueError:
             raise DataError(f"{path}: is not {path.suffix[1:]}; download it again") from None
-        for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-            row = Row(value) if isinstance(value, dict) else value
-            if isinstance(row, Row):
-                row.place = f"{path} row {key}"
+        self.read[str(path)] = set()
+        if not isinstance(table, (dict, list)) or not (table or self.partial):
+            raise DataError(f"{path}: holds no rows; download it again")
+        self.notes += [] if table else [f"{name} holds no rows"]
+        for key, row in table.items() if isinstance(table, dict) else enumerate(table):
+            self.place = f"{path} row {key}"
+            if not isinstance(row, (dict, list)):
+                raise DataError(f"{self.place}: {str(row)[:40]!r} is no record; download it again")
+            if isinstance(row, dict):
+                row = Row(row)
+                row.place = self.place
             yield str(key), row
 
     def find(self, *names: str) -> str:
@@ -627,8 +641,12 @@ def load_aro(source: Source) -> Loaded:
 def _boxes(subset: str, rows: list[Any], kept: list[Any], source: Source) -> Iterator[Item]:
     parts = len({part for part, _, _ in kept})
     if rows:
-        source.notes.append(f"{subset}: {len(kept)} of {len(rows)} rows count, in {parts} parts")
-        source.expected[subset] = len(kept)
+        official = source.expected[subset]
+        odd = "" if len(rows) == official else f"; the official file has {official}"
+        note = f"{len(kept)} of {len(rows)} rows count, in {parts} parts{odd}"
+        source.notes.append(f"{subset}: {note}")
+        lost = max(0, official - len(rows))  # any of them might have counted
+        source.expected[subset] = len(kept) + lost
     for part, key, row in kept:
         yield _boxed(subset, part, key, row, source)
 
@@ -713,10 +731,11 @@ def load_vl_checklist(source: Source) -> Loaded:
     there = total = 0
     for subset, lists in read_table("suites")["vl_checklist"]["lists"].items():
         for family, name in lists:
-            count = 0
+            count = seen = 0
             for key, (image, claims) in source.rows(f"vl_checklist/data/{name}.json"):
                 if count == 1000:
                     break
+                seen += 1
                 on_vg = family in ("vg", "vaw")
                 path = source.vg(image) if on_vg else source.find(f"{family}/{image}")
                 found = os.path.isfile(path)
@@ -725,7 +744,8 @@ def load_vl_checklist(source: Source) -> Loaded:
                     count += 1
                     texts = (claims["POS"][0], claims["NEG"][0])
                     yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
-            source.expected[subset] = source.expected.get(subset, 0) + count
+            wanted = min(seen, 1000) or 1000  # a list that is not there may hold as many
+            source.expected[subset] = source.expected.get(subset, 0) + wanted
     source.notes.append(f"pictures found for {there} of the {total} items looked at")
 
 
@@ -1095,30 +1115,37 @@ PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", 
 GROUPS = {"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]}
 
 
+def check_root(root: Path | None) -> None:
+    """Refuse a --root that is no folder, or may not be read."""
+    if root is None or (root.is_dir() and os.access(root, os.R_OK | os.X_OK)):
+        return
+    why = "cannot be read; ask for permission" if root.is_dir() else "no such folder"
+    raise DataError(f"--root {root}: {'is a file, not a folder' if root.is_file() else why}")
+
+
 def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
     """Read a suite and drop what has no picture, if that is allowed.
 
     Raises:
-        DataError: files or pictures are missing and `partial` is False, or nothing is left.
+        DataError: files, rows or pictures are missing and `partial` is False, or nothing is left.
     """
-    if root is not None and not os.access(root, os.R_OK | os.X_OK):
-        why = "cannot be read; ask for permission" if root.exists() else "no such folder"
-        raise DataError(f"--root {root}: {why}")
+    check_root(root)
     info = read_table("suites")[name]
     source = Source(name, root, partial, dict(info["expected"]), [])
     try:
-        loaded = list(SUITES[name](source))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        loaded = [_noted(x, source) for x in SUITES[name](source)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{name}: a row is not as the official files have it ({error!r})") from None
+        place = source.place or name
+        raise DataError(f"{place}: is not as the official files have it ({error!r})") from None
     items = [x for x in loaded if isinstance(x, Item)]
     costs = [x for x in loaded if not isinstance(x, Item)]
-    if not loaded:
+    if not loaded and not source.read:
         raise DataError(f"{name}: none of its files is below {root}; get them: {info['where']}")
-    for item in items:
-        if not all(isinstance(text, str) for text in item.texts):
-            raise DataError(f"{name}: the row {item.id} of {item.path[-1]} has a text that is none")
+    check_counts(items, costs, source)
+    if not loaded:
+        raise DataError(f"{', '.join(source.read)}: no item counts; get them: {info['where']}")
     items, kept = keep_found(items, costs, partial, info["where"])
     for cost in kept:
         full = next(x for x in costs if x.name == cost.name)
@@ -1127,6 +1154,72 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
             easier = "; fewer to choose from, easier" if isinstance(cost, Retrieval) else ""
             source.notes.append(few + easier)
     return Suite(name, items, kept, source.expected, source.notes)
+
+
+T = TypeVar("T", bound="Item | Retrieval | Classes")
+
+
+def _noted(loaded: T, source: Source) -> T:
+    """Note the file that an item came from, and refuse texts that are none."""
+    if source.read:
+        source.read[next(reversed(source.read))].update(_sizes(loaded))
+    texts = () if isinstance(loaded, Classes) else loaded.texts
+    where = source.place
+    if isinstance(loaded, Item) and source.read:
+        where = f"{next(reversed(source.read))}: the row {loaded.id} of {loaded.path[0]}"
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where} has a text that is none; download it again")
+    if isinstance(loaded, Item) and len(loaded.images) < 2 and len(texts) <= loaded.true:
+        raise DataError(f"{where} leaves nothing to choose from; download it again")
+    return loaded
+
+
+def _sizes(loaded: Item | Retrieval | Classes) -> dict[str, int]:
+    """How many of which row of the tables."""
+    if isinstance(loaded, Item):
+        return {loaded.path[0]: 1}
+    if isinstance(loaded, Classes):
+        return {}
+    ways = {"image to text": len(loaded.images), "text to image": len(loaded.texts)}
+    return {f"{loaded.name} {way}": size for way, size in ways.items()}
+
+
+def subset_names(suite: str, expected: Mapping[str, int]) -> list[str]:
+    """All subsets that a suite has, there or not."""
+    trees = read_table("suites")[suite]["averages"].values()
+    leaves = {leaf for tree in trees for leaf in _leaves(tree)}
+    return list(dict.fromkeys([*expected, *sorted(leaves)]))
+
+
+def check_counts(
+    items: Sequence[Item], costs: Sequence[Retrieval | Classes], source: Source
+) -> None:
+    """Hold the rows that were read against those that the official files have.
+
+    More are a later list, a note; so are a few less where `expected` is only about right.
+
+    Raises:
+        DataError: a subset has no row, or too few, and some may not be missing.
+    """
+    found = sum((Counter(_sizes(x)) for x in (*items, *costs)), Counter[str]())
+    info = read_table("suites")[source.suite]
+    for name in subset_names(source.suite, source.expected):
+        count, wanted = found[name], source.expected.get(name)
+        if count == wanted or (count and wanted is None):
+            continue
+        few = f"{name}: {count} of {wanted or 'all'} items"
+        if wanted and count > wanted:
+            source.expected[name] = count
+            source.notes.append(f"{name}: {count} items where {wanted} were expected, another list")
+        elif source.partial or (count and info.get("about")):
+            source.notes.append(f"{few} are in the files")
+        else:
+            files = [path for path, gave in source.read.items() if name in gave]
+            files = files or [path for path, gave in source.read.items() if not gave]
+            raise DataError(
+                f"{', '.join(files or source.read)}: {few} are there; get the whole of it: "
+                f"{info['where']}, or pass --allow-missing to score the rest"
+            )
 
 
 def keep_found(
@@ -1745,26 +1838,56 @@ def _cell(value: float, draws: np.ndarray, scored: int) -> dict[str, Any]:
 
 
 def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
-    """Accuracies in per cent with 95 % bootstrap intervals, N scored of N expected, ties."""
+    """Accuracies in per cent with 95 % intervals, N scored of N expected, ties.
+
+    A row of which nothing was scored, and an average that needs one, has None for its figures.
+    """
     tables: dict[str, Any] = {"subsets": {}, "averages": {}, "costs": {}}
+    absent = absent_rows(suite, scored)
     for part, tally in (("subsets", scored.subsets), ("costs", scored.costs)):
         values, draws, counts = {}, {}, {}
         for row, parts in tally.items():
             values[row] = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
             draws[row] = resample(suite.name, row, parts)
             counts[row] = sum(len(x) for x in parts.values())
-            stem = row.rsplit(" ", 1)[0] if _verdict(row) or part == "costs" else row
-            expected = suite.expected.get(stem, counts[row])
+            expected = suite.expected.get(_stem(row, part), counts[row])
             cell = _cell(values[row], draws[row], counts[row])
             tables[part][row] = {**cell, "expected": expected, "ties": scored.ties[row]}
-        trees = named_averages(suite.name, tally) if part == "subsets" else _mean_of_sets(tally)
+        for row in absent[part]:
+            known = {"scored": 0, "expected": suite.expected.get(_stem(row, part)), "ties": 0}
+            tables[part][row] = {**NOTHING, **known}
+        rows = tables[part]
+        trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(tally)
         for name, tree in trees.items():
             value, spread = average(tree, values, counts), average(tree, draws, counts)
-            if value is not None and spread is not None:
-                cells = [tables[part][leaf] for leaf in _leaves(tree)]
-                total = {key: sum(cell[key] for cell in cells) for key in ("scored", "expected")}
-                tables["averages"][name] = {**_cell(value, spread, 0), **total}
+            cell = NOTHING if value is None or spread is None else _cell(value, spread, 0)
+            tables["averages"][name] = {**cell, **_total([rows[leaf] for leaf in _leaves(tree)])}
     return {**tables, "notes": suite.notes}
+
+
+NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}
+
+
+def _stem(row: str, part: str) -> str:
+    return row.rsplit(" ", 1)[0] if _verdict(row) or part == "costs" else row
+
+
+def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    expected = [cell["expected"] for cell in cells]
+    known = None if None in expected else sum(expected)
+    return {"scored": sum(cell["scored"] for cell in cells), "expected": known}
+
+
+def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
+    """Rows of subsets, and of retrieval, that should be there and of which nothing was scored."""
+    absent: dict[str, list[str]] = {"subsets": [], "costs": []}
+    part, ends = "subsets", list(dict.fromkeys(_verdict(row) for row in scored.subsets))
+    if suite.name == "retrieval":
+        part, ends = "costs", [f"R@{k}" for k in RECALLS]
+    rows = {**scored.subsets, **scored.costs}
+    for name in subset_names(suite.name, suite.expected):
+        absent[part] += [row for end in ends if (row := f"{name} {end}".strip()) not in rows]
+    return absent
 
 
 def _mean_of_sets(rows: Iterable[str]) -> dict[str, list[str]]:
@@ -1881,11 +2004,22 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
                 ours = [_cell_text(result[part][name]) for result in scored.values()]
                 line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
                 line += [_figure(blind.get(name))] if blind else []
-                gain = scored[last][part][name]["accuracy"] - reference.get(name, np.nan)
+                ours_last = scored[last][part][name]["accuracy"]
+                known = ours_last is not None and name in reference
+                gain = ours_last - reference[name] if known else None
                 line += [_figure(gain, "+")] if reference else []
                 lines += _row([*line, *(_figure(column.get(name)) for column in others.values())])
         lines += _remarks(suite, scored)
+    for suite, why in _left_out(results).items():
+        lines += ["", f"Left out: {suite}: {why}"]
     return "\n".join(lines).strip() + "\n"
+
+
+def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return next(iter(results.values())).get("left_out", {})
+
+
+ABSENT = "--"  # nothing was scored
 
 
 def _row(cells: Sequence[str]) -> list[str]:
@@ -1893,12 +2027,15 @@ def _row(cells: Sequence[str]) -> list[str]:
 
 
 def _cell_text(score: dict[str, Any]) -> str:
+    if score["accuracy"] is None:
+        return ABSENT
     return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
 
 
 def _count(cell: dict[str, Any]) -> str:
     expected = cell.get("expected", cell["scored"])
-    return str(cell["scored"]) + ("" if cell["scored"] == expected else f" of {expected}")
+    of = f" of {'?' if expected is None else expected}"
+    return str(cell["scored"]) + ("" if cell["scored"] == expected else of)
 
 
 def _figure(value: float | None, sign: str = "") -> str:
@@ -1946,9 +2083,7 @@ def latex(results: dict[str, dict[str, Any]]) -> str:
         lines += [r"\midrule"] if published(suite) else []
         for label, result in scored.items():
             ours = {**result["subsets"], **result["averages"], **result["costs"]}
-            cells = [
-                f"{ours[name]['accuracy']:.1f}" if name in ours else "--" for name, _ in columns
-            ]
+            cells = [_figure(ours.get(name, NOTHING)["accuracy"]) or ABSENT for name, _ in columns]
             lines += [" & ".join([_tex(label), "ours", *cells]) + r" \\"]
         tables.append("\n".join([f"% {suite}", *lines, r"\bottomrule", r"\end{tabular}"]))
     return "\n\n".join(tables) + "\n"
@@ -1973,6 +2108,9 @@ def long_csv(results: dict[str, dict[str, Any]]) -> str:
         for (model, source), values in published(suite).items():
             for row, value in values.items():
                 writer.writerow([suite, model, source, "published", row, round(value, 2)])
+    for suite in _left_out(results):
+        for label in results:
+            writer.writerow([suite, label, "ours", "left out", "", "", "", "", 0])
     return out.getvalue()
 
 
@@ -2186,19 +2324,25 @@ def name_suites(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def load_suites(args: argparse.Namespace) -> dict[str, Suite]:
-    """Read the suites of --suite; of a group, with --allow-missing, those that are there."""
-    suites = {}
+def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
+    """Read the suites of --suite; of a group, with --allow-missing, those that are there.
+
+    Returns:
+        the suites, and for each one that was left out why.
+    """
+    check_root(args.root)
+    suites, left_out = {}, {}
     for name in name_suites(args.suite):
         try:
             suites[name] = load_suite(name, args.root, args.allow_missing)
         except DataError as error:
             if not (args.allow_missing and set(GROUPS).intersection(args.suite.split(","))):
                 raise
-            print(f"evaluate.py: left out: {error}", file=sys.stderr)
+            left_out[name] = str(error)
+            print(f"evaluate.py: left out: {name}: {error}", file=sys.stderr)
     if not suites:
         raise DataError(f"--suite {args.suite}: none of them is below --root {args.root}")
-    return suites
+    return suites, left_out
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -2226,7 +2370,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_args(args)
     args.device = pick_device(args.device)
-    suites = load_suites(args)
+    suites, left_out = load_suites(args)
     models = {
         label: functools.partial(
             load_model, name, what, activation=args.activation, device=args.device
@@ -2242,6 +2386,8 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
     results = evaluate(models, suites, args)
+    for result in results.values():
+        result["left_out"] = left_out
     if rank_and_ranks()[0] == 0:
         report(results, args.out)
     if dist.is_initialized():

@@ -36,6 +36,7 @@ def make_table(path: Path, suite: str) -> str:
             scores = result["suites"][suite]
             scores.pop("versus", None)  # comparisons of pairs are for results.md
             result["suites"] = {suite: scores}
+            result.pop("left_out", None)
         table = evaluate.markdown(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(

@@ -534,9 +534,10 @@ def make_spatial(root):
     sizes = ("absolute_size", "relative_size", "absolute_spatial", "relative_spatial", "existence")
     for kind in (*sizes, "count"):
         photo(root / f"spec/{kind}/a.png")
+        photo(root / f"spec/{kind}/b.png")
         texts = {"query": "a.png", "keys": ["x", "y", "z"], "label": 1}
         write(root / f"spec/{kind}/image2text.json", [texts])
-        pictures = {"query": "x", "keys": ["a.png", "b.png"][: 1 + (kind == "count")], "label": 0}
+        pictures = {"query": "x", "keys": ["a.png", "b.png"], "label": 0}
         write(root / f"spec/{kind}/text2image.json", [pictures])
 
 
@@ -588,7 +589,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", list(evaluate.SUITES))
 def test_every_suite_reads_its_official_format(name, root):
-    suite = evaluate.load_suite(name, root, partial=False)
+    suite = evaluate.load_suite(name, root, partial=True)
     assert len(suite.items) == COUNTS[name]
     assert len({(item.path, item.id) for item in suite.items}) == len(suite.items)
     assert suite.items or suite.costs
@@ -606,7 +607,7 @@ def test_every_column_of_the_latex_tables_can_be_filled(root):
     for name, info in json.loads((ROOT / "scripts/suites.json").read_text()).items():
         if name == "retrieval" or "columns" not in info:
             continue
-        suite = evaluate.load_suite(name, root, partial=False)
+        suite = evaluate.load_suite(name, root, partial=True)
         result = evaluate.summarise(suite, evaluate.score_suite(suite, Random(0)))
         rows = {**result["subsets"], **result["averages"]}
         assert {column for column, _ in info["columns"]} <= set(rows), name
@@ -615,14 +616,14 @@ def test_every_column_of_the_latex_tables_can_be_filled(root):
 
 def test_special_rules_of_the_loaders(root):
     names = ("aro", "negbench", "imagecode", "spec")
-    load = {name: evaluate.load_suite(name, root, False) for name in names}
+    load = {name: evaluate.load_suite(name, root, True) for name in names}
     assert load["spec"].items[0].texts == ("y", "x", "z")
     assert load["spec"].items[0].place == 1
     relation = load["aro"].items[0]
     assert relation.images == (Crop(str(root / "aro/images/2.jpg"), (3, 4, 13, 9)),)
     assert evaluate.load_picture(relation.images[0], 0).size == (10, 5)
     assert {item.path for item in load["aro"].items[:2]} == {("VG-Relation", "on")}
-    assert load["aro"].expected["VG-Attribution"] == 25
+    assert load["aro"].expected["VG-Attribution"] == 25 + 28748 - 26  # 26 rows, 25 count
     assert load["negbench"].items[0].texts == ("r", "p", "q", "s")
     assert load["negbench"].items[0].place == 2
     deer = load["imagecode"].items[0]
@@ -698,7 +699,7 @@ def test_parquet_is_taken_apart_at_first_use(tmp_path, monkeypatch):
     parquet = SimpleNamespace(read_table=lambda path: table)
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    items = evaluate.load_suite("vismin", tmp_path, False).items
+    items = evaluate.load_suite("vismin", tmp_path, True).items
     assert [item.path for item in items] == [("object",), ("relation",)]
     assert evaluate.load_picture(items[1].images[1], 0).size == (8, 6)
 
@@ -829,6 +830,7 @@ def test_two_ranks_give_the_same_results_as_one(tmp_path, root):
         command = [sys.executable, *(launch if ranks > 1 else []), str(ROOT / "evaluate.py")]
         command += ["--ckpt", path, "--suite", "imagecode,crepe,retrieval,zeroshot"]
         command += ["--root", root, "--out", out, "--batch-size", "2", "--no-blind"]
+        command += ["--allow-missing"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
             [*map(str, command)], capture_output=True, text=True, env=environment, check=False
@@ -981,7 +983,8 @@ def run(*options):
 def test_a_whole_evaluation_writes_every_output(tmp_path, root, capsys):
     a, b = tiny(tmp_path / "a/latest.pt", 0), tiny(tmp_path / "b/latest.pt", 1)
     out = tmp_path / "out"
-    run("--ckpt", a, "--ckpt", f"two={b}", "--suite", "paper", "--root", root, "--out", out)
+    some = ("--allow-missing", "--root", root)
+    run("--ckpt", a, "--ckpt", f"two={b}", "--suite", "paper", *some, "--out", out)
     printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["a", "two"]
@@ -1086,12 +1089,14 @@ def test_faults_of_rows_and_pictures_name_the_place(tmp_path):
         evaluate.load_suite("cola", tmp_path, False)
     write(tmp_path / "val2017/000000000009.jpg", "no picture")
     for workers in (0, 1):
+        some = ("--allow-missing", "--root", tmp_path, "--workers", workers)
         with pytest.raises(data.DataError, match=r"000000000009.jpg: cannot be decoded"):
-            run("--ckpt", path, "--suite", "sugarcrepe", "--root", tmp_path, "--workers", workers)
+            run("--ckpt", path, "--suite", "sugarcrepe", *some)
 
 
-def test_missing_pictures_are_refused_or_counted(tmp_path, capsys):
+def test_missing_pictures_are_refused_or_counted(tmp_path, capsys, monkeypatch):
     make_root(tmp_path)
+    expect_two(monkeypatch, "sugarcrepe")
     row = {"filename": "000000000404.jpg", "caption": "a", "negative_caption": "b"}
     good = {"filename": "000000000009.jpg", "caption": "a", "negative_caption": "b"}
     write(tmp_path / "sugarcrepe/swap_obj.json", {"0": row, "1": good})
@@ -1102,8 +1107,125 @@ def test_missing_pictures_are_refused_or_counted(tmp_path, capsys):
     path = tiny(tmp_path / "m/latest.pt")
     run("--ckpt", path, "--suite", "sugarcrepe", "--root", tmp_path, "--allow-missing")
     printed = capsys.readouterr().out
-    assert "1 of 245" in printed
-    assert "13 of 7511" in printed
+    assert "1 of 2 " in printed
+    assert "13 of 14" in printed
+
+
+def expect_two(monkeypatch, name):
+    """Let the official files of a suite have two items in each subset."""
+    tables = {"suites": json.loads(json.dumps(evaluate.read_table("suites")))}
+    tables["suites"][name]["expected"] = dict.fromkeys(tables["suites"][name]["expected"], 2)
+    read = evaluate.read_table
+    monkeypatch.setattr(evaluate, "read_table", lambda table: tables.get(table) or read(table))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sugarcrepe/swap_obj.json", {}, "swap_obj.json: holds no rows"),
+        ("sugarcrepe/swap_obj.json", "5", "swap_obj.json: holds no rows"),
+        ("sugarcrepe/swap_obj.json", {"3": "a dog"}, "swap_obj.json row 3: 'a dog' is no record"),
+        (
+            "sugarcrepe/swap_obj.json",
+            1,
+            r"swap_obj.json: swap_obj: 1 of 2 items are there; .*--all",
+        ),
+        ("valse/plurals.json", 0, "plurals.json: plurals: 0 of 2 items are there"),
+        ("bivlc/rows.jsonl", 1, "rows.jsonl: replace: 1 of 2 items are there"),
+        ("whatsup/coco_qa_one_obj.json", 1, "coco_qa_one_obj.json: COCO one: 1 of 2 items"),
+        ("mmvp/Questions.csv", 1, "Questions.csv: Presence of Specific Features: 0 of 2 items"),
+        ("imagecode/valid_data.json", 1, "valid_data.json: video: 0 of 2 items"),
+    ],
+)
+def test_a_subset_with_too_few_rows_is_refused(name, content, message, tmp_path, monkeypatch):
+    make_root(tmp_path)
+    suite = name.split("/")[0]
+    expect_two(monkeypatch, suite)
+    path = tmp_path / name
+    if content == 0:  # no annotator accepted any
+        write(
+            path, path.read_text().replace('"caption": 3', '"caption": 1').replace(": 2}", ": 1}")
+        )
+    elif content == 1 and path.suffix == ".csv":
+        write(path, "\n".join(path.read_text().splitlines()[:5]))
+    elif content == 1 and suite == "sugarcrepe":
+        write(path, dict([next(iter(json.loads(path.read_text()).items()))]))
+    elif content != 1:
+        write(path, content)
+    for file in tmp_path.glob("whatsup/controlled*.json"):
+        write(file, 2 * json.loads(file.read_text()))
+    with pytest.raises(data.DataError, match=message):
+        evaluate.load_suite(suite, tmp_path, False)
+
+
+def test_texts_that_are_none_and_odd_bytes_name_the_file(tmp_path):
+    make_root(tmp_path)
+    path = tmp_path / "sugarcrepe/add_att.json"
+    row = {"filename": "000000000009.jpg", "caption": "a", "negative_caption": 7}
+    write(path, {"5": row})
+    with pytest.raises(data.DataError, match=r"add_att.json: the row 5 of add_att has a text that"):
+        evaluate.load_suite("sugarcrepe", tmp_path, True)
+    write(
+        tmp_path / "whatsup/controlled_clevr_dataset.json",
+        [{"image_path": "data/c/1.jpg", "caption_options": ["a"]}],
+    )
+    with pytest.raises(data.DataError, match=r"clevr_dataset.json: the row 0 .* nothing to choose"):
+        evaluate.load_suite("whatsup", tmp_path, True)
+    path.write_bytes(b'{"5": "\xff"}')
+    with pytest.raises(data.DataError, match=r"add_att.json: is not UTF-8 text"):
+        evaluate.load_suite("sugarcrepe", tmp_path, True)
+    karpathy = [{"image": "val2014/COCO_val2014_000000000009.jpg", "caption": ["a", None]}]
+    write(tmp_path / "karpathy/coco_karpathy_test.json", karpathy)
+    with pytest.raises(data.DataError, match=r"coco_karpathy_test.json row 0 has a text that"):
+        evaluate.load_suite("retrieval", tmp_path, True)
+
+
+def test_more_rows_than_expected_are_a_note_and_few_where_the_number_is_no_fact(root, monkeypatch):
+    expect_two(monkeypatch, "sugarcrepe")
+    evaluate.read_table("suites")["sugarcrepe"]["expected"]["add_obj"] = 1
+    suite = evaluate.load_suite("sugarcrepe", root, False)
+    assert suite.notes == ["add_obj: 2 items where 1 were expected, another list"]
+    assert suite.expected["add_obj"] == 2
+    assert (
+        "COCO: 1 of 5914 items are in the files"
+        in evaluate.load_suite("negbench", root, False).notes
+    )
+
+
+def test_what_is_absent_is_said_in_every_output(tmp_path, root, capsys):
+    make_root(tmp_path)
+    for name in ("sugarcrepe/swap_obj.json", "bivlc/rows.jsonl", "karpathy/flickr30k_test.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "crepe/atom").rename(tmp_path / "crepe/other")
+    vismin = json.loads((tmp_path / "vismin/rows.jsonl").read_text())
+    write(tmp_path / "vismin/rows.jsonl", json.dumps({**vismin, "category": "object"}))
+    out = tmp_path / "out"
+    suites = ("--suite", "all", "--allow-missing", "--root", tmp_path, "--no-blind")
+    run("--ckpt", tiny(tmp_path / "a/latest.pt"), *suites, "--out", out)
+    result = json.loads((out / "results.json").read_text())["a"]
+    assert "bivlc" in result["left_out"]
+    nothing = {"accuracy": None, "low": None, "high": None, "scored": 0}
+    sugarcrepe = result["suites"]["sugarcrepe"]
+    assert sugarcrepe["subsets"]["swap_obj"] == {**nothing, "expected": 245, "ties": 0}
+    swap = {**nothing, "scored": 2, "expected": 245 + 666}
+    for name in ("swap", "mean of 7 subsets", "mean of 3 groups", "mean of items"):
+        assert sugarcrepe["averages"][name]["accuracy"] is None
+    assert sugarcrepe["averages"]["swap"] == swap
+    assert sugarcrepe["averages"]["add"]["accuracy"] is not None
+    assert result["suites"]["crepe"]["subsets"]["atom"] == {**nothing, "expected": None, "ties": 0}
+    assert result["suites"]["vismin"]["subsets"]["relation group"]["expected"] == 622
+    assert result["suites"]["vismin"]["averages"]["group: mean of 4 subsets"]["accuracy"] is None
+    recall = result["suites"]["retrieval"]["costs"]["Flickr30k text to image R@5"]
+    assert (recall["scored"], recall["expected"]) == (0, 5000)
+    page = (out / "results.md").read_text()
+    assert "\n| swap_obj | 0 of 245 | -- |" in page
+    assert "\n| **swap** | 2 of 911 | -- |" in page
+    assert "\n| atom | 0 of ? | -- |" in page
+    assert "\nLeft out: bivlc: " in page
+    lines = (out / "results.csv").read_text().splitlines()
+    assert "sugarcrepe,a,ours,subsets,swap_obj,,,,0,245,0" in lines
+    assert "bivlc,a,ours,left out,,,,,0" in lines
+    assert "left out: bivlc" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
@@ -1132,7 +1254,8 @@ def script(name, *options):
 @pytest.mark.slow
 def test_tables_of_a_readme_follow_the_results(tmp_path, root, capsys):
     out = tmp_path / "out"
-    run("--ckpt", tiny(tmp_path / "a/latest.pt"), "--suite", "valse", "--root", root, "--out", out)
+    some = ("--allow-missing", "--root", root, "--out", out)
+    run("--ckpt", tiny(tmp_path / "a/latest.pt"), "--suite", "valse", *some)
     results = out / "results.json"
     page = tmp_path / "page.md"
     page.write_text(f"Text\n<!-- table: {results} valse -->\nold\n<!-- end -->\nMore\n")
