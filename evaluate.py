@@ -31,8 +31,10 @@ import pickle
 import platform
 import random
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -289,9 +291,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # torch raises many kinds here
-        raise DataError(
-            f"{path}: cannot be read as weights ({_line(error)}){_mend(error)}"
-        ) from None
+        noise = isinstance(error, (LookupError, UnicodeError, EOFError, AttributeError))
+        why = "it is torn, or no file of torch.save" if noise else _line(error)
+        raise DataError(f"{path}: cannot be read as weights ({why}){_mend(error)}") from None
     content = content if isinstance(content, dict) else {}
     state = content.get("state_dict", content.get("model", content))
     if not isinstance(state, dict) or not state:
@@ -309,6 +311,10 @@ def _read_tensors(path: Path) -> Any:
         from safetensors.torch import load_file  # comes with open_clip
 
         return load_file(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip of today's torch, or a pickle of old
+        raise EOFError
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -330,10 +336,12 @@ def _mend(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        "no reason given"
-    ]
-    return (lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0])[:160]
+    """The first line that says something, cut between words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0]
+    if " " not in line:  # the key of a KeyError, or nothing
+        line = f"{type(error).__name__} {line}".strip()
+    return textwrap.shorten(line, 240, placeholder=" ...")
 
 
 def _register(name: str) -> str:
@@ -1328,7 +1336,7 @@ class Encoder:
         todo = list(fresh)
         batches = [todo[start : start + size] for start in range(0, len(todo), size)]
         mine = [[fresh[key] for key in batch] for batch in batches[self.rank :: self.ranks]]
-        parts = encode(mine) if mine else []
+        parts = together(lambda: encode(mine) if mine else [])
         if self.ranks > 1:
             shared: list[Any] = [None] * self.ranks
             dist.all_gather_object(shared, parts)
@@ -1336,8 +1344,8 @@ class Encoder:
         for batch, part in zip(batches, parts, strict=True):
             self.known.update(zip(batch, part, strict=True))
         self.encoded[kind] += len(todo)
-        if todo and self.cache and self.rank == 0:
-            self._write_cache(self.cache, todo)
+        cache = self.cache if self.rank == 0 else None
+        together(lambda: self._write_cache(cache, todo) if todo and cache else None)
         rows = torch.stack([self.known[key] for key in keys]).numpy() if keys else np.zeros((0, 1))
         return Features(rows, {name: i for i, name in enumerate(names)})
 
@@ -1371,19 +1379,26 @@ class Encoder:
         for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
             try:
                 kept = torch.load(file, weights_only=True)
-                self.known.update(zip(kept["keys"], kept["rows"], strict=True))
+                self.known.update(dict(zip(kept["keys"], kept["rows"], strict=True)))
             except Exception:  # torch raises many kinds here
-                raise DataError(f"--cache {file}: cannot be read; delete this file") from None
+                if self.rank == 0:
+                    print(f"evaluate.py: --cache {file}: is torn, made again", file=sys.stderr)
+                    file.unlink(missing_ok=True)
+        if self.ranks > 1:  # a file may have come or gone between two ranks' looks
+            keys: list[Any] = [None] * self.ranks
+            dist.all_gather_object(keys, set(self.known))
+            common = set.intersection(*keys)
+            self.known = {key: row for key, row in self.known.items() if key in common}
 
     def _write_cache(self, folder: Path, keys: list[str]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.pt"
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{os.getpid()}.partial")
             torch.save({"keys": keys, "rows": torch.stack([self.known[k] for k in keys])}, partial)
             os.replace(partial, file)
-        except OSError as error:
-            raise DataError(f"--cache {folder}: cannot be written ({error.strerror})") from None
+        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk as the latter
+            raise DataError(f"--cache {folder}: cannot be written ({_line(error)})") from None
 
 
 class _Known:
@@ -1460,6 +1475,29 @@ def hash_model(model: Model) -> str:
 def rank_and_ranks() -> tuple[int, int]:
     """Rank of this process under torchrun and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+Made = TypeVar("Made")
+
+
+def together(work: Callable[[], Made]) -> Made:
+    """Do this rank's work; what the user must mend on one rank is raised on all of them.
+
+    Raises:
+        DataError: that of the first rank that has one.
+    """
+    faults: list[str | None] = [None] * rank_and_ranks()[1]
+    made: list[Made] = []
+    try:
+        made.append(work())
+    except DataError as error:
+        faults[0] = str(error)
+    if dist.is_initialized():
+        dist.all_gather_object(faults, faults[0])
+    for fault in faults:
+        if fault is not None:
+            raise DataError(fault)
+    return made[0]
 
 
 # Verdicts
@@ -2137,8 +2175,20 @@ def show(table: str) -> str:
 # The script
 
 
+Build = Callable[[], Model]
+
+
+def check_models(models: Mapping[str, Build]) -> dict[str, Build]:
+    """Build every model before any is scored; the first one stays, the others are let go."""
+    label, *later = models
+    for name in later:
+        models[name]()
+    kept = [models[label]()]
+    return {**models, label: kept.pop}
+
+
 def evaluate(
-    models: Mapping[str, Callable[[], Model]], suites: dict[str, Suite], args: argparse.Namespace
+    models: Mapping[str, Build], suites: dict[str, Suite], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Score every model on every suite; write items below --out, if given, as they are done.
 
@@ -2151,7 +2201,11 @@ def evaluate(
         for name, suite in suites.items()
         if read_table("suites")[name].get("blind") and not args.no_blind
     }
+    writes = args.out and rank_and_ranks()[0] == 0
+    if writes:
+        shutil.rmtree(args.out / ITEMS, ignore_errors=True)
     for label, build in models.items():
+        encoder = None  # let the last model go first
         encoder = Encoder(build(), args)
         about = {"weights_sha256": encoder.hash, "evaluated_with": versions(args)}
         results[label] = {**encoder.model.about, **about}
@@ -2165,8 +2219,8 @@ def evaluate(
                 result["versus"] = {base: compare(name, scored, before[name])}
             before.setdefault(name, scored._replace(records=[]))
             results[label]["suites"][name] = result
-            if args.out and encoder.rank == 0:
-                write_items(args.out / "items", label if len(models) > 1 else "", name, scored)
+            folder = args.out / ITEMS / (label if len(models) > 1 else "") if writes else None
+            together(functools.partial(write_items, folder, name, scored))
     return results
 
 
@@ -2176,13 +2230,30 @@ def versions(args: argparse.Namespace) -> dict[str, str]:
     return {**made, "open_clip": open_clip.__version__, "precision": args.precision}
 
 
-def write_items(folder: Path, label: str, suite: str, scored: Scored) -> None:
+ITEMS = "items.partial"  # until all is scored
+
+
+def write_items(folder: Path | None, suite: str, scored: Scored) -> None:
     """Write one line for each item: texts, scores and verdicts."""
-    folder = folder / label
-    folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.records)
-    if text:
+    if folder is None or not text:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{suite}.jsonl", text)
+    except OSError as error:
+        raise DataError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a folder, or nothing if there is none, in the place of another."""
+    gone = old.with_name(f"{old.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if old.exists():
+        os.replace(old, gone)
+    if new.exists():
+        os.replace(new, old)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -2255,7 +2326,12 @@ def pick_device(device: str) -> str:
 
 
 def list_suites(root: Path | None) -> None:
-    """Print for each suite: items found of those expected, files, where to get them, licence."""
+    """Print for each suite: items found of those expected, files, where to get them, licence.
+
+    Raises:
+        DataError: the root is no folder, or may not be read.
+    """
+    check_root(root)
     for name, info in read_table("suites").items():
         expected, found, why = sum(info["expected"].values()), 0, ""
         try:
@@ -2263,8 +2339,7 @@ def list_suites(root: Path | None) -> None:
             found = len(suite.items) + sum(_size(cost) for cost in suite.costs)
             expected = max(sum(suite.expected.values()), 0 if expected else found)
         except DataError as error:
-            why = "" if root else " (no --root)"
-            why = why or f" ({str(error)[:120]})"
+            why = f" ({error})" if root else " (no --root)"
         if name == "shapes":
             found = expected
         state = "ready" if found and found >= expected else "partly" if found else "missing"
@@ -2280,10 +2355,13 @@ def _size(cost: Retrieval | Classes) -> int:
 def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:
     """Labels with model name and weights; a label defaults to the name of the run."""
     if args.pretrained:
-        label = f"{args.model} {args.pretrained}".replace("/", "-")
-        return {label: (args.model, args.pretrained)}
+        if "/" in args.pretrained and not os.path.exists(args.pretrained):
+            raise DataError(f"--pretrained {args.pretrained}: no such checkpoint; check the path")
+        label = _short(args.pretrained) if os.path.exists(args.pretrained) else args.pretrained
+        label = f"{_short(args.model)} {label}" if args.model else label
+        return {_plain_label(label, "--pretrained"): (args.model, args.pretrained)}
     if not args.ckpt:  # main() asked for one of them
-        return {args.model.split("/")[-1]: (args.model, None)}
+        return {_plain_label(args.model.split("/")[-1], "--model"): (args.model, None)}
     named: dict[str, tuple[str | None, str | None]] = {}
     for given in args.ckpt:
         label, _, what = given.rpartition("=") if not os.path.exists(given) else ("", "", given)
@@ -2296,15 +2374,25 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
             pair, short = (name, tag), f"{name} {tag}"
         else:
             raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
-        label = label or short
-        if not re.fullmatch(r"\w[\w.+ -]*", label):
-            raise DataError(
-                f"--ckpt {given}: the label {label!r} may hold letters, digits and .+-_"
-            )
+        label = _plain_label(label or short, f"--ckpt {given}")
         if label in named:
             raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
         named[label] = pair
     return named
+
+
+def _short(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
+
+
+def _plain_label(label: str, flag: str) -> str:
+    """Refuse labels that cannot be a folder and a table's heading."""
+    if not re.fullmatch(r"\w[\w.+ -]*", label):
+        raise DataError(
+            f"{flag}: the label {label!r} may hold letters, digits and .+-_; "
+            "write --ckpt LABEL=WHAT"
+        )
+    return label
 
 
 def name_suites(text: str) -> list[str]:
@@ -2358,8 +2446,28 @@ def check_args(args: argparse.Namespace) -> None:
         raise DataError(f"--pretrained {args.pretrained}: name its --model too")
     if args.batch_size < 1 or args.workers < 0:
         raise DataError("--batch-size must be 1 or more, --workers 0 or more")
-    if args.out and (args.out / "results.json").exists() and not args.overwrite:
-        raise DataError(f"--out {args.out}: has results already; pass --overwrite to replace them")
+    name_suites(args.suite)
+    check_root(args.root)
+    if args.out:
+        check_out(args.out, args.overwrite)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that has results already, or cannot be made; nothing is left there."""
+    try:
+        if (out / "results.json").exists() and not overwrite:
+            raise DataError(f"--out {out}: has results already; pass --overwrite to replace them")
+        own = [path for path in (out / "items").rglob("*") if path.is_file()]
+        foreign = next((path for path in own if path.suffix != ".jsonl"), None)
+        if foreign or (own and not overwrite):
+            raise DataError(
+                f"--out {out}: {foreign or own[0]} is in the way; choose another folder"
+            )
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be made ({error.strerror})") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2370,21 +2478,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_args(args)
     args.device = pick_device(args.device)
-    suites, left_out = load_suites(args)
-    models = {
-        label: functools.partial(
-            load_model, name, what, activation=args.activation, device=args.device
-        )
-        for label, (name, what) in name_models(args).items()
-    }
+    named = name_models(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+    load = functools.partial(load_model, activation=args.activation, device=args.device)
+    builds: dict[str, Build] = {
+        label: functools.partial(load, *what) for label, what in named.items()
+    }
+    models = together(lambda: check_models(builds))
+    suites, left_out = load_once(args)
     results = evaluate(models, suites, args)
     for result in results.values():
         result["left_out"] = left_out
@@ -2394,16 +2497,31 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
+def load_once(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
+    """Read the suites on the first rank, which may unpack files, and give them to the others."""
+    first = rank_and_ranks()[0] == 0
+    loaded: list[Any] = [together(lambda: load_suites(args) if first else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(loaded)
+    return loaded[0]
+
+
 def report(results: dict[str, Any], out: Path | None) -> None:
     """Print the tables; write them to --out as JSON, markdown, LaTeX and CSV."""
     table = markdown(results)
     print(show(table))
-    if out:
+    if not out:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_folder(out / ITEMS, out / "items")
         write_text(out / "results.md", table)
         write_text(out / "results.tex", latex(results))
         write_text(out / "results.csv", long_csv(results))
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-        print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import os
 import pickle
 import random
 import runpy
+import socket
 import subprocess
 import sys
+import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -814,10 +816,67 @@ def test_cache_is_by_content_and_by_model(tmp_path, root):
     other = encoder_of(b, *cache)
     other.images([str(name), Crop(str(name), (0, 0, 9, 9))])
     assert other.encoded["images"] == 2
-    for file in (tmp_path / "cache").rglob("*.pt"):
-        file.write_bytes(b"torn")
-    with pytest.raises(data.DataError, match="delete this file"):
-        encoder_of(a, *cache)
+
+
+def test_a_torn_cache_file_is_a_miss_and_made_again(tmp_path, capsys):
+    path, cache = tiny(tmp_path / "a.pt"), ("--cache", tmp_path / "cache")
+    first = encoder_of(path, *cache)
+    rows = first.texts(["a dog", "a cat"]).rows
+    (file,) = (tmp_path / "cache").rglob("*.pt")
+    for torn in (b"torn", b"", file.read_bytes()[:300]):
+        file.write_bytes(torn)
+        again = encoder_of(path, *cache)
+        assert f"--cache {file}: is torn, made again" in capsys.readouterr().err
+        np.testing.assert_allclose(again.texts(["a cat"]).rows[0], rows[1], atol=2e-6)
+        np.testing.assert_allclose(again.texts(["a dog"]).rows[0], rows[0], atol=2e-6)
+        files = [x for x in (tmp_path / "cache").rglob("*") if x.is_file()]
+        assert len(files) == 2
+        assert encoder_of(path, *cache).known.keys() == first.known.keys()
+        assert not capsys.readouterr().err
+        for extra in files:
+            extra.unlink()
+        encoder_of(path, *cache).texts(["a dog", "a cat"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["picture", "items"])
+def test_a_mistake_on_one_rank_is_told_by_all_with_exit_code_2(fault, tmp_path):
+    """The second picture is the second rank's; the items are written by the first alone."""
+    make_root(tmp_path)
+    rows = [[f"vg/{i}.jpg", "a", f"vg/{i}.jpg", "b"] for i in (3, 4)]
+    write(tmp_path / "cola/COLA_multiobjects_matching_benchmark.json", rows)
+    for i in (3, 4):
+        photo(tmp_path / f"vg/{i}.jpg")
+    if fault == "picture":
+        write(tmp_path / "vg/4.jpg", "no picture")
+    path, out = tiny(tmp_path / "m/latest.pt"), tmp_path / "out"
+    command = [sys.executable, ROOT / "evaluate.py", "--ckpt", path, "--suite", "cola,bivlc"]
+    command += ["--root", tmp_path, "--allow-missing", "--batch-size", 1, "--out", out]
+    if fault == "items":
+        out.mkdir()
+        (out / "items.partial").write_text("in the way")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    runs = [
+        subprocess.Popen(
+            list(map(str, command)),
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+        )
+        for rank in (0, 1)
+    ]
+    said = [run.communicate(timeout=60)[1] for run in runs]
+    message = {
+        "picture": "vg/4.jpg: cannot be decoded",
+        "items": "items.partial: cannot be written",
+    }
+    for run, text in zip(runs, said, strict=True):
+        assert run.returncode == 2, text
+        assert message[fault] in text
+        assert "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -1010,6 +1069,87 @@ def test_a_whole_evaluation_writes_every_output(tmp_path, root, capsys):
         assert item["correct"] == (item["scores"][0][0] > item["scores"][0][1])
     with pytest.raises(data.DataError, match="--overwrite"):
         run("--ckpt", a, "--suite", "shapes", "--out", out)
+
+
+def test_every_checkpoint_is_looked_at_before_the_first_is_scored(tmp_path, monkeypatch):
+    good, bad = tiny(tmp_path / "a/latest.pt"), tiny(tmp_path / "b/latest.pt")
+    monkeypatch.setattr(evaluate, "score_suite", None)
+    cut = torch.load(bad)
+    cut["state_dict"]["visual.proj"] = cut["state_dict"]["visual.proj"][:, :9]
+    torch.save(cut, bad)
+    with pytest.raises(data.DataError, match="does not fit the model shapes-tiny"):
+        run("--ckpt", good, "--ckpt", bad, "--out", tmp_path / "out")
+    bad.write_bytes(good.read_bytes()[:9999])
+    with pytest.raises(data.DataError, match="cannot be read as weights"):
+        run("--ckpt", good, "--ckpt", bad, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_model_at_a_time_is_held(tmp_path):
+    alive = []
+
+    class Net:
+        pass
+
+    def build():
+        assert sum(x() is not None for x in alive) == 0
+        net = Net()
+        alive.append(weakref.ref(net))
+        return net
+
+    models = evaluate.check_models({"a": build, "b": build})
+    assert [x() is not None for x in alive] == [False, True]  # the first is built last, and stays
+    models["a"]()
+    models["b"]()
+    assert len(alive) == 3
+
+
+def test_overwriting_replaces_all_items_and_an_error_none(tmp_path, root):
+    a, b = tiny(tmp_path / "a/latest.pt", 0), tiny(tmp_path / "b/latest.pt", 1)
+    some, out = ("--allow-missing", "--root", root), tmp_path / "new/out"
+    run("--ckpt", a, "--ckpt", b, "--suite", "cola,bivlc", *some, "--out", out)
+    first = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert {str(p) for p in first if p.suffix == ".jsonl"} == {
+        f"items/{label}/{suite}.jsonl" for label in "ab" for suite in ("cola", "bivlc")
+    }
+    again = ("--out", out, "--overwrite")
+    broken = tmp_path / "broken"
+    make_root(broken)
+    write(broken / "vg/VG_100K/1.jpg", "no picture")
+    with pytest.raises(data.DataError, match="cannot be decoded"):
+        run("--ckpt", b, "--suite", "bivlc,cola", "--allow-missing", "--root", broken, *again)
+    kept = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert {p: x for p, x in kept.items() if p.parts[0] != evaluate.ITEMS} == first
+    run("--ckpt", b, "--suite", "cola", *some, *again)
+    assert [str(p.relative_to(out)) for p in out.rglob("*.jsonl")] == ["items/cola.jsonl"]
+    assert not (out / evaluate.ITEMS).exists()
+    (out / "items/mine.txt").touch()
+    with pytest.raises(data.DataError, match=r"mine.txt is in the way"):
+        run("--ckpt", b, "--suite", "cola", *some, *again)
+
+
+@pytest.mark.parametrize("content", [b"junk of no kind", b"", b"\x80\x02]q.u"])
+def test_a_file_that_is_no_checkpoint_is_said_in_words(content, tmp_path):
+    (tmp_path / "junk.pt").write_bytes(content)
+    with pytest.raises(data.DataError, match=r"\(it is torn, or no file of torch.save\)$"):
+        evaluate.read_checkpoint(tmp_path / "junk.pt")
+
+
+def test_reasons_are_cut_between_words():
+    line = evaluate._line(ValueError("many words " * 50))
+    assert len(line) <= 240
+    assert line.endswith((" many ...", " words ..."))
+    assert evaluate._line(KeyError(174812789)) == "KeyError 174812789"
+
+
+@pytest.mark.parametrize("flag", ["--list", "--suite"])
+def test_a_root_that_is_no_folder_is_said_once(flag, tmp_path):
+    (tmp_path / "file").touch()
+    options = ["--list"] if flag == "--list" else ["--ckpt", "x", "--suite", "all"]
+    with pytest.raises(data.DataError, match="file: is a file, not a folder"):
+        run(*options, "--root", tmp_path / "file")
+    with pytest.raises(data.DataError, match="none: no such folder"):
+        run(*options, "--root", tmp_path / "none")
 
 
 def test_list_names_files_places_licences_and_counts(root, capsys):
@@ -1302,6 +1442,21 @@ def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
     result = json.loads(out.read_text())
     assert result["same verdicts"] == result["items"] == 14
     assert result["pictures"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "hf-hub:org/re|po"],
+        ["--model", "ViT-B-32", "--pretrained", "a|b"],
+    ],
+)
+def test_labels_of_models_and_tags_are_plain_words_too(options):
+    with pytest.raises(data.DataError, match="may hold letters"):
+        evaluate.name_models(evaluate.parse_args(options))
+    gone = evaluate.parse_args(["--model", "ViT-B-32", "--pretrained", "a/b.pt"])
+    with pytest.raises(data.DataError, match="--pretrained a/b.pt: no such checkpoint"):
+        evaluate.name_models(gone)
 
 
 def test_labels_are_plain_words():
