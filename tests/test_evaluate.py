@@ -1455,7 +1455,7 @@ def test_labels_of_models_and_tags_are_plain_words_too(options):
     with pytest.raises(data.DataError, match="may hold letters"):
         evaluate.name_models(evaluate.parse_args(options))
     gone = evaluate.parse_args(["--model", "ViT-B-32", "--pretrained", "a/b.pt"])
-    with pytest.raises(data.DataError, match="--pretrained a/b.pt: no such checkpoint"):
+    with pytest.raises(data.DataError, match=r"--pretrained a/b.pt: no such checkpoint"):
         evaluate.name_models(gone)
 
 
