@@ -1870,9 +1870,35 @@ def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> 
     )
 
 
-def _cell(value: float, draws: np.ndarray, scored: int) -> dict[str, Any]:
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
-    return {"accuracy": 100 * value, "low": float(low), "high": float(high), "scored": scored}
+def effective(weights: np.ndarray, counts: Sequence[float]) -> float:
+    """How many items of equal weight tell as much: 1 / sum(weight^2) (Kish, Survey Sampling, 1965).
+
+    Args:
+        weights: of each part or row in the figure; they sum to 1.
+        counts: (effective) number of items of each, which share its weight.
+    """
+    return 1 / float((np.square(weights) / counts).sum())
+
+
+def wilson(value: float, n: float) -> tuple[float, float]:
+    """95 % score interval of a share of n items (Wilson, 1927, J. Am. Stat. Assoc. 22, 209-212)."""
+    z = 1.959964
+    middle = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return (middle - half if value else 0.0), (middle + half if value < 1 else 1.0)
+
+
+def _cell(value: float, draws: np.ndarray, n: float, scored: int) -> dict[str, Any]:
+    """A figure and its 95 % interval, in per cent: the middle of the bootstrap's draws.
+
+    Where all draws are the same (every verdict of a part agrees, as with a single item) they say
+    nothing; Wilson's interval of `n` items, the effective number, stands in.
+    """
+    low, high = np.percentile(draws, [2.5, 97.5])
+    if draws.min() == draws.max():
+        low, high = wilson(value, n)
+    bounds = {"low": 100 * float(low), "high": 100 * float(high)}
+    return {"accuracy": 100 * value, **bounds, "scored": scored}
 
 
 def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
@@ -1883,22 +1909,28 @@ def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
     tables: dict[str, Any] = {"subsets": {}, "averages": {}, "costs": {}}
     absent = absent_rows(suite, scored)
     for part, tally in (("subsets", scored.subsets), ("costs", scored.costs)):
-        values, draws, counts = {}, {}, {}
+        values, draws, counts, sizes = {}, {}, {}, {}
         for row, parts in tally.items():
             values[row] = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
             draws[row] = resample(suite.name, row, parts)
             counts[row] = sum(len(x) for x in parts.values())
+            shares = mean_of(dict(zip(parts, np.eye(len(parts)), strict=True)))
+            sizes[row] = effective(shares, [len(x) for x in parts.values()])
             expected = suite.expected.get(_stem(row, part), counts[row])
-            cell = _cell(values[row], draws[row], counts[row])
+            cell = _cell(values[row], draws[row], sizes[row], counts[row])
             tables[part][row] = {**cell, "expected": expected, "ties": scored.ties[row]}
         for row in absent[part]:
             known = {"scored": 0, "expected": suite.expected.get(_stem(row, part)), "ties": 0}
             tables[part][row] = {**NOTHING, **known}
         rows = tables[part]
         trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(tally)
+        ones = dict(zip(values, np.eye(len(values)), strict=True))
         for name, tree in trees.items():
+            cell = NOTHING
             value, spread = average(tree, values, counts), average(tree, draws, counts)
-            cell = NOTHING if value is None or spread is None else _cell(value, spread, 0)
+            weights = average(tree, ones, counts)
+            if value is not None and spread is not None and weights is not None:
+                cell = _cell(value, spread, effective(weights, list(sizes.values())), 0)
             tables["averages"][name] = {**cell, **_total([rows[leaf] for leaf in _leaves(tree)])}
     return {**tables, "notes": suite.notes}
 
@@ -2078,6 +2110,21 @@ def _count(cell: dict[str, Any]) -> str:
 
 def _figure(value: float | None, sign: str = "") -> str:
     return "" if value is None or math.isnan(value) else f"{value:{sign}.1f}"
+
+
+def partly(suites: dict[str, Any]) -> str:
+    """Which suites of a model were scored in part only: "NAME N of M, ..."; or an empty string."""
+    found = []
+    for name, table in suites.items():
+        cells = {
+            _stem(row, part): cell
+            for part in ("subsets", "costs")
+            for row, cell in table[part].items()
+        }
+        total = _total(list(cells.values()))
+        if total["scored"] != total["expected"]:
+            found.append(f"{name} {_count(total)}")
+    return ", ".join(found)
 
 
 def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:

@@ -392,6 +392,37 @@ def test_intervals_cover_the_figure_and_shrink_with_items():
     assert widths[1] == pytest.approx(1.96, abs=0.2)
 
 
+def test_intervals_where_all_verdicts_agree_are_wilsons():
+    """The ends are where a z-test of the count against the end gives 1.96 (Wilson, 1927)."""
+
+    def cells(tally):
+        scored = evaluate.Scored(tally, {}, evaluate.Counter(), [])
+        return evaluate.summarise(suite_of("sugarcrepe", []), scored)
+
+    for n in (1, 5, 400):
+        full, none = (cells({"x": {(): [right] * n}})["subsets"]["x"] for right in (True, False))
+        end = n / (n + 1.959964**2)  # where (1 - p) / sqrt(p (1 - p) / n) = 1.96
+        assert full["high"] == 100
+        assert full["low"] == pytest.approx(100 * end)
+        assert none["low"] == 0
+        assert none["high"] == pytest.approx(100 - 100 * end)
+    for value, n in ((0.5, 2), (0.2, 30)):
+        for end in evaluate.wilson(value, n):
+            assert abs(value - end) / math.sqrt(end * (1 - end) / n) == pytest.approx(1.959964)
+    # Two parts of one item each, one right: a point under the bootstrap, two items in effect.
+    two = cells({"x": {("a",): [True], ("b",): [False]}})["subsets"]["x"]
+    assert two["accuracy"] == 50
+    assert [two["low"], two["high"]] == [100 * x for x in evaluate.wilson(0.5, 2)]
+    # Parts of 1 and 9 items with half the weight each: the variance of a mean of theirs is
+    # v (1/4 + 1/36), that of n = 3.6 items.
+    uneven = cells({"x": {("a",): [True], ("b",): [True] * 9}})["subsets"]["x"]
+    assert uneven["low"] == pytest.approx(100 * evaluate.wilson(1, 3.6)[0])
+    swap = cells({"swap_att": {(): [True]}, "swap_obj": {(): [True] * 9}})["averages"]["swap"]
+    assert swap["low"] == pytest.approx(uneven["low"])
+    add = cells({"swap_att": {(): [True]}, "swap_obj": {(): [False, True]}})["averages"]["swap"]
+    assert add["low"] < 75 == add["accuracy"]
+
+
 def test_blind_reader_finds_an_artefact_and_nothing_else():
     rng = random.Random(0)
     nouns = ["dog", "cat", "bus", "tree", "man", "boat"]
@@ -1420,7 +1451,7 @@ def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     assert script("plot_tradeoff.py", "--out", tmp_path / "a.png") == 0
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    cell = {"accuracy": 50.0}
+    cell = {"accuracy": 50.0, "scored": 3, "expected": 3}
     table = {"subsets": {}, "averages": {"mean of 7 subsets": cell}, "costs": {}}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"a": {"suites": {"sugarcrepe": table}}}))
@@ -1430,6 +1461,57 @@ def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
     suites = {"sugarcrepe": table, "zeroshot": zero_shot}
     path.write_text(json.dumps({"a": {"suites": suites}}))
     assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 0
+    titles = drawn_titles(path, tmp_path / "c.svg")
+    assert "retrieval (per cent)" not in titles  # an empty panel
+    assert "zero-shot (per cent)" in titles
+    assert "* a" not in titles
+    table["subsets"]["swap_obj"] = {"accuracy": None, "scored": 0, "expected": 245}
+    table["subsets"]["add_obj"] = {"accuracy": 50.0, "scored": 3, "expected": 5}
+    path.write_text(json.dumps({"a": {"suites": suites}}))
+    titles = drawn_titles(path, tmp_path / "d.svg")
+    assert "* a: sugarcrepe 3 of 250" in titles
+    assert script("plot_tradeoff.py", path, path, "--out", tmp_path / "d.svg") == 2
+    assert "the label a is taken" in capsys.readouterr().err
+
+
+def drawn_titles(path, out):
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert script("plot_tradeoff.py", path, "--out", out) == 0
+    return out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["plot_tradeoff.py", "--out", "a.bmpp"], "a.bmpp: ends in none of ."),
+        (["plot_tradeoff.py", "--out", "a"], "a: ends in none of ."),
+        (["plot_tradeoff.py", "--out", "none/a.png"], "there is no folder none; make it"),
+        (["plot_tradeoff.py", "--out", "/proc/a.png"], "cannot be written"),
+        (["make_tables.py", "--check", "--file", "page.md"], "page.md: holds no table between"),
+        (["make_tables.py", "--file", "none.md"], "none.md: cannot be read"),
+        (["plot_run.py", "none"], "none: holds neither"),
+    ],
+)
+def test_scripts_tell_mistakes_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").write_text("No table here.\n")
+    assert script(*options) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+def test_plot_run_has_help_and_leaves_out_what_is_absent(tmp_path, capsys):
+    assert script("plot_run.py", "--help") == 0
+    assert "plot_run.py runs/NAME" in capsys.readouterr().out
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    cell = {"accuracy": 50.0, "low": 40.0, "high": 60.0}
+    table = {"subsets": {"a": cell, "b": {"accuracy": None}}}
+    (tmp_path / "results.json").write_text(json.dumps({"m": {"suites": {"cola": table}}}))
+    assert script("plot_run.py", tmp_path) == 0
+    assert (tmp_path / "cola.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
