@@ -2150,28 +2150,78 @@ def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
     return lines
 
 
+TABLE_1 = ["aro", "valse"]  # of the paper: one table
+
+
 def latex(results: dict[str, dict[str, Any]]) -> str:
-    """Tables of booktabs in the papers' column order: published rows, then ours."""
-    tables = []
-    for suite in next(iter(results.values()))["suites"]:
-        scored = {label: result["suites"][suite] for label, result in results.items()}
-        first = next(iter(scored.values()))
-        given = read_table("suites")[suite].get("columns")
-        rows = [*first["subsets"], *first["averages"], *first["costs"]]
-        columns = given or [[name, name] for name in rows]
-        lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule"]
-        lines += [" & ".join(["Model", "Source", *(_tex(head) for _, head in columns)]) + r" \\"]
-        lines += [r"\midrule"]
-        for (model, source), values in published(suite).items():
-            cells = [_figure(values.get(name)) or "--" for name, _ in columns]
-            lines += [" & ".join([_tex(model), _tex(source), *cells]) + r" \\"]
-        lines += [r"\midrule"] if published(suite) else []
-        for label, result in scored.items():
-            ours = {**result["subsets"], **result["averages"], **result["costs"]}
-            cells = [_figure(ours.get(name, NOTHING)["accuracy"]) or ABSENT for name, _ in columns]
-            lines += [" & ".join([_tex(label), "ours", *cells]) + r" \\"]
-        tables.append("\n".join([f"% {suite}", *lines, r"\bottomrule", r"\end{tabular}"]))
-    return "\n\n".join(tables) + "\n"
+    """Tables of booktabs in the papers' column order: published rows, then ours.
+
+    A star marks figures of part of the items; below the table it says of how many.
+    """
+    suites = list(next(iter(results.values()))["suites"])
+    one = [suite for suite in TABLE_1 if suite in suites]
+    tables = [[suite] for suite in suites if suite not in one] if one else [[x] for x in suites]
+    blocks = [_tabular(names, results) for names in ([one, *tables] if one else tables)]
+    blocks += [f"% left out: {suite}: {why}" for suite, why in _left_out(results).items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _tabular(suites: list[str], results: dict[str, dict[str, Any]]) -> str:
+    """One table; columns and published rows that would be empty are left out."""
+    theirs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    ours: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for suite in suites:
+        for key, values in published(suite).items():
+            theirs[key].update((f"{suite} {row}", _figure(x)) for row, x in values.items())
+        for label, result in results.items():
+            table = result["suites"][suite]
+            for row, cell in {**table["subsets"], **table["averages"], **table["costs"]}.items():
+                if cell["accuracy"] is not None:
+                    star = "" if cell["scored"] == cell["expected"] else "$^*$"
+                    ours[label, "ours"][f"{suite} {row}"] = _figure(cell["accuracy"]) + star
+    filled = set().union(*theirs.values(), *ours.values())
+    columns = [x for suite in suites for x in _columns(suite, results) if x[0] in filled]
+    rows = {key: [line.get(name, ABSENT) for name, _, _ in columns] for key, line in theirs.items()}
+    lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule", *_heads(columns)]
+    body = [[*key, *cells] for key, cells in rows.items() if set(cells) != {ABSENT}]
+    lines += [*map(_tex_row, body), *([r"\midrule"] if body else [])]
+    for label, result in results.items():
+        line = ours[label, "ours"]
+        lines += [_tex_row([label, "ours", *(line.get(name, ABSENT) for name, _, _ in columns)])]
+        part = partly({suite: result["suites"][suite] for suite in suites})
+        if part:
+            lines += [rf"\multicolumn{{{len(columns) + 2}}}{{l}}{{$^*$ {_tex(part)} items}} \\"]
+    return "\n".join([f"% {', '.join(suites)}", *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _columns(suite: str, results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Name, head and group of each column, in the paper's order where it has a table."""
+    given = read_table("suites")[suite].get("columns")
+    if given:
+        return [(f"{suite} {row}", head, group) for row, head, group in given]
+    first = next(iter(results.values()))["suites"][suite]
+    rows = [*first["subsets"], *first["averages"], *first["costs"]]
+    verdicts = {row: _verdict(row) for row in rows}
+    return [
+        (f"{suite} {row}", verdicts[row] or row, _stem(row, "subsets") if verdicts[row] else "")
+        for row in rows
+    ]
+
+
+def _heads(columns: list[tuple[str, str, str]]) -> list[str]:
+    """The heads of the columns, under those of their groups."""
+    above, rules, start = ["", ""], "", 3
+    for group, members in itertools.groupby(columns, key=lambda column: column[2]):
+        end = start + len(list(members)) - 1
+        above.append(rf"\multicolumn{{{end - start + 1}}}{{c}}{{{_tex(group)}}}")
+        rules += rf"\cmidrule(lr){{{start}-{end}}}" if group else ""
+        start = end + 1
+    heads = [_tex_row(["Model", "Source", *(head for _, head, _ in columns)]), r"\midrule"]
+    return [" & ".join(above) + r" \\", rules, *heads] if rules else heads
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cell if cell.endswith("$^*$") else _tex(cell) for cell in cells) + r" \\"
 
 
 def _tex(text: str) -> str:
