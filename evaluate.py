@@ -476,7 +476,7 @@ class Source:
             raise DataError(f"{path}: is not UTF-8 text; download it again") from None
         try:
             table = _parse(text, path.suffix)
-        except ValueError:
+        except (ValueError, csv.Error):
             raise DataError(f"{path}: is not {path.suffix[1:]}; download it again") from None
         self.read[str(path)] = set()
         if not isinstance(table, (dict, list)) or not (table or self.partial):
@@ -1147,6 +1147,8 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
             raise
         place = source.place or name
         raise DataError(f"{place}: is not as the official files have it ({error!r})") from None
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     items = [x for x in loaded if isinstance(x, Item)]
     costs = [x for x in loaded if not isinstance(x, Item)]
     if not loaded and not source.read:
@@ -2523,8 +2525,8 @@ def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, s
         except DataError as error:
             if not (args.allow_missing and set(GROUPS).intersection(args.suite.split(","))):
                 raise
-            left_out[name] = str(error)
-            print(f"evaluate.py: left out: {name}: {error}", file=sys.stderr)
+            left_out[name] = str(error).removeprefix(f"{name}: ")
+            print(f"evaluate.py: left out: {name}: {left_out[name]}", file=sys.stderr)
     if not suites:
         raise DataError(f"--suite {args.suite}: none of them is below --root {args.root}")
     return suites, left_out
@@ -2588,8 +2590,7 @@ def main(argv: list[str] | None = None) -> None:
     results = evaluate(models, suites, args)
     for result in results.values():
         result["left_out"] = left_out
-    if rank_and_ranks()[0] == 0:
-        report(results, args.out)
+    together(lambda: report(results, args.out) if rank_and_ranks()[0] == 0 else None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

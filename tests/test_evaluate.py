@@ -1387,6 +1387,9 @@ def test_texts_that_are_none_and_odd_bytes_name_the_file(tmp_path):
     )
     with pytest.raises(data.DataError, match=r"clevr_dataset.json: the row 0 .* nothing to choose"):
         evaluate.load_suite("whatsup", tmp_path, True)
+    write(tmp_path / "svo_probes/svo_probes.csv", f"sentence\n{'x' * 200_000}\n")
+    with pytest.raises(data.DataError, match=r"svo_probes.csv: is not csv"):
+        evaluate.load_suite("svo_probes", tmp_path, True)
     path.write_bytes(b'{"5": "\xff"}')
     with pytest.raises(data.DataError, match=r"add_att.json: is not UTF-8 text"):
         evaluate.load_suite("sugarcrepe", tmp_path, True)
