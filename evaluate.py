@@ -396,6 +396,7 @@ class Item(NamedTuple):
     texts: tuple[str, ...]  # the true ones first
     true: int = 1
     place: int = 0  # of the true option in the suite's own order; decides ties under "first"
+    tags: tuple[str, ...] = ()  # kinds of items that the suite tells apart
 
 
 class Retrieval(NamedTuple):
@@ -776,7 +777,15 @@ def load_pairs(source: Source) -> Loaded:
             images = [
                 source.find(fields["folder"].format(row[image])) for image in fields["images"]
             ]
-            yield _pair((name,), key, images, [row[text] for text in fields["texts"]])
+            item = _pair((name,), key, images, [row[text] for text in fields["texts"]])
+            yield item._replace(tags=tuple(_tags(row, fields.get("tags", []))))
+
+
+def _tags(row: Row, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        for value in str(row.get(name, "")).split(","):
+            if value.strip():
+                yield f"{name} {value.strip()}"
 
 
 def load_whatsup(source: Source) -> Loaded:
@@ -1554,6 +1563,15 @@ def judge_texts(scores: np.ndarray) -> tuple[dict[str, bool], bool]:
     return {"correct": bool(own > high)}, bool(own == high)
 
 
+def judge_directions(scores: np.ndarray) -> dict[str, bool]:
+    """BiVLC's single directions [2, 2]: what each picture, and each caption, prefers alone.
+
+    The first picture and caption are the positive ones (Miranda et al., 2024).
+    """
+    (a, b), (c, d) = scores.tolist()
+    return {"Ipos2T": a > b, "Ineg2T": d > c, "Tpos2I": a > c, "Tneg2I": d > b}
+
+
 def judge_edits(scores: np.ndarray) -> dict[str, bool]:
     """Caption, meaning-preserving edit and negative [1, 3]: does the caption win, and only one?"""
     original, edit = (bool(scores[0, i] > scores[0, 2]) for i in (0, 1))
@@ -1587,8 +1605,8 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
         else:
             scores = cosines(two, two)
             result, tie = judge_texts(scores)
-        if suite.name == "hard_positives":
-            result.update(judge_edits(scores))
+        more = {"hard_positives": judge_edits, "bivlc": judge_directions}.get(suite.name)
+        result.update(more(scores) if more else {})
         for name, value in result.items():
             row = item.path[0] if name == "correct" else f"{item.path[0]} {name}"
             scored.subsets.setdefault(row, defaultdict(list))[item.path[1:]].append(value)
@@ -1597,6 +1615,7 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
             {
                 **{"suite": suite.name, "subset": item.path[0], "part": item.path[1:]},
                 **{"id": item.id, "images": item.images, "texts": item.texts},
+                **({"tags": item.tags} if item.tags else {}),
                 "scores": [[float(f"{x:.9g}") for x in line] for line in scores],
                 **{**result, "tie": tie},
             }
@@ -1838,7 +1857,7 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
     return named
 
 
-VERDICTS = ("text", "image", "group", "original", "brittle")
+VERDICTS = ("text", "image", "group", "original", "brittle", "Ipos2T", "Ineg2T", "Tpos2I", "Tneg2I")
 
 
 def _verdict(row: str) -> str:
@@ -1934,7 +1953,61 @@ def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
             if value is not None and spread is not None and weights is not None:
                 cell = _cell(value, spread, effective(weights, list(sizes.values())), 0)
             tables["averages"][name] = {**cell, **_total([rows[leaf] for leaf in _leaves(tree)])}
-    return {**tables, "notes": suite.notes}
+    if suite.name == "whatsup":
+        tables["averages"].update(pairs_and_sets(suite, scored.records))
+    tags = tag_table(scored.records)
+    return {**tables, **({"tags": tags} if tags else {}), "notes": suite.notes}
+
+
+def tag_table(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of the items that carry a tag: how many, and the share of each verdict, per cent."""
+    groups = defaultdict(list)
+    for record in records:
+        for tag in record.get("tags", ()):
+            groups[tag].append({name: record[name] for name in record if name in VERDICTS})
+    return {
+        tag: {
+            "scored": len(rows),
+            **{name: 100 * float(np.mean([row[name] for row in rows])) for name in rows[0]},
+        }
+        for tag, rows in sorted(groups.items())
+    }
+
+
+OPPOSITES = (("left", "right"), ("on", "under"), ("in-front", "behind"))
+
+
+def pairs_and_sets(suite: Suite, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What'sUp's other figures: both opposite prepositions of two objects right, and all four.
+
+    A photo's name says what it shows: OBJECT_PREPOSITION[_of]_OBJECT.jpeg. A pair or set of which
+    a photo was not scored does not count.
+    """
+    sets: dict[tuple[str, str, str], dict[str, bool]] = defaultdict(dict)
+    for record in records:
+        if record["subset"].startswith("Controlled"):
+            words = Path(record["images"][0]).stem.split("_")
+            if len(words) > 2:
+                sets[record["subset"], words[0], words[-1]][words[1]] = record["correct"]
+    cells = {}
+    for subset in ("Controlled A", "Controlled B"):
+        found = [right for (name, _, _), right in sets.items() if name == subset]
+        verdicts = {
+            "pairs": [
+                right[one] and right[two]
+                for right in found
+                for one, two in OPPOSITES
+                if one in right and two in right
+            ],
+            "sets": [all(right.values()) for right in found if len(right) == 4],
+        }
+        for (kind, values), size in zip(verdicts.items(), (2, 4), strict=True):
+            row, n = f"{subset} {kind}", len(values)
+            cell = NOTHING
+            if n:
+                cell = _cell(float(np.mean(values)), resample("whatsup", row, {(): values}), n, n)
+            cells[row] = {**cell, "scored": n, "expected": suite.expected[subset] // size}
+    return cells
 
 
 NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}

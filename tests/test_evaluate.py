@@ -188,6 +188,102 @@ def test_winoground_is_as_its_code_counts_it():
     assert 0 < sum(got["winoground group"][()]) < 400
 
 
+def test_winoground_tags_are_counted_apart(tmp_path):
+    rows = []
+    for i in range(60):
+        row = {"id": i, "image_0": "a", "image_1": "b", "caption_0": f"x{i}", "caption_1": f"y{i}"}
+        row |= {"tag": "Adjective-Age", "collapsed_tag": ["Object", "Relation", "Both"][i % 3]}
+        rows.append({**row, "secondary_tag": "Series, Symbolic" * (i < 5), "num_main_preds": 1})
+    write(tmp_path / "winoground/examples.jsonl", "\n".join(map(json.dumps, rows)))
+    for name in "ab":
+        photo(tmp_path / f"winoground/images/{name}.png")
+    suite = evaluate.load_suite("winoground", tmp_path, True)
+    encoder = Fixed(9)
+    scored = evaluate.score_suite(suite, encoder)
+    table = evaluate.summarise(suite, scored)["tags"]
+    kinds = {"collapsed_tag Object", "collapsed_tag Relation", "collapsed_tag Both"}
+    kinds |= {"tag Adjective-Age", "secondary_tag Series", "secondary_tag Symbolic"}
+    assert set(table) == kinds | {"num_main_preds 1"}
+    right = {"text": 0, "image": 0, "group": 0}
+    for row, item in zip(rows, suite.items, strict=True):
+        if row["collapsed_tag"] == "Relation":
+            (i0, i1), (c0, c1), s = item.images, item.texts, encoder.score
+            text = s(i0, c0) > s(i0, c1) and s(i1, c1) > s(i1, c0)
+            image = s(i0, c0) > s(i1, c0) and s(i1, c1) > s(i0, c1)
+            right["text"] += text
+            right["image"] += image
+            right["group"] += text and image
+    wanted = {name: pytest.approx(100 * count / 20) for name, count in right.items()}
+    assert table["collapsed_tag Relation"] == {"scored": 20, **wanted}
+    assert table["secondary_tag Symbolic"]["scored"] == 5
+
+
+def test_bivlc_counts_each_direction_alone():
+    encoder = Fixed(10)
+    items = [
+        Item((("replace", "add", "swap")[i % 3],), str(i), (f"a{i}", f"b{i}"), (f"c{i}", f"d{i}"))
+        for i in range(300)
+    ]
+    suite = suite_of("bivlc", items)
+    result = evaluate.summarise(suite, evaluate.score_suite(suite, encoder))
+    count = dict.fromkeys(("Ipos2T", "Ineg2T", "Tpos2I", "Tneg2I"), 0)
+    for item in items:
+        (positive, negative), (caption, foil), s = item.images, item.texts, encoder.score
+        count["Ipos2T"] += s(positive, caption) > s(positive, foil)
+        count["Ineg2T"] += s(negative, foil) > s(negative, caption)
+        count["Tpos2I"] += s(positive, caption) > s(negative, caption)
+        count["Tneg2I"] += s(negative, foil) > s(positive, foil)
+    for name, right in count.items():
+        mean = result["averages"][f"{name}: mean of items"]["accuracy"]
+        assert mean == pytest.approx(100 * right / 300)
+        assert f"swap {name}" in result["subsets"]
+    assert len(set(count.values())) > 1
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_whatsup_pairs_and_sets_are_as_its_code_counts_them(missing):
+    """The official loop over (first object, last object) and the second word of the name."""
+    ways = {
+        "Controlled A": ("left_of", "right_of", "on", "under"),
+        "Controlled B": ("left_of", "right_of", "in-front_of", "behind"),
+    }
+    items, encoder = [], Fixed(11, kinds=30)
+    for subset, four in ways.items():
+        for n in range(150):
+            for way in four:
+                image = f"data/{subset[-1]}/big-mug{n}_{way}_table.jpeg"
+                texts = tuple(f"{n} {way} {subset} {k}" for k in range(2))
+                items.append(Item((subset,), f"{n} {way}", (image,), texts))
+    left_out = [item for i, item in enumerate(items) if missing and i % 37 == 0]
+    kept = [item for item in items if item not in left_out]
+    suite = suite_of("whatsup", kept)._replace(expected=dict.fromkeys(ways, 600))
+    scored = evaluate.score_suite(suite, encoder)
+    table = evaluate.summarise(suite, scored)["averages"]
+    for subset in ways:
+        right = {}
+        for item in kept:
+            if item.path[0] == subset:
+                name = item.images[0].split("/")[-1]
+                pair = (name.split("_")[0], name.split("_")[-1][:-5])
+                one, two = (encoder.score(item.images[0], text) for text in item.texts)
+                right.setdefault(pair, {})[name.split("_")[1]] = one > two
+        pair_correct = pairs = set_correct = sets = 0
+        for has in right.values():
+            other = ("on", "under") if subset[-1] == "A" else ("in-front", "behind")
+            for a, b in (("left", "right"), other):
+                pairs += a in has and b in has
+                pair_correct += has.get(a, False) and has.get(b, False)
+            sets += len(has) == 4
+            set_correct += sum(has.values()) == 4
+        cells = table[f"{subset} pairs"], table[f"{subset} sets"]
+        assert [cell["scored"] for cell in cells] == [pairs, sets]
+        assert [cell["expected"] for cell in cells] == [300, 150]
+        assert cells[0]["accuracy"] == pytest.approx(100 * pair_correct / pairs)
+        assert cells[1]["accuracy"] == pytest.approx(100 * set_correct / sets)
+        assert (pairs, sets) == (300, 150) or missing
+        assert 0 < set_correct < pair_correct
+
+
 def test_sugarcrepe_pp_asks_both_positives_with_and_without_the_picture():
     encoder = Fixed(5)
     items = []
