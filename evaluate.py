@@ -40,6 +40,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -411,7 +412,8 @@ class Retrieval(NamedTuple):
 class Classes(NamedTuple):
     """Pictures, their labels, and for each class the prompts whose mean stands for it.
 
-    With training pictures a linear probe is fitted on the same features.
+    With training pictures a linear probe is fitted on the same features. With `shown` a picture
+    may show several classes, or none, and ranks are scored: by "map11" or "auc".
     """
 
     name: str
@@ -421,6 +423,8 @@ class Classes(NamedTuple):
     per_class: bool = False  # accuracy is the mean over classes
     train_images: Sequence[str] = ()
     train_labels: Sequence[int] = ()
+    shown: Sequence[Sequence[int]] = ()
+    metric: str = ""
 
 
 class Suite(NamedTuple):
@@ -986,6 +990,12 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
         raise DataError(f"--root: {base} is missing; put one folder for each set into it")
     for folder in sorted(path for path in base.iterdir() if path.is_dir()):
         known = read_table("classes").get(folder.name, {})
+        if "metric" in known:
+            if probe:
+                source.notes.append(f"{folder.name}: is scored by ranks, no probe")
+            else:
+                yield _ranked(folder, known)
+            continue
         test, names = _class_split(folder, known, "test")
         images, labels = zip(*test, strict=True)
         prompts = _prompts(known, names)
@@ -1001,6 +1011,48 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
             *(list(images), list(labels), prompts, bool(known.get("per_class"))),
             *([image for image, _ in train], [label for _, label in train]),
         )
+
+
+def _ranked(folder: Path, known: Any) -> Classes:
+    """VOC 2007 or Hateful Memes, read as the ELEVATER toolkit does (Li et al., 2022).
+
+    Raises:
+        DataError: names the file, and the line that cannot be read.
+    """
+    read = {"map11": _read_voc, "auc": _read_memes}[known["metric"]]
+    try:
+        shown = read(folder, known["names"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder}: cannot be read ({error}); see --list for its files") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder}: its labels are not as published ({error!r})") from None
+    prompts = _prompts(known, known["names"])
+    return Classes(
+        folder.name, list(shown), [], prompts, shown=list(shown.values()), metric=known["metric"]
+    )
+
+
+def _read_voc(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """The classes in each test photo; one that is only difficult to see counts as not there."""
+    bases = [folder / "VOCdevkit/VOC2007", folder / "test/VOCdevkit/VOC2007", folder]
+    base = next((path for path in bases if (path / "ImageSets").is_dir()), bases[0])
+    shown: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        for line in (base / f"ImageSets/Main/{name}_test.txt").read_text("utf-8").splitlines():
+            number, flag = line.split()
+            here = shown.setdefault(str(base / f"JPEGImages/{number}.jpg"), [])
+            here += [label] if int(flag) == 1 else []
+    return shown
+
+
+def _read_memes(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """The label of each meme of the development set, on which the toolkit tests."""
+    rows = _parse((folder / "dev_seen.jsonl").read_text("utf-8"), ".jsonl")
+    if not all(row["label"] in range(len(names)) for row in rows):
+        raise ValueError("a label that is neither 0 nor 1")
+    return {str(folder / row["img"]): [row["label"]] for row in rows}
 
 
 def _class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, int]], list[Any]]:
@@ -1267,7 +1319,9 @@ def _keep_cost(cost: Retrieval | Classes, missing: set[str]) -> Retrieval | Clas
     kept = [i for i, image in enumerate(cost.images) if image not in missing]
     images = [cost.images[i] for i in kept]
     if isinstance(cost, Classes):
-        return cost._replace(images=images, labels=[cost.labels[i] for i in kept])
+        labels = [cost.labels[i] for i in kept] if cost.labels else []
+        shown = [cost.shown[i] for i in kept] if cost.shown else []
+        return cost._replace(images=images, labels=labels, shown=shown)
     place = {i: new for new, i in enumerate(kept)}
     pairs = [(t, place[i]) for t, i in zip(cost.texts, cost.image_of, strict=True) if i in place]
     return cost._replace(images=images, texts=[t for t, _ in pairs], image_of=[i for _, i in pairs])
@@ -1582,13 +1636,23 @@ def judge_edits(scores: np.ndarray) -> dict[str, bool]:
 Tally = dict[str, dict[tuple[str, ...], list[bool]]]
 
 
+class Figure(NamedTuple):
+    """A share, its bootstrap, the items behind it, and how many of equal weight tell as much."""
+
+    value: float
+    draws: np.ndarray
+    items: int
+    effective: float
+
+
 class Scored(NamedTuple):
-    """Verdicts of items and of costs, ties by row, and one record for each item."""
+    """Verdicts of items and of costs, ties by row, one record for each item, and rankings."""
 
     subsets: Tally
     costs: Tally
     ties: Counter[str]
     records: list[dict[str, Any]]
+    ranked: Mapping[str, Figure] = MappingProxyType({})
 
 
 def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
@@ -1596,7 +1660,8 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
     images = encoder.images(image for item in suite.items for image in item.images)
     texts = encoder.texts(text for item in suite.items for text in item.texts)
     first = ties == "official" and read_table("suites")[suite.name].get("ties") == "first"
-    scored = Scored({}, {}, Counter(), [])
+    ranked: dict[str, Figure] = {}
+    scored = Scored({}, {}, Counter(), [], ranked)
     for item in suite.items:
         two = texts.of(item.texts)
         if item.images:
@@ -1621,6 +1686,10 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
             }
         )
     for cost in suite.costs:
+        if isinstance(cost, Classes) and cost.metric:
+            row = f"zero-shot {cost.name}"
+            ranked[row], scored.ties[row] = rank_classes(cost, encoder)
+            continue
         for row, parts, tied in _cost(suite.name, cost, encoder, ties == "official"):
             scored.costs[row] = parts
             scored.ties[row] = tied
@@ -1653,6 +1722,78 @@ def _cost(
     for label, right in zip(cost.labels, correct.tolist(), strict=True):
         parts[(str(label),) if cost.per_class else ()].append(right)
     yield title, parts, tied
+
+
+def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
+    """Mean average precision or area under the curve, as ELEVATER takes them; and ties.
+
+    The scores are the softmax over classes of 100 cosines; pictures are resampled for the
+    interval. A tie is a picture that shows a class and scores as much as one that does not.
+    """
+    images = torch.from_numpy(encoder.images(cost.images).of(cost.images))
+    scores = (100 * images @ class_vectors(cost.prompts, encoder).T).softmax(1).numpy()
+    true = np.zeros(scores.shape, dtype=bool)
+    for i, labels in enumerate(cost.shown):
+        true[i, list(labels)] = True
+    columns = [1] if cost.metric == "auc" else range(len(cost.prompts))
+    rule = area_under_curve if cost.metric == "auc" else average_precision_11
+    sorted_by = [np.argsort(-scores[:, c], kind="stable") for c in columns]
+    lines = [
+        (order, true[order, c], _run_ends(scores[order, c]))
+        for order, c in zip(sorted_by, columns, strict=True)
+        if true[:, c].any() and not true[:, c].all()
+    ]
+    if not lines:
+        raise DataError(f"{cost.name}: no class has pictures that show it and others; get the rest")
+
+    def figure(weights: np.ndarray) -> float:
+        values = [
+            rule(weights[order] * shows, weights[order], ends) for order, shows, ends in lines
+        ]
+        return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
+
+    n = len(scores)
+    rng = np.random.default_rng([EVAL_SEED, zlib.crc32(f"ranked {cost.name}".encode())])
+    drawn = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
+    draws = np.array([figure(weights) for weights in drawn])
+    value = figure(np.ones(n, dtype=int))
+    ties = sum(int(np.isin(scores[true[:, c], c], scores[~true[:, c], c]).sum()) for c in columns)
+    return Figure(value, np.where(np.isnan(draws), value, draws), n, n), ties
+
+
+def _run_ends(line: np.ndarray) -> np.ndarray:
+    """Where runs of equal scores end in a sorted line."""
+    return np.flatnonzero(np.append(line[1:] != line[:-1], True))
+
+
+def average_precision_11(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
+    """11-point interpolated average precision: the mean over recalls of the best precision there.
+
+    At recall 0 it is 1 by the toolkit's definition: the curve starts with precision 1.
+
+    Args:
+        hits: weight of each picture that shows the class, best first, 0 for the others [N].
+        weights: weight of each picture [N]; all 1 without resampling.
+        ends: where runs of equal scores end, of which only the end is a threshold.
+
+    Source: vision_evaluation's MeanAveragePrecisionNPointsEvaluator(11).
+    """
+    found, taken = np.cumsum(hits)[ends], np.cumsum(weights)[ends]
+    found, taken = found[taken > 0], taken[taken > 0]
+    if not found[-1]:
+        return math.nan
+    best = np.maximum.accumulate((found / taken)[::-1])[::-1]
+    places = np.searchsorted(found / found[-1], np.linspace(1, 0, 11)[:-1])
+    return float((best[places].sum() + 1) / 11)
+
+
+def area_under_curve(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
+    """Area under the ROC curve: the share of pairs in order, equal scores half; as above."""
+    true = np.append(0, np.cumsum(hits)[ends])
+    false = np.append(0, np.cumsum(weights - hits)[ends])
+    pairs = float(true[-1]) * float(false[-1])
+    area = (np.diff(false) * (true[1:] + true[:-1])).sum() / 2
+    return float(area / pairs) if pairs else math.nan
 
 
 def class_vectors(prompts: list[list[str]], encoder: Encoder) -> torch.Tensor:
@@ -1930,33 +2071,44 @@ def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
     tables: dict[str, Any] = {"subsets": {}, "averages": {}, "costs": {}}
     absent = absent_rows(suite, scored)
     for part, tally in (("subsets", scored.subsets), ("costs", scored.costs)):
-        values, draws, counts, sizes = {}, {}, {}, {}
-        for row, parts in tally.items():
-            values[row] = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
-            draws[row] = resample(suite.name, row, parts)
-            counts[row] = sum(len(x) for x in parts.values())
-            shares = mean_of(dict(zip(parts, np.eye(len(parts)), strict=True)))
-            sizes[row] = effective(shares, [len(x) for x in parts.values()])
-            expected = suite.expected.get(_stem(row, part), counts[row])
-            cell = _cell(values[row], draws[row], sizes[row], counts[row])
-            tables[part][row] = {**cell, "expected": expected, "ties": scored.ties[row]}
+        rows = tables[part]
+        figures = {row: figure_of(suite.name, row, parts) for row, parts in tally.items()}
+        figures.update(scored.ranked if part == "costs" else {})
+        for row, figure in figures.items():
+            cell = _cell(figure.value, figure.draws, figure.effective, figure.items)
+            expected = suite.expected.get(_stem(row, part), figure.items)
+            rows[row] = {**cell, "expected": expected, "ties": scored.ties[row]}
         for row in absent[part]:
             known = {"scored": 0, "expected": suite.expected.get(_stem(row, part)), "ties": 0}
-            tables[part][row] = {**NOTHING, **known}
-        rows = tables[part]
-        trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(tally)
-        ones = dict(zip(values, np.eye(len(values)), strict=True))
+            rows[row] = {**NOTHING, **known}
+        trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(figures)
         for name, tree in trees.items():
-            cell = NOTHING
-            value, spread = average(tree, values, counts), average(tree, draws, counts)
-            weights = average(tree, ones, counts)
-            if value is not None and spread is not None and weights is not None:
-                cell = _cell(value, spread, effective(weights, list(sizes.values())), 0)
-            tables["averages"][name] = {**cell, **_total([rows[leaf] for leaf in _leaves(tree)])}
+            total = _total([rows[leaf] for leaf in _leaves(tree)])
+            tables["averages"][name] = {**_average_cell(tree, figures), **total}
     if suite.name == "whatsup":
         tables["averages"].update(pairs_and_sets(suite, scored.records))
     tags = tag_table(scored.records)
     return {**tables, **({"tags": tags} if tags else {}), "notes": suite.notes}
+
+
+def figure_of(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> Figure:
+    """The figure of a row: the mean over its parts, and over theirs."""
+    value = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
+    counts = [len(x) for x in parts.values()]
+    shares = mean_of(dict(zip(parts, np.eye(len(parts)), strict=True)))
+    return Figure(value, resample(suite, row, parts), sum(counts), effective(shares, counts))
+
+
+def _average_cell(tree: Any, figures: dict[str, Figure]) -> dict[str, Any]:
+    """The cell of an average, without a figure where it needs a row that has none."""
+    counts = {row: figure.items for row, figure in figures.items()}
+    value = average(tree, {row: figure.value for row, figure in figures.items()}, counts)
+    draws = average(tree, {row: figure.draws for row, figure in figures.items()}, counts)
+    weights = average(tree, dict(zip(figures, np.eye(len(figures)), strict=True)), counts)
+    if value is None or draws is None or weights is None:
+        return NOTHING
+    n = effective(weights, [figure.effective for figure in figures.values()])
+    return _cell(value, draws, n, 0)
 
 
 def tag_table(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -371,6 +371,127 @@ def test_accuracy_per_class_is_the_mean_over_classes():
     assert evaluate.summarise(suite, scored)["costs"]["zero-shot pets"]["accuracy"] == 50
 
 
+def elevater_map(scores, shown):
+    """11-point mAP as ELEVATER's metric walks sklearn's curve, written down as plain loops."""
+    total = 0
+    for c in range(len(scores[0])):
+        line = [(row[c], c in labels) for row, labels in zip(scores, shown, strict=True)]
+        positives = sum(right for _, right in line)
+        curve = [(1.0, 0.0)]  # precision and recall, from the highest threshold
+        for threshold in sorted({score for score, _ in line}, reverse=True):
+            taken = [right for score, right in line if score >= threshold]
+            curve.append((sum(taken) / len(taken), sum(taken) / positives))
+        curve.reverse()
+        k, best, points = 0, 0, []
+        for threshold in np.linspace(1, 0, 11).tolist():
+            while k < len(curve) and threshold <= curve[k][1]:
+                best = max(best, curve[k][0])
+                k += 1
+            points.append(best)
+        total += sum(points) / 11
+    return total / len(scores[0])
+
+
+def softmax_scores(encoder, cost):
+    rows = []
+    for image in cost.images:
+        logits = [
+            100 * torch.tensor(encoder.memory[image] * encoder.memory[lines[0]]).sum()
+            for lines in cost.prompts
+        ]
+        rows.append(torch.stack(logits).softmax(0).tolist())
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_voc_is_the_11_point_map_of_elevater(seed):
+    rng = random.Random(seed)
+    n = 60
+    shown = [[c for c in range(5) if rng.random() < 0.3] for _ in range(n)]
+    prompts = [[f"c{c}"] for c in range(5)]
+    cost = evaluate.Classes("voc2007", [f"i{i}" for i in range(n)], [], prompts)
+    cost = cost._replace(shown=shown, metric="map11")
+    encoder = Fixed(seed, kinds=[4, 40, 400, 9][seed])  # few kinds: many ties
+    suite = suite_of("zeroshot", [], [cost])
+    scored = evaluate.score_suite(suite, encoder)
+    cell = evaluate.summarise(suite, scored)["costs"]["zero-shot voc2007"]
+    scores = softmax_scores(encoder, cost)
+    assert cell["accuracy"] == pytest.approx(100 * elevater_map(scores, shown), abs=1e-4)
+    assert cell["low"] < cell["accuracy"] < cell["high"]
+    assert (cell["scored"], cell["expected"]) == (n, n)
+    assert cell["ties"] > 0 or seed == 2
+
+
+@pytest.mark.parametrize("kinds", [4, 200])
+def test_hateful_memes_is_the_area_under_the_curve(kinds):
+    rng = random.Random(kinds)
+    labels = [int(rng.random() < 0.4) for _ in range(150)]
+    images = [f"i{i}" for i in range(150)]
+    cost = evaluate.Classes("hateful_memes", images, [], [["a meme."], ["a hatespeech meme."]])
+    cost = cost._replace(shown=[[x] for x in labels], metric="auc")
+    encoder = Fixed(kinds, kinds=kinds)
+    suite = suite_of("zeroshot", [], [cost])
+    cell = evaluate.summarise(suite, evaluate.score_suite(suite, encoder))["costs"]
+    scores = softmax_scores(encoder, cost)
+    true, false = (
+        [row[1] for row, x in zip(scores, labels, strict=True) if x == y] for y in (1, 0)
+    )
+    wins = sum((a > b) + (a == b) / 2 for a in true for b in false)
+    wanted = 100 * wins / (len(true) * len(false))
+    assert cell["zero-shot hateful_memes"]["accuracy"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_ranked_figures_join_the_mean_of_sets_and_are_resampled_by_picture():
+    n = 400
+    rng = np.random.default_rng(0)
+    shown = [[int(x)] for x in rng.integers(2, size=n)]
+    names = [f"i{i}" for i in range(n)]
+    auc = evaluate.Classes("hateful_memes", names, [], [["a"], ["b"]], shown=shown, metric="auc")
+    plain = evaluate.Classes("x", names, [x for (x,) in shown], [["a"], ["b"]])
+    encoder = Fixed(3, kinds=300)
+    suite = suite_of("zeroshot", [], [auc, plain])
+    result = evaluate.summarise(suite, evaluate.score_suite(suite, encoder))
+    one, two = (result["costs"][f"zero-shot {x}"] for x in ("hateful_memes", "x"))
+    mean = result["averages"]["zero-shot, mean of 2 sets"]
+    assert mean["accuracy"] == pytest.approx((one["accuracy"] + two["accuracy"]) / 2)
+    # Hanley and McNeil (1982): about 1 / sqrt(12) * sqrt(1 / n1 + 1 / n0) for a chance ranking.
+    half = 100 * 1.96 * math.sqrt((1 / 200 + 1 / 200) / 12)
+    assert one["high"] - one["low"] == pytest.approx(2 * half, rel=0.25)
+
+
+def test_voc_and_memes_are_read_as_elevater_does(tmp_path):
+    names = evaluate.read_table("classes")["voc2007"]["names"]
+    main = tmp_path / "zeroshot/voc2007/VOCdevkit/VOC2007/ImageSets/Main"
+    for name in names:
+        flags = {"dog": " 1", "cat": " 0"}.get(name, "-1")  # 0: difficult
+        write(main / f"{name}_test.txt", f"000001 {flags}\n000002 -1\n")
+    for number in (1, 2):
+        photo(main.parents[1] / f"JPEGImages/00000{number}.jpg")
+    rows = [{"img": "img/1.png", "label": 0, "text": "x"}, {"img": "img/2.png", "label": 1}]
+    memes = tmp_path / "zeroshot/hateful_memes"
+    write(memes / "dev_seen.jsonl", "\n".join(map(json.dumps, rows)))
+    photo(memes / "img/1.png")
+    photo(memes / "img/2.png")
+    two, one = evaluate.load_suite("zeroshot", tmp_path, False).costs
+    assert one.shown == [[names.index("dog")], []]
+    assert [Path(x).name for x in one.images] == ["000001.jpg", "000002.jpg"]
+    assert (two.shown, two.prompts) == ([[0], [1]], [["a meme."], ["a hatespeech meme."]])
+    Path(one.images[0]).unlink()
+    left = evaluate.load_suite("zeroshot", tmp_path, True).costs[1]
+    assert (len(left.images), left.shown) == (1, [[]])
+    with pytest.raises(data.DataError, match="no class has pictures"):
+        evaluate.score_suite(suite_of("zeroshot", [], [left]), Random(0))
+    (main / "sofa_test.txt").unlink()
+    with pytest.raises(data.DataError, match=r"voc2007: cannot be read .*sofa_test.txt"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+    write(main / "sofa_test.txt", "000001\n")
+    with pytest.raises(data.DataError, match="voc2007: its labels are not as published"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+    write(memes / "dev_seen.jsonl", json.dumps({"img": "a", "label": 2}))
+    with pytest.raises(data.DataError, match="hateful_memes: its labels are not as published"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+
+
 # Averages: every printed one must come out of ours when fed the paper's columns
 
 PRINTED = {
