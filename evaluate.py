@@ -1306,7 +1306,8 @@ def keep_found(
     files = dict.fromkeys(_file(image) for image in wanted)
     missing = {file for file in files if is_file(file) and not os.path.isfile(file)}
     if missing and (not partial or len(missing) == len(files)):
-        rest = "" if partial else ", or pass --allow-missing to score the rest"
+        none = partial or len(missing) == len(files)
+        rest = "" if none else ", or pass --allow-missing to score the rest"
         raise DataError(
             f"{len(missing)} of {len(files)} pictures are missing, the first is {min(missing)}; "
             f"get them: {where}{rest}"

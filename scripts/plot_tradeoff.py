@@ -27,14 +27,14 @@ COSTS = ("zero-shot", "retrieval")
 
 def read_results(
     paths: list[Path],
-) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
-    """Figures by label and suite, subsets, averages and costs together; N of M of partial runs.
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, str]]]:
+    """Figures by label and suite, subsets, averages and costs together; N of M of partial suites.
 
     Raises:
         DataError: a file that is no results.json, or a label that two of them have.
     """
     read: dict[str, dict[str, dict[str, float]]] = {}
-    partial: dict[str, str] = {}
+    partial: dict[str, dict[str, str]] = {}
     for path in paths:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
@@ -54,12 +54,15 @@ def read_results(
                     suite: {name: cell["accuracy"] for name, cell in cells.items()}
                     for suite, cells in tables.items()
                 }
-                partial[label] = evaluate.partly(result["suites"])
+                partial[label] = {
+                    suite: evaluate.partly({suite: table})
+                    for suite, table in result["suites"].items()
+                }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path}: is no results.json of evaluate.py") from None
-    return read, {label: of for label, of in partial.items() if of}
+    return read, partial
 
 
 def gains(read: dict[str, Any]) -> list[tuple[str, str]]:
@@ -187,17 +190,23 @@ def main(argv: list[str] | None = None) -> None:
         return
     read, partial = read_results(args.results)
     up = gains(read)
+    used = {suite for kind in COSTS for suite, _ in [*up, *costs(read, kind)]}
+    few = {
+        label: ", ".join(of for suite, of in suites.items() if of and suite in used)
+        for label, suites in partial.items()
+    }
     panels: dict[str, tuple[Points, Points]] = {}
     for kind in COSTS:
         right = costs(read, kind)
-        ours = {name + " *" * (name in partial): at for name, at in place(read, up, right).items()}
+        ours = {
+            f"{name}{' *' * bool(few[name])}": at for name, at in place(read, up, right).items()
+        }
         if ours:
             panels[kind] = (ours, place(read_published(), up, right))
     if not panels:
         raise DataError("the results share no compositional suite with a cost; score some of both")
     title = "Composition: " + ", ".join(f"{suite} ({head})" for suite, head in up)
-    for label, of in partial.items():
-        title += f"\n* {label}: {of}"
+    title += "".join(f"\n* {label}: {of}" for label, of in few.items() if of)
     draw(panels, title, args.out)
 
 

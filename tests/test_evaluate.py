@@ -1735,9 +1735,10 @@ def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
     assert "* a" not in titles
     table["subsets"]["swap_obj"] = {"accuracy": None, "scored": 0, "expected": 245}
     table["subsets"]["add_obj"] = {"accuracy": 50.0, "scored": 3, "expected": 5}
-    path.write_text(json.dumps({"a": {"suites": suites}}))
+    unused = {"subsets": {"cola text": {**cell, "scored": 1}}, "averages": {}, "costs": {}}
+    path.write_text(json.dumps({"a": {"suites": {**suites, "cola": unused}}}))
     titles = drawn_titles(path, tmp_path / "d.svg")
-    assert "* a: sugarcrepe 3 of 250" in titles
+    assert "* a: sugarcrepe 3 of 250<" in titles
     assert script("plot_tradeoff.py", path, path, "--out", tmp_path / "d.svg") == 2
     assert "the label a is taken" in capsys.readouterr().err
 
