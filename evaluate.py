@@ -496,6 +496,12 @@ class Source:
                 row.place = self.place
             yield str(key), row
 
+    def listed(self, value: Any) -> list[Any]:
+        """Take a list of the row that was read last; a text would pass for a list of letters."""
+        if not isinstance(value, list):
+            raise DataError(f"{self.place}: {str(value)[:40]!r} is no list; download it again")
+        return value
+
     def find(self, *names: str) -> str:
         """The first of these files below --root that is there, or else the first."""
         paths = [os.path.join(self.root or "", name) for name in names]
@@ -635,7 +641,7 @@ def load_aro(source: Source) -> Loaded:
         captions = [
             (f"{key}-{i}", row["image"], caption)
             for key, row in source.rows(f"karpathy/{file}")
-            for i, caption in enumerate(row["caption"])
+            for i, caption in enumerate(source.listed(row["caption"]))
         ]
         words, tagger = tag_words([caption for _, _, caption in captions])
         if captions:
@@ -755,7 +761,7 @@ def load_vl_checklist(source: Source) -> Loaded:
                 there, total = there + found, total + 1
                 if found or not source.partial:
                     count += 1
-                    texts = (claims["POS"][0], claims["NEG"][0])
+                    texts = tuple(source.listed(claims[side])[0] for side in ("POS", "NEG"))
                     yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
             wanted = min(seen, 1000) or 1000  # a list that is not there may hold as many
             source.expected[subset] = source.expected.get(subset, 0) + wanted
@@ -798,7 +804,7 @@ def load_whatsup(source: Source) -> Loaded:
         for key, row in source.rows(f"whatsup/controlled_{file}_dataset.json"):
             path = row["image_path"].removeprefix("data/")
             image = source.find(f"whatsup/{path}")
-            yield Item((subset,), key, (image,), tuple(row["caption_options"]))
+            yield Item((subset,), key, (image,), tuple(source.listed(row["caption_options"])))
     for pool in ("COCO", "VG"):
         for count in ("one", "two"):
             for key, row in source.rows(f"whatsup/{pool.lower()}_qa_{count}_obj.json"):
@@ -893,9 +899,12 @@ def _texts(cell: str, place: str) -> list[str]:
     import ast
 
     try:
-        return [str(text) for text in ast.literal_eval(cell)]
+        texts = ast.literal_eval(cell)
     except (ValueError, SyntaxError, TypeError):
-        raise DataError(f"{place}: {cell[:40]!r} is no list of texts; download it again") from None
+        texts = None
+    if isinstance(texts, list):
+        return texts
+    raise DataError(f"{place}: {str(cell)[:40]!r} is no list of texts; download it again")
 
 
 def load_spec(source: Source) -> Loaded:
@@ -904,7 +913,7 @@ def load_spec(source: Source) -> Loaded:
         subset, way = name.split(" ", 1)
         file = {"image to text": "image2text", "text to image": "text2image"}[way]
         for key, row in source.rows(f"spec/{subset}/{file}.json"):
-            label, options = int(row["label"]), list(row["keys"])
+            label, options = int(row["label"]), list(source.listed(row["keys"]))
             options = [options[label], *options[:label], *options[label + 1 :]]
             one, many = (row["query"],), tuple(options)
             images, texts = (one, many) if file == "image2text" else (many, one)
@@ -967,7 +976,7 @@ def load_retrieval(source: Source) -> Loaded:
         texts: list[str] = []
         image_of: list[int] = []
         for _, row in source.rows(f"karpathy/{file}"):
-            texts += row["caption"]
+            texts += source.listed(row["caption"])
             image_of += [len(images)] * len(row["caption"])
             images.append(photos(source, row["image"]))
         if images:

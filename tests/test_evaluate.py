@@ -1591,6 +1591,30 @@ def test_a_subset_with_too_few_rows_is_refused(name, content, message, tmp_path,
         evaluate.load_suite(suite, tmp_path, False)
 
 
+@pytest.mark.parametrize(
+    ("suite", "file", "old", "new"),
+    [
+        ("retrieval", "karpathy/flickr30k_test.json", '"caption": [', '"caption": "a dog", "x": ['),
+        ("aro", "karpathy/coco_karpathy_test.json", '"caption": [', '"caption": "a dog", "x": ['),
+        ("whatsup", "whatsup/controlled_clevr_dataset.json", "options", 'options": "a dog", "x'),
+        ("spec", "spec/count/image2text.json", '"keys": [', '"keys": "a dog", "x": ['),
+        ("crepe", "crepe/swap/prod_vg_hard_negs_swap_complexity_9.csv", "['b a', 'c']", "'a dog'"),
+        (
+            *("vl_checklist", "vl_checklist/data/Relation/vg/spatial.json"),
+            *('"POS": [', '"POS": "a dog", "x": ['),
+        ),
+    ],
+)
+def test_a_text_in_the_place_of_a_list_is_no_list_of_letters(suite, file, old, new, tmp_path):
+    make_root(tmp_path)
+    path = tmp_path / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(data.DataError, match=rf"{path.name} row 0: .*a dog.* is no list"):
+        evaluate.load_suite(suite, tmp_path, True)
+
+
 def test_texts_that_are_none_and_odd_bytes_name_the_file(tmp_path):
     make_root(tmp_path)
     path = tmp_path / "sugarcrepe/add_att.json"
