@@ -2626,7 +2626,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"comma list of {', '.join([*SUITES, *GROUPS])} (default shapes)",
     )
     suite("--root", type=Path, help="folder of the suites' official files and photos")
-    suite("--allow-missing", action="store_true", help="score the items whose pictures are there")
+    suite("--allow-missing", action="store_true", help="score what is there, as N of M")
     suite("--list", action="store_true", help="say what each suite needs and what is there")
     suite(
         "--ties",
@@ -2637,7 +2637,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     suite("--no-blind", action="store_true", help="leave out the reader of texts alone")
     out = parser.add_argument_group("output").add_argument
     out("--out", type=Path, help="folder for results.json, .md, .tex, .csv and items/")
-    out("--overwrite", action="store_true", help="replace the results in --out")
+    out("--overwrite", action="store_true", help="replace the results and items in --out")
     out("--cache", type=Path, help="folder that keeps features by the hash of their content")
     run = parser.add_argument_group("run").add_argument
     run("--batch-size", type=int, default=128, help="pictures encoded at once (default 128)")
