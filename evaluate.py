@@ -58,6 +58,7 @@ from data import (
     DataError,
     Scene,
     draw_scene,
+    encode_image,
     encode_text,
     make_scene,
     open_image,
@@ -72,6 +73,8 @@ RECALLS = (1, 5, 10)
 BLIND_FOLDS = 5
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
+# Pictures; four times as many texts. What a layer writes should stay in a CPU's cache.
+BATCH = {"cuda": 128, "cpu": 24}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -1365,14 +1368,14 @@ class Encoder:
 
     def __init__(self, model: Model, args: argparse.Namespace) -> None:
         """Use the device, precision, batch size, workers and cache of the command line."""
-        self.model, self.device, self.batch = model, torch.device(args.device), args.batch_size
+        self.model, self.device = model, torch.device(args.device)
+        self.batch = args.batch_size or BATCH[self.device.type]
         self.dtype = PRECISIONS[args.precision]
         cfg = PreprocessCfg(**model.net.visual.preprocess_cfg)
         self.transform = image_transform_v2(cfg, is_train=False)
         self.width = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
         self.workers = args.workers
         self.rank, self.ranks = rank_and_ranks()
-        self.hash = hash_model(model)
         self.known: dict[str, torch.Tensor] = {}  # features by key
         self.tokens: dict[str, torch.Tensor] = {}
         self.encoded = Counter[str]()
@@ -1382,6 +1385,11 @@ class Encoder:
             self._read_cache()
         model.net.eval()
 
+    @functools.cached_property
+    def hash(self) -> str:
+        """Hash of the model; reading all weights takes a while."""
+        return hash_model(self.model)
+
     def images(self, names: Iterable[str | Crop]) -> Features:
         """Encode pictures by name, decoding in --workers processes."""
         names = list(dict.fromkeys(names))
@@ -1389,14 +1397,19 @@ class Encoder:
         return self._features("images", names, keys, self.batch, self._encode_images)
 
     def texts(self, texts: Iterable[str]) -> Features:
-        """Encode texts, packed several to a row, cut at the context length."""
+        """Encode texts, packed several to a row, cut at the context length.
+
+        They go in the order of their tokens, so that those with one beginning share a batch.
+        """
         texts = list(dict.fromkeys(texts))
         new = [text for text in texts if text not in self.tokens]
         for start in range(0, len(new), 4096):
             batch = new[start : start + 4096]
             self.tokens.update(zip(batch, self.model.tokenizer(batch), strict=True))
-        keys = [hashlib.sha256(self.tokens[text].numpy().tobytes()).hexdigest() for text in texts]
-        return self._features("texts", texts, keys, 4 * self.batch, self._encode_texts)
+        alike = sorted(texts, key=lambda text: self.tokens[text].tolist())
+        keys = [hashlib.sha256(self.tokens[text].numpy().tobytes()).hexdigest() for text in alike]
+        found = self._features("texts", alike, keys, 4 * self.batch, self._encode_texts)
+        return Features(found.of(texts), {text: i for i, text in enumerate(texts)})
 
     def _features(
         self,
@@ -1431,7 +1444,7 @@ class Encoder:
         pictures = _Pictures([x for batch in batches for x in batch], self.transform, self.width)
         loader = DataLoader(pictures, self.batch, num_workers=self.workers)
         try:
-            return [self._unit(self.model.net.encode_image, batch) for batch in loader]
+            return [self._unit(lambda x: encode_image(self.model.net, x), x) for x in loader]
         except DataError as error:  # a worker's error brings its traceback along
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 
@@ -2640,7 +2653,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     out("--overwrite", action="store_true", help="replace the results and items in --out")
     out("--cache", type=Path, help="folder that keeps features by the hash of their content")
     run = parser.add_argument_group("run").add_argument
-    run("--batch-size", type=int, default=128, help="pictures encoded at once (default 128)")
+    run("--batch-size", type=int, help="pictures encoded at once (default: GPU 128, CPU 24)")
     run(
         "--precision",
         choices=list(PRECISIONS),
@@ -2778,7 +2791,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise DataError("give either --ckpt PATH or --model NAME --pretrained TAG")
     if args.pretrained and not args.model and not os.path.exists(args.pretrained):
         raise DataError(f"--pretrained {args.pretrained}: name its --model too")
-    if args.batch_size < 1 or args.workers < 0:
+    if (args.batch_size is not None and args.batch_size < 1) or args.workers < 0:
         raise DataError("--batch-size must be 1 or more, --workers 0 or more")
     name_suites(args.suite)
     check_root(args.root)

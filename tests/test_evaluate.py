@@ -1862,3 +1862,28 @@ def test_splits_must_have_the_same_classes(tmp_path):
     (tmp_path / "test/c/1.png").unlink()
     (tmp_path / "test/c").rmdir()
     assert evaluate._class_split(tmp_path, {}, "train")[1] == ["a", "b"]
+
+
+def test_texts_that_begin_alike_share_a_batch_and_keep_their_places(tmp_path, monkeypatch):
+    encoder = encoder_of(tiny(tmp_path / "a.pt"), "--batch-size", 1)  # four texts at once
+    texts = [f"{start} {end}" for end in "abcd" for start in ("a red dog", "the cat")]
+    batches = []
+    encode = encoder._encode_texts
+    monkeypatch.setattr(encoder, "_encode_texts", lambda b: batches.extend(b) or encode(b))
+    rows = encoder.texts(texts).rows
+    assert sorted({text[:5] for text in batch} for batch in batches) == [{"a red"}, {"the c"}]
+    single = encoder_of(tmp_path / "a.pt")
+    for text, row in zip(texts, rows, strict=True):
+        np.testing.assert_allclose(row, single.texts([text]).rows[0], atol=2e-6)
+
+
+def test_the_model_is_hashed_when_asked_for(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(evaluate, "hash_model", lambda model: hashed.append(1) or "f" * 64)
+    path = tiny(tmp_path / "a.pt")
+    encoder = encoder_of(path)
+    encoder.texts(["a dog"])
+    assert hashed == []
+    assert encoder.hash == encoder.hash == "f" * 64
+    assert hashed == [1]
+    assert encoder_of(path, "--cache", tmp_path / "cache").cache.name == "f" * 16 + "-fp32"
