@@ -115,6 +115,11 @@ def load_model(
     """
     logging.getLogger().setLevel(logging.ERROR)  # open_clip tells every step of loading
     if name and name.startswith("hf-hub:"):
+        if pretrained:
+            raise DataError(
+                f"--model {name}: brings its own weights; leave {pretrained} out, "
+                f"or name the open_clip model that it is of"
+            )
         return _load_hub(name, activation, device)
     folder = Path(pretrained) if pretrained and os.path.isdir(pretrained) else None
     if folder and not (folder / "open_clip_config.json").is_file():
@@ -233,13 +238,17 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
         raise DataError(f"{folder}: needs transformers; pip install transformers") from None
+    _need_tokenizer(folder)
     try:
+        from safetensors import SafetensorError  # comes with transformers
+
         net, loading = AutoModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        preprocess = _pixels(pixels)
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot be loaded by transformers ({_line(error)})") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise DataError(
@@ -256,7 +265,14 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
         return torch.tensor(out["input_ids"])
 
     about = {"model": str(folder), "activation": net.config.vision_config.hidden_act}
-    return Model(_Transformers(net, _pixels(pixels)).to(device), tokenise, about)
+    return Model(_Transformers(net, preprocess).to(device), tokenise, about)
+
+
+def _need_tokenizer(folder: Path) -> None:
+    """Without its files transformers makes an empty tokenizer, to which all captions are alike."""
+    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+    if not any((folder / name).is_file() for name in names):
+        raise DataError(f"{folder}: holds no tokenizer ({', '.join(names)}); copy its files there")
 
 
 def _pixels(config: dict[str, Any]) -> dict[str, Any]:
@@ -525,7 +541,7 @@ class Source:
 
 def _parse(text: str, suffix: str) -> Any:
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     return json.loads(text)
@@ -867,19 +883,28 @@ def load_negbench(source: Source) -> Loaded:
 def load_mmvp(source: Source) -> Loaded:
     """MMVP-VLM (Tong et al., 2024): nine visual patterns of 15 pairs; its score is "image"."""
     patterns = list(read_table("suites")["mmvp"]["expected"])
-    rows = [row for _, row in source.rows("mmvp/Questions.csv")]
-    for i in range(0, len(rows) - 1, 2):
-        two = rows[i : i + 2]
-        for row in two:
-            row.update({key.strip().lower(): row[key] for key in list(row)})
-        names = [
-            f"{row['type']}/{row['question id' if 'question id' in row else 'id']}" for row in two
-        ]
-        images = [
-            source.find(*(f"mmvp/{folder}/{name}.jpg" for folder in MMVP_FOLDERS)) for name in names
-        ]
-        texts = [f"a photo of {row['statement']}" for row in two]
-        yield _pair((patterns[min(i // 30, 8)],), str(i // 2), images, texts)
+    rows: dict[int, Row] = {}
+    for _, row in source.rows("mmvp/Questions.csv"):
+        row.update({key.strip().lower(): row[key] for key in list(row)})
+        number = str(row["question id" if "question id" in row else "id"])
+        if not number.isdecimal():
+            raise DataError(f"{row.place}: {number[:40]!r} is no number; download it again")
+        rows[int(number)] = row
+    start = 0 if 0 in rows else 1
+    for first in range(start, max(rows, default=0) + 1, 2):  # 1 and 2 are a pair, 3 and 4 ...
+        if first in rows and first + 1 in rows:
+            two = [rows[first], rows[first + 1]]
+            names = [
+                f"{row['type']}/{number}"
+                for row, number in zip(two, (first, first + 1), strict=True)
+            ]
+            images = [
+                source.find(*(f"mmvp/{folder}/{name}.jpg" for folder in MMVP_FOLDERS))
+                for name in names
+            ]
+            texts = [f"a photo of {row['statement']}" for row in two]
+            pair = (first - start) // 2
+            yield _pair((patterns[min(pair // 15, 8)],), str(pair), images, texts)
 
 
 MMVP_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
@@ -2558,7 +2583,7 @@ def evaluate(
         results[label] = {**encoder.model.about, **about}
         results[label]["suites"] = {}
         for name, suite in suites.items():
-            scored = score_suite(suite, encoder, args.ties)
+            scored = _score(label if len(models) > 1 else "", suite, encoder, args.ties)
             result = {**summarise(suite, scored), "tie_rule": args.ties}
             result.update({"blind": blind[name]} if name in blind else {})
             if len(results) > 1:
@@ -2569,6 +2594,22 @@ def evaluate(
             folder = args.out / ITEMS / (label if len(models) > 1 else "") if writes else None
             together(functools.partial(write_items, folder, name, scored))
     return results
+
+
+def _score(label: str, suite: Suite, encoder: Encoder, ties: str) -> Scored:
+    """Score a suite; with several models a mistake is told with the label of its own."""
+    try:
+        return score_suite(suite, encoder, ties)
+    except DataError as error:
+        raise DataError(f"{label}: {error}" if label else str(error)) from None
+
+
+def discard(out: Path | None) -> None:
+    """Leave nothing of a run that failed: its items, and the folder if nothing else is in it."""
+    if out and rank_and_ranks()[0] == 0:
+        shutil.rmtree(out / ITEMS, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
@@ -2788,7 +2829,9 @@ def check_args(args: argparse.Namespace) -> None:
     """
     hub = (args.model or "").startswith("hf-hub:") and not args.pretrained
     if bool(args.ckpt) + bool(args.pretrained) + hub != 1:
-        raise DataError("give either --ckpt PATH or --model NAME --pretrained TAG")
+        raise DataError(
+            "give one of --ckpt PATH, --model NAME --pretrained TAG, --model hf-hub:ORG/REPO"
+        )
     if args.pretrained and not args.model and not os.path.exists(args.pretrained):
         raise DataError(f"--pretrained {args.pretrained}: name its --model too")
     if (args.batch_size is not None and args.batch_size < 1) or args.workers < 0:
@@ -2806,6 +2849,10 @@ def check_out(out: Path, overwrite: bool) -> None:
             raise DataError(f"--out {out}: has results already; pass --overwrite to replace them")
         own = [path for path in (out / "items").rglob("*") if path.is_file()]
         foreign = next((path for path in own if path.suffix != ".jsonl"), None)
+        loose = [out / f"results.{kind}" for kind in ("md", "tex", "csv")]
+        loose = [path for path in loose if path.exists() and not overwrite]
+        if loose:
+            raise DataError(f"--out {out}: {loose[0]} is in the way; choose another folder")
         if foreign or (own and not overwrite):
             raise DataError(
                 f"--out {out}: {foreign or own[0]} is in the way; choose another folder"
@@ -2826,6 +2873,8 @@ def main(argv: list[str] | None = None) -> None:
     check_args(args)
     args.device = pick_device(args.device)
     named = name_models(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
+        raise DataError("WORLD_SIZE is set but RANK is not; start with torchrun, or unset it")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
@@ -2835,7 +2884,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     models = together(lambda: check_models(builds))
     suites, left_out = load_once(args)
-    results = evaluate(models, suites, args)
+    try:
+        results = evaluate(models, suites, args)
+    except DataError:
+        discard(args.out)
+        raise
     for result in results.values():
         result["left_out"] = left_out
     together(lambda: report(results, args.out) if rank_and_ranks()[0] == 0 else None)
@@ -2853,11 +2906,17 @@ def load_once(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str
 
 
 def report(results: dict[str, Any], out: Path | None) -> None:
-    """Print the tables; write them to --out as JSON, markdown, LaTeX and CSV."""
+    """Write the tables to --out as JSON, markdown, LaTeX and CSV, then print them."""
     table = markdown(results)
+    if out:
+        write_results(results, table, out)
     print(show(table))
-    if not out:
-        return
+    if out:
+        print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
+
+
+def write_results(results: dict[str, Any], table: str, out: Path) -> None:
+    """Write everything below --out."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_folder(out / ITEMS, out / "items")
@@ -2867,12 +2926,14 @@ def report(results: dict[str, Any], out: Path | None) -> None:
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the table has seen enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except DataError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         sys.exit(2)

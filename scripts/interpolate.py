@@ -137,6 +137,22 @@ def check_suites(options: list[str]) -> None:
         raise DataError("the picture needs matplotlib: pip install matplotlib")
 
 
+def check_alike(was: dict[str, Any], about: dict[str, Any]) -> None:
+    """Refuse weights of different models or activations; foreign ones do not say theirs."""
+    for key in ("model", "activation"):
+        if was.get(key) and about.get(key) and was[key] != about[key]:
+            raise DataError(
+                f"before and after are not of one model: {key} {was[key]} and {about[key]}"
+            )
+
+
+def check_finite(state: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights with NaN or infinity, of which every mix would have them."""
+    odd = next((k for k, x in state.items() if x.is_floating_point() and not x.isfinite().all()), 0)
+    if odd:
+        raise DataError(f"{path}: {odd} is not finite; take a checkpoint that is")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Mix, evaluate, draw."""
     args = parse_args(argv)
@@ -146,9 +162,14 @@ def main(argv: list[str] | None = None) -> None:
     options += ["--allow-missing"] if args.allow_missing else []
     for path in paths:
         options += ["--ckpt", f"{path.stem}={path}"]
-    before, _ = evaluate.read_checkpoint(args.before)
+    before, was = evaluate.read_checkpoint(args.before)
     after, about = evaluate.read_checkpoint(args.after)
+    check_alike(was, about)
+    check_finite(before, args.before)
+    check_finite(after, args.after)
     interpolate(before, after, 0)  # are they of one model?
+    if args.suite and "model" not in about:
+        raise DataError(f"--suite: {args.after} is not from train.py; leave --suite out")
     if args.suite:
         evaluate.load_model(None, str(args.after))  # is it a model that evaluate.py can build?
         check_suites(options)

@@ -32,6 +32,8 @@ def make_table(path: Path, suite: str) -> str:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        if not results:
+            raise KeyError
         for result in results.values():
             scores = result["suites"][suite]
             scores.pop("versus", None)  # comparisons of pairs are for results.md
@@ -50,6 +52,20 @@ def fill(text: str, base: Path) -> str:
     return BLOCK.sub(lambda m: f"{m[1]}\n{make_table(base / m[2], m[3])}\n{m[5]}", text)
 
 
+def check_marks(text: str, path: Path) -> None:
+    """Refuse a table mark whose end is missing: what stands up to the next end would be lost."""
+    opened = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("<!-- table: "):
+            if opened:
+                raise DataError(f"{path}:{opened}: this table has no <!-- end -->; add it")
+            opened = number
+        elif line == "<!-- end -->":
+            opened = 0
+    if opened:
+        raise DataError(f"{path}:{opened}: this table has no <!-- end -->; add it")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Rewrite the file, or say which tables differ."""
     parser = argparse.ArgumentParser(
@@ -62,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         old = args.file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--file {args.file}: cannot be read ({error})") from None
+    check_marks(old, args.file)
     new = fill(old, ROOT)
     count = len(BLOCK.findall(old))
     if not count:

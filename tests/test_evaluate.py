@@ -1465,7 +1465,7 @@ def test_list_names_files_places_licences_and_counts(root, capsys):
         (["--suite", "valse", "--root", "none"], "no such folder"),
         (["--out", "/proc/none"], "cannot be made"),
         (["--batch-size", "0"], "--batch-size must be 1"),
-        (["--pretrained", "x"], "give either"),
+        (["--pretrained", "x"], "give one of"),
     ],
 )
 def test_mistakes_get_one_sentence(options, message, tmp_path, monkeypatch):
@@ -1887,3 +1887,52 @@ def test_the_model_is_hashed_when_asked_for(tmp_path, monkeypatch):
     assert encoder.hash == encoder.hash == "f" * 64
     assert hashed == [1]
     assert encoder_of(path, "--cache", tmp_path / "cache").cache.name == "f" * 16 + "-fp32"
+
+
+def test_mmvp_pairs_by_number_when_a_row_is_missing(tmp_path):
+    lines = ["Question ID,Type,Statement"]
+    lines += [f"{k},T,statement {k}" for k in range(1, 9) if k != 1]
+    write(tmp_path / "mmvp/Questions.csv", "\n".join(lines))
+    for k in range(1, 9):
+        photo(tmp_path / f"mmvp/MLLM_VLM Images/T/{k}.jpg")
+    suite = evaluate.load_suite("mmvp", tmp_path, True)
+    assert [item.id for item in suite.items] == ["1", "2", "3"]
+    assert suite.items[0].texts == ("a photo of statement 3", "a photo of statement 4")
+
+
+def test_a_hub_model_takes_no_other_weights():
+    with pytest.raises(evaluate.DataError, match="brings its own weights"):
+        evaluate.load_model("hf-hub:me/tiny", "nothere.pt")
+
+
+def test_a_folder_of_transformers_without_tokenizer_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    write(tmp_path / "config.json", "{}")
+    with pytest.raises(evaluate.DataError, match="holds no tokenizer"):
+        evaluate.load_model(None, str(tmp_path))
+
+
+def test_a_closed_pipe_loses_nothing(tmp_path):
+    command = f"{sys.executable} evaluate.py --list"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=evaluate.SCRIPTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failed_run_leaves_nothing_and_says_whose_it_was(tmp_path):
+    out = tmp_path / "out"
+    (out / evaluate.ITEMS).mkdir(parents=True)
+    evaluate.discard(out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    evaluate.discard(out)
+    assert (out / "mine.txt").exists()
+    (out / "results.md").write_text("mine")
+    with pytest.raises(evaluate.DataError, match="in the way"):
+        evaluate.check_out(out, False)

@@ -92,3 +92,11 @@ def test_the_sweep_reads_gains_and_costs(tmp_path):
     assert points == [(0.5, 70, 30), (1, 70, 30)]
     interpolate.draw(points, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+def test_weights_of_other_activation_or_not_finite_are_refused(tmp_path):
+    with pytest.raises(DataError, match="activation gelu and quickgelu"):
+        interpolate.check_alike({"activation": "gelu"}, {"activation": "quickgelu"})
+    interpolate.check_alike({}, {"activation": "quickgelu"})
+    with pytest.raises(DataError, match="w is not finite"):
+        interpolate.check_finite({"w": torch.tensor([float("nan")])}, tmp_path / "a.pt")

@@ -1,8 +1,12 @@
 """What the README promises is there: its files, its links, its flags; imports flow one way."""
 
 import ast
+import importlib
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 import evaluate
 import train
@@ -58,3 +62,14 @@ def test_every_metric_is_explained():
 
 def test_every_suite_is_named():
     assert all(suite in README for suite in evaluate.SUITES)
+
+
+def test_a_table_without_end_loses_nothing(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    make_tables = importlib.import_module("make_tables")
+    path = tmp_path / "R.md"
+    text = "<!-- table: a.json shapes -->\nmine\n<!-- table: a.json shapes -->\n<!-- end -->\n"
+    path.write_text(text)
+    with pytest.raises(make_tables.DataError, match=r"R\.md:1: this table has no"):
+        make_tables.main(["--file", str(path)])
+    assert path.read_text() == text
