@@ -251,6 +251,7 @@ HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "conta
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
+HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container", "clothing")
 MOVERS = ("person", "animal", "vehicle")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
@@ -327,21 +328,21 @@ squat pitch travel stick overlook crouch hike dangle grow celebrate land park su
 display bat pitch stretch enter exit rise sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
-animal: ride feed wash pet chase hug carry brush milk photograph hold walk lead kiss watch herd;
-person: hug chase push carry kiss photograph lift follow hold feed watch; vehicle: drive ride push
-wash repair paint board load pull watch pass; gear.board: ride hold carry throw kick wash repair
-paint break use; gear.ski: wear hold carry wash break; gear.ball: hold throw carry kick catch wash
-hit chase fly serve watch; gear.bat: swing hold carry throw wash break; gear: hold wear carry throw
-wash repair paint break; food: eat cut hold throw wash cook drop prepare serve make buy; drink:
-drink pour spill throw serve hold; clothing: wear hold wash fold iron sew tear; device: hold use
-repair throw wash paint watch carry; fixture: clean paint repair break use; furniture: carry paint
-clean push repair break; container: hold wash carry break throw paint fill; tool: hold carry throw
-wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug carry wash
-throw kick; home: carry wash throw paint hold; feat: perform do watch film; structure: watch paint
-climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
-photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint carry
-photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any: hold
-wash paint throw drop carry"""
+animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet chase
+hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift follow hold
+feed watch; vehicle: drive ride push wash repair paint board load pull watch pass; gear.board: ride
+hold carry throw kick wash repair paint break use; gear.ski: wear hold carry wash; gear.ball: hold
+throw carry kick catch wash hit chase watch; gear.bat: swing hold carry throw wash break; gear:
+hold wear carry throw wash repair paint break; food: eat cut hold throw wash cook drop prepare
+serve make buy; drink: drink pour spill throw serve hold; clothing: wear hold wash fold; device:
+hold use repair throw wash paint watch carry; fixture: clean paint repair break use; furniture:
+carry paint clean push repair break; container: hold wash carry break throw paint fill; tool: hold
+carry throw wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold
+hug carry wash throw kick; home: carry wash throw paint hold; feat: perform do watch film;
+structure: watch paint climb photograph clean pass; place.road: cross clean paint sweep photograph;
+place: watch photograph leave paint enter cross; sport: play watch coach practice; nature: watch
+cut paint carry photograph hold climb; picture: paint draw hold take; body: paint wash scratch
+brush; any: wash paint carry"""
 # "who is no person, kinds of thing: what they can do to it"
 DOES = """
 animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
@@ -373,25 +374,26 @@ wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
 # act with ~ is never chosen.
 FREE = """
 person: sit ~relax ~lounge ~rest ~perch | stand ~wait ~pose lean ~balance | lie lay sleep ~nap |
-walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap ~hop
-~flip | kneel crouch squat ~bend | dance | crawl | swim ~wade | ski ~glide ~slide | snowboard |
-skateboard skate | surf | ride ~drive ~cruise ~roll | climb | fly ~soar ~float | fall | play | eat
-~dine | talk ~speak ~chat; animal: sit ~rest ~perch ~relax ~lounge ~lie ~lay ~sleep ~nap | stand ~wait
-~pose ~lean | walk ~stroll ~roam ~wander ~go ~move ~travel ~come ~head ~march | run ~race | jump
-~leap ~hop | swim ~wade float | fly ~soar ~hover ~glide | eat ~feed graze drink | fight | play |
-crawl | climb; vehicle: park sit ~stand ~stop ~rest
-~wait ~lean ~lie ~lay| drive travel move ~go ~come ~roll ~cruise ~head ~run ~race | fly ~soar
-~glide ~hover | float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie ~lay ~wait fall"""
+walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap
+~hop ~flip | kneel crouch squat ~bend | dance | crawl | ~swim ~wade | ~ski ~glide ~slide |
+~snowboard | ~skateboard ~skate | ~surf | ~ride ~drive ~cruise ~roll | ~climb | ~fly ~soar
+~float | ~fall | ~play | eat ~dine | ~talk ~speak ~chat | ~work; animal: sit ~rest ~perch ~relax
+~lounge ~lie ~lay ~sleep ~nap | stand ~wait ~pose ~lean | walk ~stroll ~roam ~wander ~go ~move
+~travel ~come ~head ~march | run ~race | jump ~leap ~hop | ~swim ~wade ~float | ~fly ~soar
+~hover ~glide | eat ~feed ~graze ~drink | ~fight | ~play | ~crawl | ~climb; vehicle: park sit
+~stand ~stop ~rest ~wait ~lean ~lie ~lay | drive ~travel move ~go ~come ~roll ~cruise ~head ~run
+~race | fly ~soar ~glide ~hover | float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie
+~lay ~wait"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
 WITH_PREPOSITION = """
-look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile for
-> cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; wait for > search; search look for > wait;
-talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk speak
-chat with > dance wrestle sing; swing at > point wave yell; look stare gaze out > climb jump fall;
-look stare gaze peek into > fall climb jump; look stare gaze over > jump climb; play with > sleep
-wrestle sit; jump leap over > crawl fly walk; ride on > stand sleep kneel dance; ride in > sleep
-dance kneel"""
+look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile
+for > cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; wait for >
+search; search look for > wait; talk speak chat text type on > step sit stand draw; talk speak
+chat to > wave point bow; talk speak chat with > dance wrestle sing; swing at > point wave yell;
+look stare gaze out > climb jump fall; look stare gaze peek into > fall climb jump; look stare
+gaze over > jump climb; play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on
+> stand sleep kneel dance; ride in > sleep dance kneel"""
 PARTICIPLES = """
 parked, stopped: driving, moving, traveling; docked: sinking, floating; seated: standing, kneeling,
 sleeping, walking; gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping,
@@ -402,8 +404,8 @@ emptied; held, carried: thrown, dropped; pulled: pushed, chased"""
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
 INDOORS = "place.room place.shop place.venue structure.house"
 RELATIONS = f"""
-on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
-under, next to, behind, beside, in front of, near, by | food tool home gear = next to, behind,
+on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture
+= under, next to, behind, beside, in front of, near, by | food tool home gear = next to, behind,
 beside, near | place.road place.ground place.court = next to, beside, far from, near | place.land =
 next to, far from, beside | place.water = next to, beside, near | it = next to, behind, near,
 beside | ? = near, behind, next to; in: it = next to, behind, near, beside | sport.event = before,
@@ -413,47 +415,47 @@ place.road = next to, beside, near | place.land = next to, far from, beside | {S
 behind, beside, in front of, near, by, on, on top of, under | clothing = without; underneath,
 under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
 to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
-place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under, next
-to, behind; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} = outside, behind, in
-front of | {SOLID} = outside of, next to, behind, in front of, beside, on, under; outside, outside
-of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} =
-behind, on, under, on top of, in, inside | person ? = behind | place.water place.ground = in, on,
-far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under, in, on top
-of | person ? = in front of; next to, beside, by, near, close to: {INDOORS} = in, inside, far from |
-{SOLID} = on, under, in, on top of, inside, far from | place.water place.ground place.court
-place.road = in, on, far from | person it = far from | ? = far from; of: food drink = next to, near,
-without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} = far from, outside |
-place structure fixture = far from | sport.event = before, after; around: {SOLID} = far from, on,
-under | place ? = far from; surrounded by: = far from; between: = behind, in front of; along:
-place.road place.water = far from, across | place.ground = far from; through: place.ground
-place.cage place.city structure = around, past | place.water = around, past, along; down, up:
-place.road = across, beside, past; across: place.road = along, down, beside | place.ground
-place.court place.water = around, past, beside; from: {SOLID} = behind, near, next to, beside; into:
-place vehicle structure container fixture ? = out of, past, away from; out of: place vehicle
-structure fixture container = into, past, away from; towards, toward: person {SOLID} place ? = away
-from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from, behind, far
-from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off of; off, off of:
-furniture vehicle structure gear.board place = onto; with: = without; without: = with; to the left
-of: = to the right of; to the right of: = to the left of; on the side of, on the edge of: = in the
-middle of, far from; in the middle of: = on the edge of, far from; during: sport.event = before,
-after; in the distance, in the background: = in the foreground; at night: = at noon; at the top of,
-on the top of: = at the bottom of; at the bottom of: = at the top of; on the back of, in the back
-of: = in front of, next to, under, near; in the foreground: = in the background; full of, filled
-with: = next to, without, beside; topped with: = without, next to, beside; covered with, covered in,
-decorated with, lined with, loaded with: = without, free of, beside, next to; has: = lacks; have: =
-lack; containing: = lacking, beside, next to; outdoors: = indoors; indoors: = outdoors; in the sky,
-in the air, through the air: = near the ground; on the ground: = in the air; on the floor: = off the
-floor; on the wall: = on the floor; attached to: = detached from, behind, near; side by side: = far
-apart; together: = apart; among, amongst: = far from, behind; within: = outside; on top: =
-underneath"""
+place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under,
+next to, behind; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} = outside,
+behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on, under;
+outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside
+| {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water place.ground
+= in, on, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under,
+in, on top of | person ? = in front of; next to, beside, by, near, close to: {INDOORS} = in,
+inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
+place.court place.road = in, on, far from | person it = far from | ? = far from; of: food drink =
+next to, near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} =
+far from, outside | place structure fixture = far from | sport.event = before, after; around:
+{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: = behind,
+in front of; along: place.road place.water = far from, across | place.ground = far from; through:
+place.ground place.cage place.city structure = around, past | place.water = around, past, along;
+down, up: place.road = across, beside, past; across: place.road = along, down, beside |
+place.ground place.court place.water = around, past, beside; from: {SOLID} = behind, near, next to,
+beside; into: place vehicle structure container fixture ? = out of, past, away from; out of: place
+vehicle structure fixture container = into, past, away from; towards, toward: person {SOLID} place
+? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from,
+behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off of;
+off, off of: furniture vehicle structure gear.board place = onto; with: = without; without: = with;
+to the left of: = to the right of; to the right of: = to the left of; on the side of, on the edge
+of: = in the middle of, far from; in the middle of: = on the edge of, far from; during: sport.event
+= before, after; in the distance, in the background: = in the foreground; at night: = at noon; at
+the top of, on the top of: = at the bottom of; at the bottom of: = at the top of; on the back of,
+in the back of: = in front of, next to, under, near; in the foreground: = in the background; full
+of, filled with: = next to, without, beside; topped with: = without, next to, beside; covered with,
+covered in, decorated with, lined with, loaded with: = without, free of, beside, next to; has: =
+lacks; have: = lack; containing: = lacking, beside, next to; outdoors: = indoors; indoors: =
+outdoors; in the sky, in the air, through the air: = near the ground; on the ground: = in the air;
+on the floor: = off the floor; on the wall: = on the floor; attached to: = detached from, behind,
+near; side by side: = far apart; together: = apart; among, amongst: = far from, behind; within: =
+outside; on top: = underneath"""
 # What can be on, in, under ... a thing: kinds and single words, where not any thing will do.
 GROUNDS = {
     "on": "furniture gear.board bicycle motorcycle scooter rock log box suitcase plate tray napkin "
     "rug blanket pillow towel book roof balcony porch deck bridge rooftop hill beach sidewalk "
     "street road path grass sand runway dock pier refrigerator oven microwave",
     "in": "place.room place.shop structure.house container.box container.bin container.cup bed car "
-    "truck bus van taxi train boat lake river swimming_pool fountain ocean field forest park garden "
-    "refrigerator oven sink bathtub tree airport train_station zoo school pan bowl",
+    "truck bus van taxi train boat lake river swimming_pool fountain ocean field forest park "
+    "garden refrigerator oven sink bathtub tree airport train_station zoo school pan bowl",
     "under": "furniture.top furniture.seat furniture.bed tree umbrella bridge roof tent shelf "
     "structure.pole structure.street truck bus car airplane kite blanket towel clock balcony it",
     "far from": "person animal vehicle structure place nature.tree furniture fixture ?",
@@ -503,31 +505,31 @@ leash, way, fire, use, display, line, case, mid; lacking: with, has, have, conta
 topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
 her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
 different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
-no, both, all, each, every; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push, pull,
-lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit, swing, cut, push, pull,
-lead, kick, chase, walk; names: red sox, big ben, little league; links: that, who, which, while;
-symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make, get, be, look,
-show; states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy:
-try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up,
-down, out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after
-acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of,
-outside, inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put;
-fixed in: fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked,
-gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed
-over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut,
-board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near red:
-orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue;
-near brown: orange; near tan: white, yellow; near white: gray; near black: gray; near gray: white, black; near
-silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: down, up, through, along, across, past, into, out of, towards, toward, around, over, off,
-onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick;
-sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady,
-girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire;
-never in:
-beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench,
-couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate,
-tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest,
-desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom,
-bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+no, both, all, each, every; looks: look, stare, gaze, point, watch; often on: hold, carry, throw,
+feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
+chase, paint, repair; names: red sox, big ben, little league; links: that, who, which, while;
+states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy: try,
+get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down,
+out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after acts: on,
+in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of, outside,
+inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put; fixed in:
+fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all,
+look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed
+into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange, pink; near
+orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange;
+near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black;
+near silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths:
+through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
+walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
+woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
+air, wave, surf, ground, smoke, fire; never in: beach, cliff, hill, rooftop, runway, pier, bridge,
+sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard,
+table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad
+track, dresser, nightstand, zoo; never on: forest, desert, garden, valley, swamp, castle, church,
+village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum,
+library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -731,8 +733,8 @@ def _plural(noun: str) -> str:
 @functools.cache
 def _inflect(verb: str, form: str) -> str:
     """Form G (riding), Z (rides) or B (ride) of a verb."""
-    if verb == "park":  # the vehicle itself does not
-        return {"G": "parked", "Z": "is parked", "B": "are parked"}[form]
+    if verb.startswith("park"):  # the vehicle itself does not
+        return {"G": "", "Z": "is ", "B": "are "}[form] + verb.replace("park", "parked", 1)
     if form == "G" and verb in SETS["doubled"]:
         return verb + verb[-1] + "ing"
     if form == "G":
@@ -1094,9 +1096,10 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     counted = tokens[phrase.first].tag in "DM" or tokens[phrase.head].tag == "S"
     if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
         return False  # on television
-    if noun in SETS["weather"] or (grounds and not _matches(kind, grounds.split())):
-        if not grounds or noun.replace(" ", "_") not in grounds.split():
-            return False
+    listed = bool(grounds) and noun.replace(" ", "_") in (grounds or "").split()
+    fits = listed or (noun not in SETS["weather"] and _matches(kind, (grounds or kind).split()))
+    if not fits:
+        return False
     if new in ("on", "on top of", "in", "inside", "under"):
         last = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
         mover = _kind(sentence, last)
@@ -1182,9 +1185,8 @@ def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
 def _movable(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a phrase names a thing, stands alone, and says "his" of nobody."""
     around = sentence.tokens[max(phrase.first - 1, 0) : phrase.stop + 1]
-    return (
-        sentence.tokens[phrase.first].word not in SETS["possessive"]
-        and not any(t.word in ("and", ",") for t in around)
+    return sentence.tokens[phrase.first].word not in SETS["possessive"] and not any(
+        t.word in ("and", ",") for t in around
     )
 
 
@@ -1327,6 +1329,8 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
             new = PARTICIPLE_ACTS[verb.word]
             path = _word(sentence, i + 1) in SETS["paths"]
             found += [_put(i, i, w) for w in new if not path and not _said(sentence, w)]
+        elif verb.word in ("on", "with"):
+            found += [_put(i, i, act) for act in _implied(sentence, i)]
         elif verb.word in LACKS and _can_lack(sentence, sentence.starts.get(i + 1)):
             found.append(_put(i, i, LACKS[verb.word]))
         elif verb.tag == "A" and verb.word in ACT_VALUES:
@@ -1343,6 +1347,19 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     return found
 
 
+def _implied(sentence: Sentence, i: int) -> list[str]:
+    """What somebody on or with a thing might do to it: a man on a horse, feeding a horse."""
+    before = next((p for p in sentence.phrases if p.stop == i), None)
+    after = sentence.starts.get(i + 1)
+    if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
+        return []
+    kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
+    if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
+        return []
+    done = _done(sentence, i, after, kind)
+    return [_inflect(act, "G") for act in done if act in acts and not _said(sentence, act)]
+
+
 def _said(sentence: Sentence, word: str) -> bool:
     """Whether a caption of the image has an act, or another word for it."""
     lemma = LEMMAS.get(word, word)
@@ -1356,6 +1373,8 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return i, PREPOSITIONAL_ACTS[verb.lemma, following]
     subject = _subject(sentence, i)
     who = subject or "thing"
+    if who == "vehicle" and verb.lemma in MOVES and following in ("down", "along", "up", "through"):
+        return i + 1, ("park beside",) if not _said(sentence, "park") else ()
     free: Sequence[str] = FREE_ACTS.get((who, verb.lemma), ())
     if not free and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
         free = ANY_ACT.get(subject, ())
@@ -1371,6 +1390,8 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     nameless = not kind and sentence.tokens[phrase.first].tag not in "DM" and subject != "person"
     if nameless or lifeless or verb.lemma in POSTURES or kind in ("idea", "part", "measure"):
         return last, ()
+    if any(KINDS.get(t.lemma) == "body" for t in sentence.tokens[phrase.stop : phrase.stop + 3]):
+        return last, ()  # a ball in his hand
     if subject in ("person", ""):
         return last, _done(sentence, i, phrase, kind)
     fits = (acts for who, kinds, acts in DONE_BY if who == subject and _matches(kind, kinds))
@@ -1383,8 +1404,7 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
     bare = tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
     sense = SENSES.get(tokens[phrase.head].lemma, [NO_SENSE])[0]
     after = tokens[phrase.stop : phrase.stop + 3]
-    bodily = any(KINDS.get(t.lemma) == "body" for t in after)  # a ball in his hand
-    if bodily or (bare and not sense.mass):
+    if (bare and not sense.mass) or (after and after[0].tag in "DM"):
         return ()
     acts = next(DONE[k] for k in (kind, kind.split(".")[0], "any") if k in DONE)
     if after and after[0].word in SETS["paths"]:
@@ -1530,6 +1550,7 @@ class Slots:
         if (c := behind.get(head, 0) - own) > 0:
             total += w4 * log(1 + c * h)
         return total
+
 
 def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES) -> Slots:
     """Learn from captions that have been read what stands where, and balance each type.
