@@ -214,7 +214,7 @@ place.land*: grass, snow, sand/dirt, mud,gravel, concrete, ice; ground, hay > ic
 place.water: lake/pond, river/~stream, swimming pool/pool, puddle, fountain; ocean/sea, desert,
   forest
 place.water*: water, surf > sand, snow, mud; rain > snow, fog
-sky.any: sky, air > water; cloud, rainbow, star > mountain, balloon
+sky.any: cloud, rainbow, star > mountain, balloon
 place.room: kitchen, bathroom/restroom/washroom/~rest room/~bath room, bedroom/~bed room, living
   room/~family room, dining room, office/~cubicle, garage, classroom, hallway, hotel room, waiting
   room, ~room, conference room
@@ -235,7 +235,8 @@ OTHER_THINGS = """
 part: side top bottom back front edge end middle center part distance background foreground left
 right rest half base tip point section; body: head hand arm leg foot mouth face hair neck ear eye
 tail nose tusk horn tongue tooth finger lap paw beard chest shoulder knee body; feat: trick jump
-stunt flip swing turn pitch break; idea: way time day night afternoon morning evening sunset winter
+stunt flip swing turn pitch break; idea: sky air
+way time day night afternoon morning evening sunset winter
 summer wedding party event walk flight show parade race contest competition motion action style
 position something thing stuff item object everything anything nothing fun conversation smile
 reflection shade shadow shape colour color name number word letter pattern life world display look
@@ -328,21 +329,21 @@ squat pitch travel stick overlook crouch hike dangle grow celebrate land park su
 display bat pitch stretch enter exit rise sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
-animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet chase
-hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift follow hold
-feed watch; vehicle: drive ride push wash repair paint board load pull watch pass; gear.board: ride
-hold carry throw kick wash repair paint break use; gear.ski: wear hold carry wash; gear.ball: hold
-throw carry kick catch wash hit chase watch; gear.bat: swing hold carry throw wash break; gear:
-hold wear carry throw wash repair paint break; food: eat cut hold throw wash cook drop prepare
-serve make buy; drink: drink pour spill throw serve hold; clothing: wear hold wash fold; device:
-hold use repair throw wash paint watch carry; fixture: clean paint repair break use; furniture:
-carry paint clean push repair break; container: hold wash carry break throw paint fill; tool: hold
-carry throw wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold
-hug carry wash throw kick; home: carry wash throw paint hold; feat: perform do watch film;
-structure: watch paint climb photograph clean pass; place.road: cross clean paint sweep photograph;
-place: watch photograph leave paint enter cross; sport: play watch coach practice; nature: watch
-cut paint carry photograph hold climb; picture: paint draw hold take; body: paint wash scratch
-brush; any: wash paint carry"""
+animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet
+chase hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift
+follow hold feed watch; vehicle: drive ride push wash repair paint board load pull watch pass;
+gear.board: ride hold carry throw kick wash repair paint break use; gear.ski: wear hold carry ;
+gear.ball: hold throw carry kick catch hit chase watch; gear.bat: swing hold carry throw break;
+gear: hold wear carry throw repair paint break; food: eat cut hold throw cook drop prepare serve
+make buy; drink: drink pour spill throw serve hold; clothing: wear hold wash fold; device: hold
+use repair throw paint watch carry; fixture: clean paint repair break use; furniture: carry
+paint clean push repair break; container: hold wash carry break throw paint fill; tool: hold
+carry throw drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug
+carry throw kick; home: carry throw paint hold; feat: perform do watch film; structure: watch
+paint climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
+photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint
+carry photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any:
+paint carry"""
 # "who is no person, kinds of thing: what they can do to it"
 DOES = """
 animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
@@ -404,50 +405,50 @@ emptied; held, carried: thrown, dropped; pulled: pushed, chased"""
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
 INDOORS = "place.room place.shop place.venue structure.house"
 RELATIONS = f"""
-on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture
-= under, next to, behind, beside, in front of, near, by | food tool home gear = next to, behind,
-beside, near | place.road place.ground place.court = next to, beside, far from, near | place.land =
-next to, far from, beside | place.water = next to, beside, near | it = next to, behind, near,
-beside | ? = near, behind, next to; in: it = next to, behind, near, beside | sport.event = before,
-after | {INDOORS} = outside, in front of, behind | place.water = next to, beside, near |
-place.ground place.cage place.court place.city = next to, outside, beside, far from, near |
-place.road = next to, beside, near | place.land = next to, far from, beside | {SOLID} = next to,
-behind, beside, in front of, near, by, on, on top of, under | clothing = without; underneath,
-under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
-to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
-place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under,
-next to, behind; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} = outside,
-behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on, under;
-outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside
-| {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water place.ground
-= in, on, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under,
-in, on top of | person ? = in front of; next to, beside, by, near, close to: {INDOORS} = in,
-inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
-place.court place.road = in, on, far from | person it = far from | ? = far from; of: food drink =
-next to, near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} =
-far from, outside | place structure fixture = far from | sport.event = before, after; around:
-{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: = behind,
-in front of; along: place.road place.water = far from, across | place.ground = far from; through:
-place.ground place.cage place.city structure = around, past | place.water = around, past, along;
-down, up: place.road = across, beside, past; across: place.road = along, down, beside |
-place.ground place.court place.water = around, past, beside; from: {SOLID} = behind, near, next to,
-beside; into: place vehicle structure container fixture ? = out of, past, away from; out of: place
-vehicle structure fixture container = into, past, away from; towards, toward: person {SOLID} place
-? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from,
-behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off of;
-off, off of: furniture vehicle structure gear.board place = onto; with: = without; without: = with;
-to the left of: = to the right of; to the right of: = to the left of; on the side of, on the edge
-of: = in the middle of, far from; in the middle of: = on the edge of, far from; during: sport.event
-= before, after; in the distance, in the background: = in the foreground; at night: = at noon; at
-the top of, on the top of: = at the bottom of; at the bottom of: = at the top of; on the back of,
-in the back of: = in front of, next to, under, near; in the foreground: = in the background; full
-of, filled with: = next to, without, beside; topped with: = without, next to, beside; covered with,
-covered in, decorated with, lined with, loaded with: = without, free of, beside, next to; has: =
-lacks; have: = lack; containing: = lacking, beside, next to; outdoors: = indoors; indoors: =
-outdoors; in the sky, in the air, through the air: = near the ground; on the ground: = in the air;
-on the floor: = off the floor; on the wall: = on the floor; attached to: = detached from, behind,
-near; side by side: = far apart; together: = apart; among, amongst: = far from, behind; within: =
-outside; on top: = underneath"""
+on, atop, on top of: furniture vehicle gear.board animal container structure nature device
+fixture = under, next to, behind, beside, in front of, by | food tool home gear = next to,
+behind, beside | place.road place.ground place.court = next to, beside, far from | place.land =
+next to, far from, beside | place.water = next to, beside | it = next to, behind, beside | ? =
+behind, next to; in: it = next to, behind, beside | sport.event = before, after | {INDOORS} =
+outside, in front of, behind | place.water = next to, beside | place.ground place.cage
+place.court place.city = next to, outside, beside, far from | place.road = next to, beside |
+place.land = next to, far from, beside | {SOLID} = next to, behind, beside, in front of, by, on,
+on top of, under | clothing = without; underneath, under, beneath: {SOLID} = on top of, on, next
+to, beside, behind, in front of, far from | it = next to, behind, on | ? = next to, behind;
+over: {SOLID} = under, next to, behind, beside | place.road place.ground place.water place.city
+= next to, far from, beside; above: {SOLID} = below, under, next to, behind; below: {SOLID} =
+above, on, behind; inside, inside of: {INDOORS} = outside, behind, in front of | {SOLID} =
+outside of, next to, behind, in front of, beside, on, under; outside, outside of: {INDOORS} =
+inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind, on,
+under, on top of, in, inside | person ? = behind | place.water place.ground = in, on, far from;
+behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under, in, on top of |
+person ? = in front of; next to, beside, by, near, close to: {INDOORS} = in, inside, far from |
+{SOLID} = on, under, in, on top of, inside, far from | place.water place.ground place.court
+place.road = in, on, far from | person it = far from | ? = far from; of: food drink = next to,
+near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} = far
+from, outside | place structure fixture = far from | sport.event = before, after; around:
+{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: =
+behind, in front of; along: place.road place.water = far from, across | place.ground = far from;
+through: place.ground place.cage place.city structure = past | place.water = past, along; down,
+up: place.road = across, beside, past; across: place.road = along, down, beside | place.ground
+place.court place.water = past, beside; from: {SOLID} = behind, near, next to, beside; into:
+place vehicle structure container fixture ? = out of, past, away from; out of: place vehicle
+structure fixture container = into, past, away from; towards, toward: person {SOLID} place ? =
+away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from,
+behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off
+of; off, off of: furniture vehicle structure gear.board place = onto; with: = without; without:
+= with; to the left of: = to the right of; to the right of: = to the left of; on the side of, on
+the edge of: = in the middle of, far from; in the middle of: = on the edge of, far from; during:
+sport.event = before, after; in the distance, in the background: = in the foreground; at night:
+= at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the top of;
+on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in the
+background; full of, filled with: = next to, without, beside; topped with: = without, next to,
+beside; covered with, covered in, decorated with, lined with, loaded with: = without, free of,
+beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: =
+indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the
+ground: = in the air; on the floor: = off the floor; on the wall: = on the floor; attached to: =
+detached from, behind, near; side by side: = far apart; together: = apart; among, amongst: = far
+from, behind; within: = outside; on top: = underneath"""
 # What can be on, in, under ... a thing: kinds and single words, where not any thing will do.
 GROUNDS = {
     "on": "furniture gear.board bicycle motorcycle scooter rock log box suitcase plate tray napkin "
@@ -1084,6 +1085,7 @@ def _serves(sentence: Sentence, i: int, kind: str) -> bool:
     if phrase is None:
         return False
     ends = phrase.stop == len(sentence.tokens) or sentence.tokens[phrase.stop].tag in ".P"
+    ends = ends and _word(sentence, phrase.stop + 1) != "it"
     return ends and _matches(before, ("container", "food")) and _matches(kind, ("food", "drink"))
 
 
@@ -1268,7 +1270,13 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     if head.lemma in ("boy", "girl", "child", "kid") and word in YOUNGER:
         fits = head.lemma in ("boy", "girl") and YOUNGER[word] not in sentence.named
         return [YOUNGER[word]] if fits else []
-    idiom = tokens[i - 1].word in ("cross", "half") or (phrase is None and word in ("high", "low"))
+    after = [t.word for t in tokens[i + 1 : i + 3]]
+    idiom = word == "french" or after in (["and", "white"], ["and", "black"])
+    idiom = (
+        idiom
+        or tokens[i - 1].word in ("cross", "half")
+        or (phrase is None and word in ("high", "low"))
+    )
     sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
     if idiom or sexed or KINDS.get(head.lemma) in ("measure", "idea"):
         return []

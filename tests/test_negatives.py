@@ -89,7 +89,7 @@ def generated(count, seed=0):
             f"A car {act} on a street" for act in ("moving", "driving", "traveling")}),
         ("A cat on a bus", "relation", {
             f"A cat {there} a bus" for there in (
-                "under", "next to", "behind", "beside", "in front of", "near", "by")}),
+                "under", "next to", "behind", "beside", "in front of", "by")}),
         ("Some sheep", "attribute", {None}),
         ("Some sheep", "action", {None}),
         ("Some sheep", "relation", {None}),
