@@ -1364,8 +1364,14 @@ def _implied(sentence: Sentence, i: int) -> list[str]:
     kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
     if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
         return []
-    done = _done(sentence, i, after, kind)
+    done = () if _held(sentence, after) else _done(sentence, i, after, kind)
     return [_inflect(act, "G") for act in done if act in acts and not _said(sentence, act)]
+
+
+def _held(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a part of a body follows: a ball in his hand."""
+    after = sentence.tokens[phrase.stop : phrase.stop + 4]
+    return any(KINDS.get(t.lemma) == "body" for t in after)
 
 
 def _said(sentence: Sentence, word: str) -> bool:
@@ -1393,13 +1399,15 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return last, [] if following in ("to", "like") else _placed(sentence, i, last, free)
     kind = _kind(sentence, phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
-    if lifeless and verb.lemma in ("hold", "contain", "include", "feature", "have"):
+    if lifeless and verb.lemma in ("contain", "include", "feature", "have"):
         return last, ("lack",)
+    if kind == "body" and verb.lemma not in ("brush", "wash", "scratch"):
+        return last, ()  # making faces
+    if _held(sentence, phrase):
+        return last, ()
     nameless = not kind and sentence.tokens[phrase.first].tag not in "DM" and subject != "person"
     if nameless or lifeless or verb.lemma in POSTURES or kind in ("idea", "part", "measure"):
         return last, ()
-    if any(KINDS.get(t.lemma) == "body" for t in sentence.tokens[phrase.stop : phrase.stop + 3]):
-        return last, ()  # a ball in his hand
     if subject in ("person", ""):
         return last, _done(sentence, i, phrase, kind)
     fits = (acts for who, kinds, acts in DONE_BY if who == subject and _matches(kind, kinds))
@@ -1425,7 +1433,8 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
     verb, relation = sentence.tokens[i], _word(sentence, last + 1)
     ground = _kind(sentence, sentence.starts.get(last + 2))
     if relation in SETS["paths"]:
-        return [act for act in acts if act in MOVES and act not in ("fly", "slide")]
+        airy = any(t.word in ("air", "sky", "through the air") for t in sentence.tokens[i : i + 5])
+        return [] if airy else [act for act in acts if act in MOVES and act not in ("fly", "slide")]
     if relation in ("at", "from") or verb.word in ("go", "get"):
         return [act for act in acts if act in ("sit", "stand", "sleep") and relation == "at"]
     if relation in ("on", "on top of", "in", "inside") and _matches(
