@@ -131,9 +131,9 @@ furniture.seat: couch/sofa/~loveseat, chair/armchair/recliner/~seat/~rocking cha
 furniture.top: table/~table top/~dining table/~coffee table/~dining room table/~kitchen
   table/~tabletop/desk, counter/countertop/~kitchen counter/~counter top, shelf, dresser,
   nightstand; bookshelf/bookcase, cabinet/cupboard, wardrobe, drawer
-furniture.top: surface, rack > shelf, stool
+furniture.top: rack > shelf, stool
 furniture.bed: bed, crib, hammock, couch; mattress, bunk bed > couch, hammock
-container.plate: plate/dish/platter, bowl, tray, napkin, paper plate, cutting board/~chopping board
+container.plate: plate/dish/platter/tray, bowl, napkin, paper plate, cutting board/~chopping board
 container.cup: cup/mug, ~coffee cup, glass/~wine glass, bottle/~wine bottle/~water bottle, vase,
   pitcher, jar, pot
 container.pan: pan/~frying pan/skillet, wok, pot
@@ -167,7 +167,7 @@ drink.mass*: wine/~red wine/~white wine, beer, coffee, tea, milk, juice/~orange 
   ~soda; beverage, drink, alcohol, liquor > sandwich, cookie
 clothing.top: shirt/~t-shirt/~tee shirt/~t shirt/~jersey, jacket/coat/~hoodie, sweater, dress,
   vest, robe/bathrobe, ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
-  outfit, costume, gear, clothing, clothes > towel, blanket
+  outfit, costume > towel, blanket
 clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajamas, overalls
 clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie, helmet, crown, wig, scarf, turban,
   headband
@@ -176,8 +176,8 @@ clothing.foot: shoe/sneaker, boot, sandal/~flip flop, sock, slipper
 clothing.neck: tie/necktie/~neck tie/~bow tie/~bowtie, scarf, necklace, badge
 clothing.hand: purse/handbag/~bag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase,
   umbrella, guitar; mask, watch, collar, ribbon, leash > scarf, bell
-home.soft: pillow/cushion, blanket/quilt/comforter/~bedspread, towel, curtain/~drape,
-  rug/carpet/~mat, tablecloth, sheet
+home.soft: pillow/cushion, blanket/quilt/comforter/sheet/~bedspread, towel, curtain/~drape,
+  rug/carpet/~mat, tablecloth
 home.wall: door/doorway > window, gate, curtain; mirror, painting/~artwork, window, clock, poster,
   fireplace, bookcase; photograph, picture frame, vent, outlet, blind > mirror, clock; wall >
   fence, window, door
@@ -202,19 +202,19 @@ place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, sidewalk/~walk
   path/~trail/~pathway, driveway, railroad track/~track/~train track/~railway/~railroad, river;
   corner, street corner, intersection, crosswalk, crossing > bridge, beach, rooftop; parking
   lot/~lot, runway/~tarmac, bridge, rooftop
-place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland,
-  forest/~woods/~jungle, desert, garden, park/~yard/~lawn, swamp, parking lot; hill/hillside/~ski
-  slope/~slope, mountain/~mountain side/~mountainside, valley, beach, cliff
+place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland/~lawn/~yard,
+  forest/~woods/~jungle, desert, garden, park, swamp, parking lot; hill/hillside/~ski
+  slope/~slope/mountain/~mountain side/~mountainside, valley, beach, cliff
 place.court: tennis court/~court, baseball field/~baseball diamond, golf course, soccer field,
   basketball court; skate park/~skateboard park/~ramp/~skateboard ramp, swimming pool/pool,
   stadium/~arena
-place.cage: area > forest, desert; habitat, exhibit, resort, platform, backyard, alley, apartment,
+place.cage: habitat, exhibit, resort, platform, backyard, alley, apartment,
   bay, shoreline, plain > desert, river; enclosure, pen, area > river, swimming pool
-place.land*: grass, snow, sand, mud, dirt, gravel, concrete, ice; ground, hay > ice, sand
+place.land*: grass, snow, sand/dirt, mud,gravel, concrete, ice; ground, hay > ice, sand
 place.water: lake/pond, river/~stream, swimming pool/pool, puddle, fountain; ocean/sea, desert,
-  forest; wave > hill, wall
+  forest
 place.water*: water, surf > sand, snow, mud; rain > snow, fog
-sky.any: sky, air > water; cloud, rainbow, star > mountain, balloon
+sky.any: cloud, rainbow, star > mountain, balloon
 place.room: kitchen, bathroom/restroom/washroom/~rest room/~bath room, bedroom/~bed room, living
   room/~family room, dining room, office/~cubicle, garage, classroom, hallway, hotel room, waiting
   room, ~room, conference room
@@ -235,7 +235,8 @@ OTHER_THINGS = """
 part: side top bottom back front edge end middle center part distance background foreground left
 right rest half base tip point section; body: head hand arm leg foot mouth face hair neck ear eye
 tail nose tusk horn tongue tooth finger lap paw beard chest shoulder knee body; feat: trick jump
-stunt flip swing turn pitch break; idea: way time day night afternoon morning evening sunset winter
+stunt flip swing turn pitch break; idea: sky air
+way time day night afternoon morning evening sunset winter
 summer wedding party event walk flight show parade race contest competition motion action style
 position something thing stuff item object everything anything nothing fun conversation smile
 reflection shade shadow shape colour color name number word letter pattern life world display look
@@ -251,6 +252,7 @@ HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "conta
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
+HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container", "clothing")
 MOVERS = ("person", "animal", "vehicle")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
@@ -271,7 +273,7 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   ~vibrant | ~colorless black-and-white plain ; large big huge giant enormous ~gigantic massive
   ~oversized ~jumbo | small little tiny miniature ~mini; tall ~towering | short; long ~lengthy |
   short; wide ~broad | narrow ~skinny thin; wooden wood | metal steel ~metallic ~iron ~aluminum |
-  plastic | glass | stone concrete ~cement | brick | leather; grassy ~grass-covered lush | sandy |
+  plastic | glass | stone concrete ~cement | brick | leather; grassy ~grass-covered ~lush | sandy |
   snowy snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy |
   cloudy overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted
   polka-dot | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen;
@@ -313,7 +315,7 @@ MOVING = (
 )
 ROLLING = "drive travel move go come head cruise roll"
 ACTS = f"""
-{POSTURE} {MOVING} {ROLLING} dance ride slide sled fly float swim sail soar glide hover burn
+{POSTURE} {MOVING} {ROLLING} dance ride slide sled fly float swim sail soar glide hover smell burn
 explode fall spin crash graze eat feed drink play fight sing cry look stare gaze watch point yell
 laugh wave growl bark bow talk speak chat step draw work smile frown reach search hang balance
 swing hold carry use throw toss catch kick hit wear read cut slice chop cook prepare make serve
@@ -327,25 +329,26 @@ squat pitch travel stick overlook crouch hike dangle grow celebrate land park su
 display bat pitch stretch enter exit rise sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
-animal: ride feed wash pet chase hug carry brush milk photograph hold walk lead kiss watch herd;
-person: hug chase push carry kiss photograph lift follow hold feed watch; vehicle: drive ride push
-wash repair paint board load pull watch pass; gear.board: ride hold carry throw kick wash repair
-paint break use; gear.ski: wear hold carry wash break; gear.ball: hold throw carry kick catch wash
-hit chase fly serve watch; gear.bat: swing hold carry throw wash break; gear: hold wear carry throw
-wash repair paint break; food: eat cut hold throw wash cook drop prepare serve make buy; drink:
-drink pour spill throw serve hold; clothing: wear hold wash fold iron sew tear; device: hold use
-repair throw wash paint watch carry; fixture: clean paint repair break use; furniture: carry paint
-clean push repair break; container: hold wash carry break throw paint fill; tool: hold carry throw
-wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug carry wash
-throw kick; home: carry wash throw paint hold; feat: perform do watch film; structure: watch paint
-climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
-photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint carry
-photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any: hold
-wash paint throw drop carry"""
-# "who is no person: what they can do to a thing"
+animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet
+chase hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift
+follow hold feed watch; vehicle: drive ride push wash repair paint board load pull watch pass;
+gear.board: ride hold carry throw kick wash repair paint break use; gear.ski: wear hold carry ;
+gear.ball: hold throw carry kick catch hit chase watch; gear.bat: swing hold carry throw break;
+gear: hold wear carry throw repair paint break; food: eat cut hold throw cook drop prepare serve
+make buy; drink: drink pour spill throw serve hold; clothing: wear hold wash fold; device: hold
+use repair throw paint watch carry; fixture: clean paint repair break use; furniture: carry
+paint clean push repair break; container: hold wash carry break throw paint fill; tool: hold
+carry throw drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug
+carry throw kick; home: carry throw paint hold; feat: perform do watch film; structure: watch
+paint climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
+photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint
+carry photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any:
+paint carry"""
+# "who is no person, kinds of thing: what they can do to it"
 DOES = """
-animal: chase kick eat carry break push lick sniff drop hold catch; vehicle: push pull follow
-carry hit"""
+animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
+lick sniff smell; animal gear.ball home.toy clothing device container tool gear.board: carry drop
+lick sniff chase kick push; vehicle vehicle: push pull follow hit pass tow"""
 # Acts of one group can go together, so that one never replaces another.
 TOGETHER = """
 hold carry lift take use eat drink read show swing fly cut catch grab pick have get display; hold
@@ -372,116 +375,111 @@ wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
 # act with ~ is never chosen.
 FREE = """
 person: sit ~relax ~lounge ~rest ~perch | stand ~wait ~pose lean ~balance | lie lay sleep ~nap |
-walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap ~hop
-~flip | kneel crouch squat ~bend | dance | crawl | swim ~wade | ski ~glide ~slide | snowboard |
-skateboard skate | surf | ride ~drive ~cruise ~roll | climb | fly ~soar ~float | fall | play | eat
-~dine | talk ~speak ~chat; animal: sit ~rest ~perch ~relax ~lounge | stand ~wait ~pose ~lean | lie
-lay sleep ~nap | walk ~stroll ~roam ~wander ~go ~move ~travel ~come ~head ~march | run ~race | jump
-~leap ~hop | swim ~wade float | fly ~soar ~hover ~glide | eat ~feed graze drink | fight | play |
-crawl | climb; vehicle: park sit ~stand ~stop ~rest ~wait ~lean ~lie ~lay| drive travel move ~go
-~come ~roll ~cruise ~head ~run ~race | fly ~soar ~glide ~hover | float ~sail | crash | burn; thing:
-sit ~rest ~stand lie lay ~lean ~perch ~pose ~wait | hang ~dangle | float ~sail | fall ~drop | fly
-~soar ~hover | burn | ~grow"""
+walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap
+~hop ~flip | kneel crouch squat ~bend | dance | crawl | ~swim ~wade | ~ski ~glide ~slide |
+~snowboard | ~skateboard ~skate | ~surf | ~ride ~drive ~cruise ~roll | ~climb | ~fly ~soar
+~float | ~fall | ~play | eat ~dine | ~talk ~speak ~chat | ~work; animal: sit ~rest ~perch ~relax
+~lounge ~lie ~lay ~sleep ~nap | stand ~wait ~pose ~lean | walk ~stroll ~roam ~wander ~go ~move
+~travel ~come ~head ~march | run ~race | jump ~leap ~hop | ~swim ~wade ~float | ~fly ~soar
+~hover ~glide | eat ~feed ~graze ~drink | ~fight | ~play | ~crawl | ~climb; vehicle: park sit
+~stand ~stop ~rest ~wait ~lean ~lie ~lay | drive ~travel move ~go ~come ~roll ~cruise ~head ~run
+~race | fly ~soar ~glide ~hover | float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie
+~lay ~wait"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
 WITH_PREPOSITION = """
-look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile for
-> cry yell; pull drive into > crash; chew on > sit step; hold onto > jump climb fall; pose for >
-search dance cry; wait for > search reach; reach for > yell wave dance; search look for > wait cry;
-talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk speak
-chat with > dance wrestle sing; swing at > point wave yell; look stare gaze out > climb jump fall;
-look stare gaze peek into > fall climb jump; look stare gaze over > jump climb; play with > sleep
-wrestle sit; jump leap over > crawl fly walk; ride on > stand sleep kneel dance; ride in > sleep
-dance kneel"""
+look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile
+for > cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; wait for >
+search; search look for > wait; talk speak chat text type on > step sit stand draw; talk speak
+chat to > wave point bow; talk speak chat with > dance wrestle sing; swing at > point wave yell;
+look stare gaze out > climb jump fall; look stare gaze peek into > fall climb jump; look stare
+gaze over > jump climb; play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on
+> stand sleep kneel dance; ride in > sleep dance kneel"""
 PARTICIPLES = """
-parked: driving, moving, traveling; stopped: driving, moving, burning; docked: sinking, burning,
-floating; seated: standing, kneeling, sleeping, walking; gathered, crowded, huddled: dancing,
-fighting; smiling: crying, frowning; sleeping, curled: running, jumping; crying: smiling; perched:
-sleeping, running; placed, stacked, arranged, displayed, served, mounted, posted, piled: burning,
-spinning; shown, seen, pictured: hidden; kept: chased, hunted, fed; hung, wrapped, laid, spread,
-attached, written, suspended: burned, torn, thrown; loaded, stocked: unloaded, emptied; tied:
-thrown, dragged; located, anchored, chained, propped, planted, stored: burning, spinning; prepared:
-thrown, burned; held, carried: thrown, dropped; pulled: pushed, chased; topped with, covered with,
-covered in, loaded with, filled with: emptied of, cleared of; decorated with, lined with: stripped
-of, cleared of"""
+parked, stopped: driving, moving, traveling; docked: sinking, floating; seated: standing, kneeling,
+sleeping, walking; gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping,
+curled: running, jumping; crying: smiling; perched: sleeping, running; loaded, stocked: unloaded,
+emptied; held, carried: thrown, dropped; pulled: pushed, chased"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
-RELATIONS = """
-on: furniture = under, near, next to, behind, beside, in front of, by, underneath | vehicle
-gear.board animal = next to, behind, under, near, beside, in front of, by | container fixture
-home.soft home.read food tool device clothing home.toy nature structure = under, behind, near, next
-to, beside, in front of, by, inside | home.wall home.light = near, behind, above, under, next to |
-place sky = near, next to, behind, beside, by, above, under, far from | it = under, next to, near,
-behind, beside | person = behind, near, next to, in front of | ? = near, behind, next to, under;
-in: it = next to, behind, near, on top of, outside | sport.event = before, after | place.room
-place.shop place.venue structure.house = outside, near, behind, next to, in front of, by | place
-sky = near, by, next to, behind, beside, outside, above, far from | container fixture furniture
-vehicle device structure nature home gear food tool = on, under, behind, near, next to, on top of,
-beside, in front of, by, outside | clothing = without, behind, near | ? = near, behind, next to,
-outside; on top of: under, next to, behind, beside, in front of, near, below, inside; underneath,
-under, beneath: on top of, on, next to, beside, behind, in front of, above, over, near; over, atop:
-under, next to, behind, beside, below; above: below, under, behind, next to; below: above, over,
-behind, on; inside: place.room place.shop place.venue structure.house = outside, behind, near, next
-to | = outside, under, on top of, behind, next to, near, on, in front of; outside: in, inside,
-behind; in front of: place.room place.shop place.venue structure.house = behind, in, inside |
-vehicle animal = behind, on, in, under, inside, on top of | place = behind, on, in, above | =
-behind, on, under, on top of; behind: place.room place.shop place.venue structure.house = in front
-of, in, inside | = in front of, on, under, in, on top of; next to, beside: place.room place.shop
-place.venue structure.house = in, inside, behind, in front of | animal person = behind, in front
-of, on, under, on top of | vehicle furniture = on, in, behind, in front of, under, on top of,
-inside | place.water place.ground place.court = in, on | place = on, behind, in | container fixture
-food home tool device structure nature gear clothing = on, under, behind, in front of, on top of,
-in, inside | it = on, under, behind, in front of | = far from; near, close to, by: place.room
-place.shop place.venue structure.house = in, inside | vehicle animal furniture = on, in, under, on
-top of, inside | place = on, in, far from | container fixture food home tool device structure
-nature gear clothing = on, under, on top of, in, inside | = far from; of: food drink = next to,
-near, without; at: furniture.top = under, on, behind, far from | place.ground place.water = above,
-far from | place structure fixture = near, outside, behind, in front of, on, far from | sport.event
-= before, after | person animal vehicle ? = away from; around: furniture vehicle animal structure
-nature container = on, under, in, inside | = far from; surrounded by: far from; between: behind, in
-front of, under, on top of, on; along: place = far from, across, in, under; through: place =
-around, past, near, over, along; down, up: place.road = across, by, along, beside | place.ground =
-up, down, behind, near, past; on top: underneath; from: container furniture home.light structure
-nature person animal ? = behind, near, under, next to; across: place.road = along, down, up, beside
-| place = around, near, behind, above; into: place vehicle structure container fixture ? = out of,
-past, around, near; out of: place vehicle structure fixture container = into, past, near; towards,
-toward, up to, to: person animal vehicle place.room place.shop place.venue structure nature
-place.ground container fixture ? = away from, past, behind; against: away from, under, behind, on,
-above; away from: towards, near; past: towards, through, into, on; onto: vehicle furniture
-structure container fixture place ? = off of, under, behind; off, off of: furniture vehicle
-structure gear.board place ? = onto, under, behind, on; with: container = next to, under, behind,
-near, beside, on, without | animal vehicle person = behind, in front of, near, on, under, without |
-furniture fixture = without, under, near, behind, on, next to | food tool gear device home nature
-structure = without, next to, near, beside, under, behind | clothing = without, under, behind | =
-without; without: with; to the left of: to the right of; to the right of: to the left of; on the
-side of, on the edge of: in the middle of, under, far from; in the middle of: on the edge of, near,
-next to; during: sport.event = before, after; in the distance, in the background: in the
-foreground; at night: at noon; at the top of, on the top of: at the bottom of, near; at the bottom
-of: at the top of; on the back of, in the back of: in front of, next to, under, near; in the
-foreground: in the background; full of, filled with: next to, behind, empty of; topped with:
-without, next to, under; covered with, covered in, decorated with, lined with, loaded with: free
-of, next to, behind; has: lacks; have: lack; containing: lacking; inside of: outside of; outside
-of: inside of; outdoors: indoors; indoors: outdoors; in the sky, in the air: on the ground; through
-the air: along the ground; on the ground: in the air, in the sky; on the floor: on the ceiling, on
-the wall; on the wall: on the ceiling, on the floor; on display: in storage; attached to: detached
-from, behind, near; side by side: far apart; together: apart, alone; among, amongst: far from,
-behind; within: outside, near"""
-SWAP_KINDS = (
-    *MOVERS,
-    "gear",
-    "device",
-    "furniture",
-    "container",
-    "tool",
-    "food",
-    "drink",
-    "clothing",
-    "home",
-    "structure",
-    "fixture",
-    "nature",
-    "place",
-)
+SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
+INDOORS = "place.room place.shop place.venue structure.house"
+RELATIONS = f"""
+on, atop, on top of: furniture vehicle gear.board animal container structure nature device
+fixture = under, next to, behind, beside, in front of, by | food tool home gear = next to,
+behind, beside | place.road place.ground place.court = next to, beside, far from | place.land =
+next to, far from, beside | place.water = next to, beside | it = next to, behind, beside | ? =
+behind, next to; in: it = next to, behind, beside | sport.event = before, after | {INDOORS} =
+outside, in front of, behind | place.water = next to, beside | place.ground place.cage
+place.court place.city = next to, outside, beside, far from | place.road = next to, beside |
+place.land = next to, far from, beside | {SOLID} = next to, behind, beside, in front of, by, on,
+on top of, under | clothing = without; underneath, under, beneath: {SOLID} = on top of, on, next
+to, beside, behind, in front of, far from | it = next to, behind, on | ? = next to, behind;
+over: {SOLID} = under, next to, behind, beside | place.road place.ground place.water place.city
+= next to, far from, beside; above: {SOLID} = below, under, next to, behind; below: {SOLID} =
+above, on, behind; inside, inside of: {INDOORS} = outside, behind, in front of | {SOLID} =
+outside of, next to, behind, in front of, beside, on, under; outside, outside of: {INDOORS} =
+inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind, on,
+under, on top of, in, inside | person ? = behind | place.water place.ground = in, on, far from;
+behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under, in, on top of |
+person ? = in front of; next to, beside, by, near, close to: {INDOORS} = in, inside, far from |
+{SOLID} = on, under, in, on top of, inside, far from | place.water place.ground place.court
+place.road = in, on, far from | person it = far from | ? = far from; of: food drink = next to,
+near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} = far
+from, outside | place structure fixture = far from | sport.event = before, after; around:
+{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: =
+behind, in front of; along: place.road place.water = far from, across | place.ground = far from;
+through: place.ground place.cage place.city structure = past | place.water = past, along; down,
+up: place.road = across, beside, past; across: place.road = along, down, beside | place.ground
+place.court place.water = past, beside; from: {SOLID} = behind, near, next to, beside; into:
+place vehicle structure container fixture ? = out of, past, away from; out of: place vehicle
+structure fixture container = into, past, away from; towards, toward: person {SOLID} place ? =
+away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from,
+behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off
+of; off, off of: furniture vehicle structure gear.board place = onto; with: = without; without:
+= with; to the left of: = to the right of; to the right of: = to the left of; on the side of, on
+the edge of: = in the middle of, far from; in the middle of: = on the edge of, far from; during:
+sport.event = before, after; in the distance, in the background: = in the foreground; at night:
+= at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the top of;
+on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in the
+background; full of, filled with: = next to, without, beside; topped with: = without, next to,
+beside; covered with, covered in, decorated with, lined with, loaded with: = without, free of,
+beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: =
+indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the
+ground: = in the air; on the floor: = off the floor; on the wall: = on the floor; attached to: =
+detached from, behind, near; side by side: = far apart; together: = apart; among, amongst: = far
+from, behind; within: = outside; on top: = underneath"""
+# What can be on, in, under ... a thing: kinds and single words, where not any thing will do.
+GROUNDS = {
+    "on": "furniture gear.board bicycle motorcycle scooter rock log box suitcase plate tray napkin "
+    "rug blanket pillow towel book roof balcony porch deck bridge rooftop hill beach sidewalk "
+    "street road path grass sand runway dock pier refrigerator oven microwave",
+    "in": "place.room place.shop structure.house container.box container.bin container.cup bed car "
+    "truck bus van taxi train boat lake river swimming_pool fountain ocean field forest park "
+    "garden refrigerator oven sink bathtub tree airport train_station zoo school pan bowl",
+    "under": "furniture.top furniture.seat furniture.bed tree umbrella bridge roof tent shelf "
+    "structure.pole structure.street truck bus car airplane kite blanket towel clock balcony it",
+    "far from": "person animal vehicle structure place nature.tree furniture fixture ?",
+    "outside": "place vehicle structure container",
+    "in front of": "person animal vehicle structure furniture fixture device container nature home "
+    "place.room place.shop place.venue clock ?",
+}
+GROUNDS |= {"on top of": GROUNDS["on"], "inside": GROUNDS["in"], "behind": GROUNDS["in front of"]}
+CARRIED = "food tool container device home gear.ball gear.bat animal.pet animal.bird person"
+# Who can do an act to whom, and who can be where the other was: kinds whose things change places.
+SWAPPED_ACTS = {
+    ("person", "animal"): "chase follow watch approach lead push pull lick kiss look stare gaze "
+    "feed",
+    ("vehicle",): "follow pull tow push pass hit approach",
+}
+SWAPPED_PLACES = {
+    ("person", "animal"): "behind in_front_of on under",
+    ("vehicle",): "behind in_front_of",
+    ("food",): "on under behind in_front_of on_top_of over",
+    ("container", "device", "tool", "home", "gear"): "on under behind in_front_of "
+    "on_top_of in above below over inside",
+    ("structure",): "behind in_front_of",
+}
 AGREEMENT = {"is": "are", "are": "is", "was": "were", "were": "was", "has": "have", "have": "has"}
 
 # Words by tag, see Token; and words with a quirk.
@@ -508,30 +506,31 @@ leash, way, fire, use, display, line, case, mid; lacking: with, has, have, conta
 topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
 her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
 different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
-no, both, all, each, every; swapping: on, under, behind, in, at, inside, across, around, through,
-along, down, into, past, above, over, below, on top of, in front of; exchanging: on, in, under,
-behind, near, next to, in front of, at, by, inside, over, across, on top of, beside, outside,
-around; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push, pull,
-lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit, swing, cut, push, pull,
-lead, kick, chase, walk; names: red sox, big ben, little league; links: that, who, which, while;
-symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make, get, be, look,
-show; states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy:
-try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up,
-down, out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after
-acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of,
-outside, inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put;
-fixed in: fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked,
-gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed
-over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut,
-board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near red:
-orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue;
-near brown: orange; near tan: white, yellow; near white: gray; near gray: white, black; near
-silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; never in:
-beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench,
-couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate,
-tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest,
-desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom,
-bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+no, both, all, each, every; looks: look, stare, gaze, point, watch; often on: hold, carry, throw,
+feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
+chase, paint, repair; names: red sox, big ben, little league; links: that, who, which, while;
+states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy: try,
+get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down,
+out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after acts: on,
+in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of, outside,
+inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put; fixed in:
+fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all,
+look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed
+into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange, pink; near
+orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange;
+near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black;
+near silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths:
+through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
+walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
+woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
+air, wave, surf, ground, smoke, fire; never in: beach, cliff, hill, rooftop, runway, pier, bridge,
+sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard,
+table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad
+track, dresser, nightstand, zoo; never on: forest, desert, garden, valley, swamp, castle, church,
+village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum,
+library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -735,8 +734,8 @@ def _plural(noun: str) -> str:
 @functools.cache
 def _inflect(verb: str, form: str) -> str:
     """Form G (riding), Z (rides) or B (ride) of a verb."""
-    if verb == "park":  # the vehicle itself does not
-        return {"G": "parked", "Z": "is parked", "B": "are parked"}[form]
+    if verb.startswith("park"):  # the vehicle itself does not
+        return {"G": "", "Z": "is ", "B": "are "}[form] + verb.replace("park", "parked", 1)
     if form == "G" and verb in SETS["doubled"]:
         return verb + verb[-1] + "ing"
     if form == "G":
@@ -748,13 +747,18 @@ def _inflect(verb: str, form: str) -> str:
     return verb
 
 
+NO_SENSE = Sense("", False, ())
 SETS = {name: frozenset(_items(words)) for name, words in _entries(WORD_SETS)}
 NEVER = {name: SETS[f"never {name}"] for name in ("in", "on")}
 NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
 DONE = {kind: acts.split() for kind, acts in _entries(DONE_TO)}
-DONE_BY = {subject: acts.split() for subject, acts in _entries(DOES)}
+DONE_BY = [
+    (subject, kinds.split(), acts.split())
+    for left, acts in _entries(DOES)
+    for subject, _, kinds in [left.partition(" ")]
+]
 FREE_ACTS = _read_free()
 PREPOSITIONAL_ACTS = {
     (act, left.split()[-1]): right.split()
@@ -766,7 +770,11 @@ PARTNERS = {  # numbers of the groups that an act stands in
     act: {n for n, group in enumerate(TOGETHER.split(";")) if act in group.split()}
     for act in TOGETHER.replace(";", " ").split()
 }
-IMPLIED = {"on", "with", "next to", "near", "behind", "beside", "by", "in front of", "under"}
+SAME_ACTS: dict[str, set[str]] = defaultdict(set)  # the other words of an act, by act
+for _group in re.split(r"[;|]|\w+:", " ".join(FREE.split())):
+    _same_acts = {act.lstrip("~") for act in _group.split()}
+    for _act in _same_acts:
+        SAME_ACTS[_act] |= _same_acts | ({"parked"} if _act == "park" else set())
 LACKS = {"has": "lacks", "have": "lack", "containing": "lacking", "featuring": "lacking"}
 ACT_VALUES = {
     w
@@ -1026,37 +1034,11 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
             found += [_put(i, i, new) for new in _contradictions(sentence, i)]
-    found += _exchanged(sentence)
     for i, token in enumerate(sentence.tokens if not found else ()):
-        worn = token.tag == "G" and token.lemma in ("wear", "hold", "carry", "ride")
+        worn = token.tag == "G" and token.lemma in ("wear", "hold", "carry")
+        worn = worn and (not i or sentence.tokens[i - 1].tag in "NSXI")
         if worn and _can_lack(sentence, sentence.starts.get(i + 1)):
             found.append(_put(i, i, "without"))
-    return found
-
-
-def _exchanged(sentence: Sentence) -> list[Candidate]:
-    """Two relations that change places: near the grass on a bench."""
-    tokens = sentence.tokens
-    sites = [
-        i
-        for i, t in enumerate(tokens)
-        if t.word in SETS["exchanging"]
-        and i + 1 in sentence.starts
-        and _may_turn(tokens, i)
-        and not (i and tokens[i - 1].lemma in SETS["looks"])
-    ]
-    found = []
-    for i, j in itertools.combinations(sites, 2):
-        one, two = tokens[i].word, tokens[j].word
-        nouns = [tokens[sentence.starts[k + 1].head].lemma for k in (i, j)]
-        kinds = [_kind(sentence, sentence.starts[k + 1]) for k in (i, j)]
-        new = {f"{two} {nouns[0]}", f"{two} {kinds[0]}", f"{one} {nouns[1]}", f"{one} {kinds[1]}"}
-        barred = NEVER.get(two, frozenset()) | {"part", "idea", "picture", ""}
-        other = NEVER.get(one, frozenset()) | {"part", "idea", "picture", ""}
-        if one == two or new & sentence.named or {nouns[0], kinds[0]} & barred:
-            continue
-        if not {nouns[1], kinds[1]} & other:
-            found.append(_put(i, i, two) + _put(j, j, one))
     return found
 
 
@@ -1073,8 +1055,6 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
     if i and sentence.tokens[i - 1].lemma in SETS["looks"]:
         return ["away from"] if relation == "at" and phrase else []
     barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
-    if relation == "with" and i and KINDS.get(sentence.tokens[i - 1].lemma, "").startswith("place"):
-        return ["without"] if "without" not in barred and phrase else []
     noun = sentence.tokens[phrase.head].lemma if phrase else ""
     if noun in SETS["idioms"]:
         return []
@@ -1083,6 +1063,8 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
     named = phrase is not None or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
+            if relation == "with" and _serves(sentence, i, kind):
+                targets = ["without", "next to", "beside", "behind"]
             return [
                 t
                 for t in targets
@@ -1091,9 +1073,42 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
                 and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
                 and f"{t} {noun}" not in sentence.named
                 and f"{t} {kind}" not in sentence.named
-                and noun not in NEVER.get(t, ())
+                and _can_be(sentence, i, t, kind, noun)
             ]
     return []
+
+
+def _serves(sentence: Sentence, i: int, kind: str) -> bool:
+    """Whether "with" stands between a dish and food, which could as well lie beside it."""
+    before = KINDS.get(sentence.tokens[i - 1].lemma, "") if i else ""
+    phrase = sentence.starts.get(i + 1)
+    if phrase is None:
+        return False
+    ends = phrase.stop == len(sentence.tokens) or sentence.tokens[phrase.stop].tag in ".P"
+    ends = ends and _word(sentence, phrase.stop + 1) != "it"
+    return ends and _matches(before, ("container", "food")) and _matches(kind, ("food", "drink"))
+
+
+def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
+    """Whether something can be on, in, under ... this thing, and that what is named before."""
+    tokens, grounds = sentence.tokens, GROUNDS.get(new)
+    phrase = sentence.starts.get(i + 1)
+    if new in ("without", "lacking", "free of") or phrase is None:
+        return True
+    counted = tokens[phrase.first].tag in "DM" or tokens[phrase.head].tag == "S"
+    if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
+        return False  # on television
+    listed = bool(grounds) and noun.replace(" ", "_") in (grounds or "").split()
+    fits = listed or (noun not in SETS["weather"] and _matches(kind, (grounds or kind).split()))
+    if not fits:
+        return False
+    if new in ("on", "on top of", "in", "inside", "under"):
+        last = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
+        mover = _kind(sentence, last)
+        if _matches(kind, ("place", "structure")):
+            return mover.partition(".")[0] in ("person", "animal", "vehicle", "gear", "")
+        return _matches(mover, CARRIED.split())
+    return True
 
 
 def _may_turn(tokens: list[Token], i: int) -> bool:
@@ -1109,7 +1124,9 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
         return False  # ridden by a man
     if relation == "of":
         return KINDS.get(before.lemma, "").startswith("container")
-    if relation == "from":
+    if relation == "together":
+        return before.lemma in POSTURES
+    if relation in ("from", "out of", "to", "into"):
         return before.tag in "GZB"
     if relation == "with" and before.tag in "GZB":
         return before.lemma not in SETS["fixed with"]
@@ -1153,25 +1170,25 @@ def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
     if not (_movable(sentence, one) and _movable(sentence, two)):
         return False
     kinds = [_kind(sentence, phrase) for phrase in (one, two)]
-    if kinds[0].startswith("place") != kinds[1].startswith("place"):
-        return False  # a mountain does not walk
     acts = [t for t in middle if t.tag in "GZBEU" and t.lemma not in POSTURES]
     governed = one.first > 0 and tokens[one.first - 1].tag in "PGZB"
-    if acts and (len(acts) > 1 or governed or not all(_matches(k, MOVERS) for k in kinds)):
-        return False  # nor does a hat wear a man
-    last = middle[-1]
-    if last.tag in "GZB":
-        return last.lemma not in SETS["symmetric"] | POSTURES
-    return last.word in SETS["swapping"] or any(t.lemma in SETS["looks"] for t in middle)
+    if len(acts) > 1 or (acts and governed):
+        return False
+    rows = SWAPPED_ACTS if acts else SWAPPED_PLACES
+    relation = acts[0].lemma if acts else middle[-1].word.replace(" ", "_")
+    if acts and acts[0] != middle[-1] and acts[0].lemma not in SETS["looks"]:
+        return False
+    return any(
+        relation in words.split() and all(_matches(k, alike) for k in kinds)
+        for alike, words in rows.items()
+    )
 
 
 def _movable(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a phrase names a thing, stands alone, and says "his" of nobody."""
     around = sentence.tokens[max(phrase.first - 1, 0) : phrase.stop + 1]
-    return (
-        _matches(_kind(sentence, phrase), SWAP_KINDS)
-        and sentence.tokens[phrase.first].word not in SETS["possessive"]
-        and not any(t.word in ("and", ",") for t in around)
+    return sentence.tokens[phrase.first].word not in SETS["possessive"] and not any(
+        t.word in ("and", ",") for t in around
     )
 
 
@@ -1229,6 +1246,9 @@ def _exchangeable(sentence: Sentence, i: int, j: int) -> bool:
     if any(tokens[k + 1].tag in "AC" or tokens[k - 1].tag in "AC" for k in (i, j) if k):
         return False
     heads = {tokens[p.head].lemma for p in owners if p}
+    first = {w for sense in VALUE_SENSES.get(tokens[i].word, ()) for w, _ in sense.choices}
+    if first and tokens[j].word not in first:
+        return False  # big and large
     same = DIMENSIONS.get(tokens[i].word) == DIMENSIONS.get(tokens[j].word)
     return len(heads) == 2 and same and tokens[i].word != tokens[j].word
 
@@ -1242,7 +1262,7 @@ def _values(sentence: Sentence, i: int) -> list[str]:
         return []  # in the wild, baked into a loaf
     head = tokens[phrase.head] if phrase else tokens[i]
     if word in NUMBERS:
-        wanted = (*NUMBERS[:4], "several") if word in ("two", "three") else NUMBERS[:4]
+        wanted = (*NUMBERS[:4], "several") if word == "two" else NUMBERS[:4]
         return [n for n in wanted if n not in sentence.named] if head.tag == "S" else []
     if word in ("several", "many", "multiple", "few"):
         fits = head.tag == "S" and tokens[i - 1].tag != "D"
@@ -1250,6 +1270,16 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     if head.lemma in ("boy", "girl", "child", "kid") and word in YOUNGER:
         fits = head.lemma in ("boy", "girl") and YOUNGER[word] not in sentence.named
         return [YOUNGER[word]] if fits else []
+    after = [t.word for t in tokens[i + 1 : i + 3]]
+    idiom = word == "french" or after in (["and", "white"], ["and", "black"])
+    idiom = (
+        idiom
+        or tokens[i - 1].word in ("cross", "half")
+        or (phrase is None and word in ("high", "low"))
+    )
+    sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
+    if idiom or sexed or KINDS.get(head.lemma) in ("measure", "idea"):
+        return []
     for sense in VALUE_SENSES.get(word, ()):
         if not sense.kind or _matches(_kind(sentence, phrase), sense.kind.split()):
             near = SETS.get(f"near {word}", ())
@@ -1273,9 +1303,13 @@ def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
 def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     """Things that can stand in the place of the head of a phrase."""
     noun, first = sentence.tokens[phrase.head], sentence.tokens[phrase.first].word
-    measures = _word(sentence, phrase.head + 1) == "of" and KINDS.get(noun.lemma) in HOLDERS[:2]
-    if noun.lemma not in SENSES or measures or first in ("another", "other"):
+    named = _word(sentence, phrase.head + 1) == "of"
+    if noun.lemma not in SENSES or named or first in ("another", "other"):
         return []
+    before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
+    tags = [t.tag for t in sentence.tokens[phrase.first : phrase.head + 1]]
+    if "X" in tags or "U" in tags or before in ("play", "playing", "take", "up", "travel"):
+        return []  # file shelves; to take home
     counted = noun.tag == "S" or first in ("a", "an", "one", "each", "every")
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
     if first in ("some", "any", "much") and noun.tag == "N" and not sense.mass:
@@ -1284,13 +1318,13 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         return []  # a baseball is a ball
     sexes = {SEXES[t.word] for t in sentence.tokens if t.word in PRONOUNS}
     ages = {t.word for t in sentence.tokens[phrase.first : phrase.head]} & SETS["ages"]
-    before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
     return [
         word
         for word in _unnamed(sense, sentence)
         if word not in NEVER.get(before, ())
         and (noun.tag == "S" or word not in SETS["plural only"])
         and (word not in SEXES or not sexes or sexes == {SEXES[word]})
+        and (word not in SEXES or not SETS[f"sex {SEXES[word]}"] & sentence.named)
         and (word not in SEXES or not ages or (word in CHILDREN) == (noun.lemma in CHILDREN))
     ]
 
@@ -1300,8 +1334,10 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     found: list[Candidate] = []
     for i, verb in enumerate(sentence.tokens):
         if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
-            found += [_put(i, i, new) for new in PARTICIPLE_ACTS[verb.word]]
-        elif verb.word in IMPLIED and verb.word not in LACKS:
+            new = PARTICIPLE_ACTS[verb.word]
+            path = _word(sentence, i + 1) in SETS["paths"]
+            found += [_put(i, i, w) for w in new if not path and not _said(sentence, w)]
+        elif verb.word in ("on", "with"):
             found += [_put(i, i, act) for act in _implied(sentence, i)]
         elif verb.word in LACKS and _can_lack(sentence, sentence.starts.get(i + 1)):
             found.append(_put(i, i, LACKS[verb.word]))
@@ -1309,31 +1345,39 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
             found += [_put(i, i, new) for new in _values(sentence, i)]
         elif verb.tag in "GZB":
             last, acts = _acts(sentence, i)
-            if slots and last == i:
-                acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
             found += [
                 _put(i, last, _inflect(act, verb.tag))
                 for act in dict.fromkeys(acts)
-                if act not in sentence.named and not groups & PARTNERS.get(act, set())
+                if not sentence.named & {act, *SAME_ACTS.get(act, ())}
+                and not groups & PARTNERS.get(act, set())
             ]
     return found
 
 
 def _implied(sentence: Sentence, i: int) -> list[str]:
-    """What somebody on, near or with a thing might do to it: a man on a horse, feeding a horse."""
+    """What somebody on or with a thing might do to it: a man on a horse, feeding a horse."""
     before = next((p for p in sentence.phrases if p.stop == i), None)
     after = sentence.starts.get(i + 1)
-    word = sentence.tokens[i].word
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
         return []
-    kind, subject = _kind(sentence, after), _kind(sentence, before).split(".")[0]
-    if not kind or subject not in ("person", "animal"):
+    kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
+    if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
         return []
-    acts: Sequence[str] = DONE.get(kind, DONE.get(kind.split(".")[0], ()))
-    acts = acts if subject == "person" else DONE_BY["animal"]
-    common = SETS["often on"] if word == "on" else SETS["often near"]
-    return [_inflect(act, "G") for act in acts if act in common]
+    done = () if _held(sentence, after) else _done(sentence, i, after, kind)
+    return [_inflect(act, "G") for act in done if act in acts and not _said(sentence, act)]
+
+
+def _held(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a part of a body follows: a ball in his hand."""
+    after = sentence.tokens[phrase.stop : phrase.stop + 4]
+    return any(KINDS.get(t.lemma) == "body" for t in after)
+
+
+def _said(sentence: Sentence, word: str) -> bool:
+    """Whether a caption of the image has an act, or another word for it."""
+    lemma = LEMMAS.get(word, word)
+    return bool(sentence.named & {word, lemma, *SAME_ACTS.get(lemma, ())})
 
 
 def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
@@ -1343,6 +1387,8 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return i, PREPOSITIONAL_ACTS[verb.lemma, following]
     subject = _subject(sentence, i)
     who = subject or "thing"
+    if who == "vehicle" and verb.lemma in MOVES and following in ("down", "along", "up", "through"):
+        return i + 1, ("park beside",) if not _said(sentence, "park") else ()
     free: Sequence[str] = FREE_ACTS.get((who, verb.lemma), ())
     if not free and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
         free = ANY_ACT.get(subject, ())
@@ -1350,16 +1396,52 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     last = i + (particle and verb.lemma not in MOVES)  # sitting down, holding up a sign
     phrase = sentence.starts.get(last + 1)
     if phrase is None:
-        return last, () if following in ("to", "like") else free
+        return last, [] if following in ("to", "like") else _placed(sentence, i, last, free)
     kind = _kind(sentence, phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
-    if lifeless and verb.lemma in ("hold", "contain", "include", "feature", "have"):
+    if lifeless and verb.lemma in ("contain", "include", "feature", "have"):
         return last, ("lack",)
+    if kind == "body" and verb.lemma not in ("brush", "wash", "scratch"):
+        return last, ()  # making faces
+    if _held(sentence, phrase):
+        return last, ()
     nameless = not kind and sentence.tokens[phrase.first].tag not in "DM" and subject != "person"
     if nameless or lifeless or verb.lemma in POSTURES or kind in ("idea", "part", "measure"):
         return last, ()
+    if subject in ("person", ""):
+        return last, _done(sentence, i, phrase, kind)
+    fits = (acts for who, kinds, acts in DONE_BY if who == subject and _matches(kind, kinds))
+    return last, next(fits, ())
+
+
+def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str]:
+    """What people can do to a thing, there and in that form."""
+    tokens = sentence.tokens
+    bare = tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
+    sense = SENSES.get(tokens[phrase.head].lemma, [NO_SENSE])[0]
+    after = tokens[phrase.stop : phrase.stop + 3]
+    if (bare and not sense.mass) or (after and after[0].tag in "DM"):
+        return ()
     acts = next(DONE[k] for k in (kind, kind.split(".")[0], "any") if k in DONE)
-    return last, DONE_BY.get(subject, acts)
+    if after and after[0].word in SETS["paths"]:
+        return [act for act in acts if act in SETS["along"]]
+    return acts
+
+
+def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Sequence[str]:
+    """Those of free acts that can be done where verb i is done."""
+    verb, relation = sentence.tokens[i], _word(sentence, last + 1)
+    ground = _kind(sentence, sentence.starts.get(last + 2))
+    if relation in SETS["paths"]:
+        airy = any(t.word in ("air", "sky", "through the air") for t in sentence.tokens[i : i + 5])
+        return [] if airy else [act for act in acts if act in MOVES and act not in ("fly", "slide")]
+    if relation in ("at", "from") or verb.word in ("go", "get"):
+        return [act for act in acts if act in ("sit", "stand", "sleep") and relation == "at"]
+    if relation in ("on", "on top of", "in", "inside") and _matches(
+        ground, ("furniture", "vehicle", "animal", "gear", "container", "fixture", "body")
+    ):
+        return [act for act in acts if act in ("sit", "stand", "sleep", "lie", "kneel", "jump")]
+    return acts
 
 
 def _subject(sentence: Sentence, i: int) -> str:
@@ -1443,7 +1525,6 @@ class Slots:
         self.count: Counter[str] = Counter()
         self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
         self.inverse: dict[str, float] = {}
-        self.known_acts: dict[tuple[Any, ...], list[str]] = {}
         self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
 
     def learn(self, sentence: Sentence) -> None:
@@ -1486,27 +1567,6 @@ class Slots:
         if (c := behind.get(head, 0) - own) > 0:
             total += w4 * log(1 + c * h)
         return total
-
-    def acts(self, context: Context, verb: Token) -> list[str]:
-        """Other acts that the captions have between the same neighbours."""
-        _, right, between, ahead, behind = context
-        takes = FUNCTION.get(right, "")
-        if verb.lemma not in PARTNERS or not (takes in ("P", "D") or right == "."):
-            return []
-        key = between, ahead, behind if takes == "D" else "", verb.tag
-        if key not in self.known_acts:
-            rows = [self.tables[2].get(between, NO_COUNTS), self.tables[3].get(ahead, NO_COUNTS)]
-            rows += [self.tables[4].get(behind, NO_COUNTS)] if takes == "D" else []
-            found = {w: VERB_FORMS[w] for w in sorted(rows[0]) if w in VERB_FORMS}
-            self.known_acts[key] = [
-                lemma
-                for word, (lemma, form) in found.items()
-                if form == verb.tag
-                and lemma in PARTNERS
-                and (takes != "D" or lemma != "play")
-                and all(row.get(word, 0) > 1 for row in rows)
-            ]
-        return self.known_acts[key]
 
 
 def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES) -> Slots:

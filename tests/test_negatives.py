@@ -70,11 +70,12 @@ def generated(count, seed=0):
     ("caption", "name", "wanted"),
     [
         ("A ball inside a kitchen", "relation", {
-            f"A ball {there} a kitchen" for there in ("behind", "near", "next to", "outside")}),
+            f"A ball {there} a kitchen" for there in ("behind", "in front of", "outside")}),
         ("A cup to the left of a plate", "relation", {"A cup to the right of a plate"}),
         ("A man looking at a building", "relation", {"A man looking away from a building"}),
         ("A cow eating an apple", "relation", {None}),
-        ("A man is riding two horses", "relation", {"Two horses are riding a man"}),
+        ("A man is riding two horses", "relation", {None}),
+        ("A man is leading two horses", "relation", {"Two horses are leading a man"}),
         ("A dog chases two cats", "relation", {"Two cats chase a dog"}),
         ("A room with a bed", "relation", {"A room without a bed"}),
         ("The old house", "attribute", {"The new house", "The modern house"}),
@@ -86,8 +87,9 @@ def generated(count, seed=0):
         ("A boy smiling", "action", {"A boy crying", "A boy frowning"}),
         ("A car parked on a street", "action", {
             f"A car {act} on a street" for act in ("moving", "driving", "traveling")}),
-        ("A plate topped with cake", "action", {
-            f"A plate {act} of cake" for act in ("emptied", "cleared")}),
+        ("A cat on a bus", "relation", {
+            f"A cat {there} a bus" for there in (
+                "under", "next to", "behind", "beside", "in front of", "by")}),
         ("Some sheep", "attribute", {None}),
         ("Some sheep", "action", {None}),
         ("Some sheep", "relation", {None}),
@@ -139,12 +141,37 @@ def test_an_action_keeps_its_inflection_and_complement():
         re.search(r"A man \w+s a horse", n) for n in answers("A man rides a horse", "action")
     )
     assert all(re.search(r"Men \w+ a horse", n) for n in answers("Men ride a horse", "action"))
-    assert "A man is sleeping on a bench" in answers("A man is sitting on a bench", "action")
+    assert "A man is kneeling on a bench" in answers("A man is sitting on a bench", "action")
 
 
 def test_an_action_that_could_go_on_at_the_same_time_is_not_offered():
     found = " ".join(answers("A man holding a banana", "action"))
     assert not re.search("eating|carrying|cutting|using", found)
+
+
+@pytest.mark.parametrize(
+    ("caption", "name", "never"),
+    [
+        ("A man walking down a street", "action", "sitting|standing|sleeping|lying"),
+        ("A tennis ball sitting on a racket", "action", "growing|hanging|flying"),
+        ("A dog holding a ball in its mouth", "action", "chasing"),
+        ("A woman takes a sip", "action", "throws"),
+        ("A person eating a banana", "relation", "banana eating"),
+        ("A man standing near a curb", "relation", r"in a curb"),
+        ("A girl walking in the rain", "relation", "near the rain|behind the rain"),
+        ("A woman wearing a hat", "relation", "hat wearing"),
+        ("Three boats on a river", "attribute", "Several"),
+        ("A bed with a white blanket", "object", "sheet"),
+    ],
+)
+def test_no_negative_is_nonsense_or_true(caption, name, never):
+    assert not any(re.search(never, n) for n in answers(caption, name, seeds=80) if n)
+
+
+def test_an_act_that_another_caption_tells_is_not_brought_in():
+    assert answers("A bus parked on a road", "action") >= {"A bus driving on a road"}
+    told = frozenset({"travels", "travel"})
+    assert answers("A bus parked on a road", "action", forbidden=told) == {None}
 
 
 def test_a_compound_is_replaced_whole():
@@ -179,7 +206,7 @@ def test_capitals_stay_where_they_were():
         n for n in answers("Dogs on grass", "object") if n[0].isupper() and n[1:] == n[1:].lower()
     }
     assert all(n.isupper() for n in answers("A DOG", "object"))
-    assert answers("Man riding a horse", "relation") == {"A horse riding man"}
+    assert answers("Man chasing a horse", "relation") == {"A horse chasing man"}
 
 
 @pytest.mark.parametrize(
@@ -200,8 +227,8 @@ def test_nothing_changes_places_where_the_meaning_would_stay_or_break(caption):
 
 
 def test_a_phrase_moves_whole():
-    found = answers("A group of people riding two brown horses", "relation")
-    assert found == {"Two brown horses riding a group of people"}
+    found = answers("A group of people chasing two brown horses", "relation")
+    assert found == {"Two brown horses chasing a group of people"}
 
 
 def test_a_verb_between_singular_and_plural_agrees_or_nothing_is_swapped():
