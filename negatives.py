@@ -771,10 +771,11 @@ PARTNERS = {  # numbers of the groups that an act stands in
     for act in TOGETHER.replace(";", " ").split()
 }
 SAME_ACTS: dict[str, set[str]] = defaultdict(set)  # the other words of an act, by act
-for _group in re.split(r"[;|]|\w+:", " ".join(FREE.split())):
-    _same_acts = {act.lstrip("~") for act in _group.split()}
-    for _act in _same_acts:
-        SAME_ACTS[_act] |= _same_acts | ({"parked"} if _act == "park" else set())
+for _who, _acts in _entries(FREE):
+    for _group in _acts.split("|") if _who in MOVERS[:2] else ():
+        _alike = {_act.lstrip("~") for _act in _group.split()}
+        for _act in _alike:
+            SAME_ACTS[_act] |= _alike
 LACKS = {"has": "lacks", "have": "lack", "containing": "lacking", "featuring": "lacking"}
 ACT_VALUES = {
     w
@@ -1033,7 +1034,7 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     found = _swaps(sentence)
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
-            found += [_put(i, i, new) for new in _contradictions(sentence, i)]
+            found += [_put(i, i, new) for new in _contradictions(sentence, i, slots)]
     for i, token in enumerate(sentence.tokens if not found else ()):
         worn = token.tag == "G" and token.lemma in ("wear", "hold", "carry")
         worn = worn and (not i or sentence.tokens[i - 1].tag in "NSXI")
@@ -1042,7 +1043,7 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     return found
 
 
-def _contradictions(sentence: Sentence, i: int) -> list[str]:
+def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str]:
     """What contradicts relation i, as far as its neighbours allow."""
     relation, following = sentence.tokens[i].word, _word(sentence, i + 1)
     phrase = sentence.starts.get(i + 1)
@@ -1073,7 +1074,10 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
                 and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
                 and f"{t} {noun}" not in sentence.named
                 and f"{t} {kind}" not in sentence.named
-                and _can_be(sentence, i, t, kind, noun)
+                and (
+                    _can_be(sentence, i, t, kind, noun)
+                    or (slots and kind and slots.places(sentence.contexts[i], t))
+                )
             ]
     return []
 
@@ -1345,6 +1349,8 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
             found += [_put(i, i, new) for new in _values(sentence, i)]
         elif verb.tag in "GZB":
             last, acts = _acts(sentence, i)
+            if slots and last == i:
+                acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
             found += [
                 _put(i, last, _inflect(act, verb.tag))
@@ -1525,6 +1531,7 @@ class Slots:
         self.count: Counter[str] = Counter()
         self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
         self.inverse: dict[str, float] = {}
+        self.known_acts: dict[tuple[Any, ...], list[str]] = {}
         self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
 
     def learn(self, sentence: Sentence) -> None:
@@ -1567,6 +1574,32 @@ class Slots:
         if (c := behind.get(head, 0) - own) > 0:
             total += w4 * log(1 + c * h)
         return total
+
+    def places(self, context: Context, relation: str) -> bool:
+        """Whether the captions have a relation between the same words of content."""
+        ahead, behind = self.tables[3].get(context[3]), self.tables[4].get(context[4])
+        return bool(ahead and behind) and ahead.get(relation, 0) > 1 and behind.get(relation, 0) > 1
+
+    def acts(self, context: Context, verb: Token) -> list[str]:
+        """Other acts that the captions have between the same neighbours."""
+        _, right, between, ahead, behind = context
+        takes = FUNCTION.get(right, "")
+        if verb.lemma not in PARTNERS or not (takes in ("P", "D") or right == "."):
+            return []
+        key = between, ahead, behind if takes == "D" else "", verb.tag
+        if key not in self.known_acts:
+            rows = [self.tables[2].get(between, NO_COUNTS), self.tables[3].get(ahead, NO_COUNTS)]
+            rows += [self.tables[4].get(behind, NO_COUNTS)] if takes == "D" else []
+            found = {w: VERB_FORMS[w] for w in sorted(rows[0]) if w in VERB_FORMS}
+            self.known_acts[key] = [
+                lemma
+                for word, (lemma, form) in found.items()
+                if form == verb.tag
+                and lemma in PARTNERS
+                and (takes != "D" or lemma != "play")
+                and all(row.get(word, 0) > 1 for row in rows)
+            ]
+        return self.known_acts[key]
 
 
 def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES) -> Slots:
