@@ -395,11 +395,29 @@ chat to > wave point bow; talk speak chat with > dance wrestle sing; swing at > 
 look stare gaze out > climb jump fall; look stare gaze peek into > fall climb jump; look stare
 gaze over > jump climb; play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on
 > stand sleep kneel dance; ride in > sleep dance kneel"""
+# "who: acts, relations or -, kinds of thing after them > acts in the place of both"
+PAIRS = """
+person: stand sit lean wait pose walk, next_to near beside by in_front_of behind, bicycle bike
+motorcycle scooter horse elephant camel skateboard surfboard snowboard > ride; person: stand sit
+lean wait pose walk, next_to near beside by in_front_of behind, car truck bus van tractor > drive;
+person: ride, -, bicycle bike motorcycle scooter horse elephant camel skateboard surfboard
+snowboard > stand_next_to look_at; person: drive, -, car truck bus van tractor > stand_next_to
+look_at; person: eat feed push pull wash cut kick throw cook, -, food animal vehicle gear >
+look_at; person: hold carry eat wear use read drink cut throw swing, -, food tool container device
+home gear clothing animal.pet > reach_for point_at; home.wall home.light clothing gear tool
+structure: hang, on, home.wall structure > lean_against fall_off; food container device tool home gear clothing: sit lie lay rest, on on_top_of, furniture
+container device > fall_off; vehicle: parked sit stopped stand, on along, road street highway > drive_down
+travel_down; vehicle: drive travel move go come ride head, down along up through, place.road >
+park_beside; vehicle.air: parked sit stopped, on, place.road place.land > fly_over; animal.bird: sit
+stand perch walk, on on_top_of, place structure furniture > fly_over"""
 PARTICIPLES = """
 parked, stopped: driving, moving, traveling; docked: sinking, floating; seated: standing, kneeling,
 sleeping, walking; gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping,
 curled: running, jumping; crying: smiling; perched: sleeping, running; loaded, stocked: unloaded,
-emptied; held, carried: thrown, dropped; pulled: pushed, chased"""
+emptied; held, carried: thrown, dropped; pulled: pushed, chased; topped with: surrounded by, stuffed
+with; filled with, stuffed with: surrounded by; covered with, covered in, decorated with, lined
+with: surrounded by; surrounded by: covered with, filled with; stacked, piled, arranged, lined up:
+scattered; scattered: stacked, lined up"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
@@ -733,9 +751,14 @@ def _plural(noun: str) -> str:
 
 @functools.cache
 def _inflect(verb: str, form: str) -> str:
-    """Form G (riding), Z (rides) or B (ride) of a verb."""
-    if verb.startswith("park"):  # the vehicle itself does not
-        return {"G": "", "Z": "is ", "B": "are "}[form] + verb.replace("park", "parked", 1)
+    """Form G (riding), Z (rides) or B (ride) of a verb, and what stands after it."""
+    verb, space, rest = verb.partition(" ")
+    return _inflected(verb, form) + space + rest
+
+
+def _inflected(verb: str, form: str) -> str:
+    if verb == "park":  # the vehicle itself does not
+        return {"G": "parked", "Z": "is parked", "B": "are parked"}[form]
     if form == "G" and verb in SETS["doubled"]:
         return verb + verb[-1] + "ing"
     if form == "G":
@@ -765,6 +788,12 @@ PREPOSITIONAL_ACTS = {
     for left, right in _entries(WITH_PREPOSITION, ">")
     for act in left.split()[:-1]
 }
+PAIRED_ACTS: dict[tuple[str, str], list[tuple[list[str], list[str], list[str]]]] = defaultdict(list)
+for _who, _entry in _entries(PAIRS):
+    (_acts, _relations, _kinds), _new = map(_items, _entry.split(">"))
+    for _pair in itertools.product(_acts.split(), _relations.replace("-", "").split() or [""]):
+        _row = _who.split(), _kinds.split(), [act.replace("_", " ") for act in _new[0].split()]
+        PAIRED_ACTS[_pair[0], _pair[1].replace("_", " ")].append(_row)
 PARTICIPLE_ACTS = {w: _items(acts) for ws, acts in _entries(PARTICIPLES) for w in _items(ws)}
 PARTNERS = {  # numbers of the groups that an act stands in
     act: {n for n, group in enumerate(TOGETHER.split(";")) if act in group.split()}
@@ -776,7 +805,6 @@ for _who, _acts in _entries(FREE):
         _alike = {_act.lstrip("~") for _act in _group.split()}
         for _act in _alike:
             SAME_ACTS[_act] |= _alike
-LACKS = {"has": "lacks", "have": "lack", "containing": "lacking", "featuring": "lacking"}
 ACT_VALUES = {
     w
     for group in ("sleeping", "flying", "grazing", "parked", "standing", "seated", "smiling")
@@ -1027,6 +1055,12 @@ Candidate = tuple[Part, ...]
 def _put(first: int, last: int, new: str) -> Candidate:
     """The candidate that writes one word or compound."""
     return (Part(first, last, new, (new, new, new)),)
+
+
+def _put_act(first: int, last: int, new: str) -> Candidate:
+    """The candidate that writes an act, and perhaps a relation after it."""
+    act, _, relation = new.partition(" ")
+    return (Part(first, last, new, (act, relation or act, act)),)
 
 
 def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
@@ -1340,25 +1374,55 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
             new = PARTICIPLE_ACTS[verb.word]
             path = _word(sentence, i + 1) in SETS["paths"]
+            found += _paired(sentence, i)
             found += [_put(i, i, w) for w in new if not path and not _said(sentence, w)]
         elif verb.word in ("on", "with"):
             found += [_put(i, i, act) for act in _implied(sentence, i)]
-        elif verb.word in LACKS and _can_lack(sentence, sentence.starts.get(i + 1)):
-            found.append(_put(i, i, LACKS[verb.word]))
         elif verb.tag == "A" and verb.word in ACT_VALUES:
             found += [_put(i, i, new) for new in _values(sentence, i)]
         elif verb.tag in "GZB":
+            found += _paired(sentence, i)
             last, acts = _acts(sentence, i)
             if slots and last == i:
                 acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
             found += [
-                _put(i, last, _inflect(act, verb.tag))
+                _put_act(i, last, _inflect(act, verb.tag))
                 for act in dict.fromkeys(acts)
                 if not sentence.named & {act, *SAME_ACTS.get(act, ())}
                 and not groups & PARTNERS.get(act, set())
             ]
     return found
+
+
+def _paired(sentence: Sentence, i: int) -> list[Candidate]:
+    """Acts in the place of verb i and the relation after it: riding, not standing next to, a horse."""
+    verb, tokens, found = sentence.tokens[i], sentence.tokens, []
+    for last, relation in ((i, ""), (i + 1, _word(sentence, i + 1))):
+        phrase = sentence.starts.get(last + 1)
+        if phrase is None or (
+            tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
+        ):
+            continue
+        kind, noun = _kind(sentence, phrase), tokens[phrase.head].lemma
+        path = _word(sentence, phrase.stop) in SETS["paths"]
+        for who, kinds, acts in PAIRED_ACTS.get((verb.lemma, relation), ()):
+            fits = noun in kinds or _matches(kind, kinds)
+            if fits and not (path and acts[0] != "ride") and _does(sentence, i, who):
+                found += [
+                    _put_act(i, last, _inflect(act, "G" if verb.tag == "E" else verb.tag))
+                    for act in acts
+                    if not _said(sentence, act.partition(" ")[0])
+                ]
+    return found
+
+
+def _does(sentence: Sentence, i: int, who: Sequence[str]) -> bool:
+    """Whether the phrase before verb i, which does it, is of one of some kinds."""
+    phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
+    if phrase is None or any(t.tag not in "IQR" for t in sentence.tokens[phrase.stop : i]):
+        return False
+    return _matches(_kind(sentence, phrase), who)
 
 
 def _implied(sentence: Sentence, i: int) -> list[str]:
@@ -1393,8 +1457,6 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return i, PREPOSITIONAL_ACTS[verb.lemma, following]
     subject = _subject(sentence, i)
     who = subject or "thing"
-    if who == "vehicle" and verb.lemma in MOVES and following in ("down", "along", "up", "through"):
-        return i + 1, ("park beside",) if not _said(sentence, "park") else ()
     free: Sequence[str] = FREE_ACTS.get((who, verb.lemma), ())
     if not free and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
         free = ANY_ACT.get(subject, ())
@@ -1405,8 +1467,6 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return last, [] if following in ("to", "like") else _placed(sentence, i, last, free)
     kind = _kind(sentence, phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
-    if lifeless and verb.lemma in ("contain", "include", "feature", "have"):
-        return last, ("lack",)
     if kind == "body" and verb.lemma not in ("brush", "wash", "scratch"):
         return last, ()  # making faces
     if _held(sentence, phrase):
@@ -1463,7 +1523,7 @@ def _subject(sentence: Sentence, i: int) -> str:
         inside = inside[::-1]  # a kitchen with a man cooking
     for phrase in [*inside, *reversed(before)]:
         kind = _kind(sentence, phrase).split(".")[0]
-        if kind not in ("picture", "part", "body", "idea"):
+        if kind not in ("picture", "part", "body", "idea", "clothing"):
             return kind if kind in MOVERS or not kind else "thing"
     return ""
 
@@ -1650,7 +1710,7 @@ def _weigh(
     for k, candidate in enumerate(candidates):
         gain = weight = 0.0
         for part in candidate:
-            first, last, new, (one, two, _), moved = part
+            first, last, _, (one, two, _), moved = part
             site = sites.get((first, last, moved))
             if site is None:
                 site = sites[first, last, moved] = _site(sentence, part, balance, slots)
@@ -1662,7 +1722,8 @@ def _weigh(
             if right:
                 weight += right.get(two, 0.0)
             if not moved:
-                weight += words.get(new, 0.0)
+                weight += words.get(one, 0.0)
+                weight += words.get(two, 0.0) if two != one else 0.0
         known = gains[k] if gains else None
         gain = gain if known is None else known
         weights.append(round(weight - abs(gain - AIM) / WIDTH, 4))
@@ -1678,7 +1739,8 @@ def _site(sentence: Sentence, part: Part, balance: Balance, slots: Slots) -> Sit
     first, last = tokens[part.first].word, tokens[part.last].word
     left, right = balance.left.get(before, NO_WEIGHTS), balance.right.get(after, NO_WEIGHTS)
     weight = left.get(first, 0.0) + right.get(last, 0.0)
-    weight += 0.0 if part.moved else balance.words.get(last, 0.0)
+    if not part.moved:
+        weight += sum(balance.words.get(w, 0.0) for w in _words_out(sentence, part))
     return Site(rows, left, right, slots.score(rows, (first, last, last), own=1), weight)
 
 
@@ -1731,13 +1793,18 @@ def _moves(sentence: Sentence, candidate: Candidate) -> Iterator[tuple[tuple[int
         before = tokens[part.first - 1].word if part.first else "^"
         after = tokens[part.last + 1].word if part.last + 1 < len(tokens) else "$"
         first, last = tokens[part.first].word, tokens[part.last].word
+        one, two, _ = part.words
         if not part.moved:
-            yield (0, "", part.new), 1
-            yield (0, "", last), -1
-        yield (1, before, part.words[0]), 1
+            yield from (((0, "", word), 1) for word in {one, two})
+            yield from (((0, "", word), -1) for word in _words_out(sentence, part))
+        yield (1, before, one), 1
         yield (1, before, first), -1
-        yield (2, after, part.words[1]), 1
+        yield (2, after, two), 1
         yield (2, after, last), -1
+
+
+def _words_out(sentence: Sentence, part: Part) -> set[str]:
+    return {t.word for t in sentence.tokens[part.first : part.last + 1]}
 
 
 def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
