@@ -400,16 +400,17 @@ PAIRS = """
 person: stand sit lean wait pose walk, next_to near beside by in_front_of behind, bicycle bike
 motorcycle scooter horse elephant camel skateboard surfboard snowboard > ride; person: stand sit
 lean wait pose walk, next_to near beside by in_front_of behind, car truck bus van tractor > drive;
-person: ride, -, bicycle bike motorcycle scooter horse elephant camel skateboard surfboard
-snowboard > stand_next_to look_at; person: drive, -, car truck bus van tractor > stand_next_to
-look_at; person: eat feed push pull wash cut kick throw cook, -, food animal vehicle gear >
-look_at; person: hold carry eat wear use read drink cut throw swing, -, food tool container device
-home gear clothing animal.pet > reach_for point_at; home.wall home.light clothing gear tool
-structure: hang, on, home.wall structure > lean_against fall_off; food container device tool home gear clothing: sit lie lay rest, on on_top_of, furniture
-container device > fall_off; vehicle: parked sit stopped stand, on along, road street highway > drive_down
-travel_down; vehicle: drive travel move go come ride head, down along up through, place.road >
-park_beside; vehicle.air: parked sit stopped, on, place.road place.land > fly_over; animal.bird: sit
-stand perch walk, on on_top_of, place structure furniture > fly_over"""
+person: ride, -, bicycle bike motorcycle scooter horse elephant camel skateboard surfboard snowboard
+> stand_next_to look_at; person: drive, -, car truck bus van tractor > stand_next_to look_at;
+person: eat feed push pull wash cut kick throw cook, -, food animal vehicle gear > look_at; person:
+hold carry eat wear use read drink cut throw swing, -, food tool container device home gear clothing
+animal.pet > reach_for point_at; home.wall home.light clothing gear tool structure: hang, on,
+home.wall structure > lean_against fall_off; food container device tool home gear clothing: sit lie
+lay rest, on on_top_of, furniture container device > fall_off; vehicle: parked sit stopped stand, on
+along, road street highway > drive_down travel_down; vehicle: drive travel move go come ride head,
+down along up through, place.road > park_beside; vehicle.air: parked sit stopped, on, place.road
+place.land > fly_over; animal.bird: sit stand perch walk, on on_top_of, place structure furniture >
+fly_over"""
 PARTICIPLES = """
 parked, stopped: driving, moving, traveling; docked: sinking, floating; seated: standing, kneeling,
 sleeping, walking; gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping,
@@ -423,67 +424,91 @@ scattered; scattered: stacked, lined up"""
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
 INDOORS = "place.room place.shop place.venue structure.house"
 RELATIONS = f"""
-on, atop, on top of: furniture vehicle gear.board animal container structure nature device
-fixture = under, next to, behind, beside, in front of, by | food tool home gear = next to,
-behind, beside | place.road place.ground place.court = next to, beside, far from | place.land =
-next to, far from, beside | place.water = next to, beside | it = next to, behind, beside | ? =
-behind, next to; in: it = next to, behind, beside | sport.event = before, after | {INDOORS} =
-outside, in front of, behind | place.water = next to, beside | place.ground place.cage
-place.court place.city = next to, outside, beside, far from | place.road = next to, beside |
-place.land = next to, far from, beside | {SOLID} = next to, behind, beside, in front of, by, on,
-on top of, under | clothing = without; underneath, under, beneath: {SOLID} = on top of, on, next
-to, beside, behind, in front of, far from | it = next to, behind, on | ? = next to, behind;
-over: {SOLID} = under, next to, behind, beside | place.road place.ground place.water place.city
-= next to, far from, beside; above: {SOLID} = below, under, next to, behind; below: {SOLID} =
-above, on, behind; inside, inside of: {INDOORS} = outside, behind, in front of | {SOLID} =
-outside of, next to, behind, in front of, beside, on, under; outside, outside of: {INDOORS} =
-inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind, on,
-under, on top of, in, inside | person ? = behind | place.water place.ground = in, on, far from;
-behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under, in, on top of |
-person ? = in front of; next to, beside, by, near, close to: {INDOORS} = in, inside, far from |
-{SOLID} = on, under, in, on top of, inside, far from | place.water place.ground place.court
-place.road = in, on, far from | person it = far from | ? = far from; of: food drink = next to,
-near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} = far
-from, outside | place structure fixture = far from | sport.event = before, after; around:
-{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: =
-behind, in front of; along: place.road place.water = far from, across | place.ground = far from;
-through: place.ground place.cage place.city structure = past | place.water = past, along; down,
-up: place.road = across, beside, past; across: place.road = along, down, beside | place.ground
-place.court place.water = past, beside; from: {SOLID} = behind, near, next to, beside; into:
-place vehicle structure container fixture ? = out of, past, away from; out of: place vehicle
-structure fixture container = into, past, away from; towards, toward: person {SOLID} place ? =
-away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from,
-behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off
-of; off, off of: furniture vehicle structure gear.board place = onto; with: = without; without:
-= with; to the left of: = to the right of; to the right of: = to the left of; on the side of, on
-the edge of: = in the middle of, far from; in the middle of: = on the edge of, far from; during:
-sport.event = before, after; in the distance, in the background: = in the foreground; at night:
-= at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the top of;
-on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in the
-background; full of, filled with: = next to, without, beside; topped with: = without, next to,
-beside; covered with, covered in, decorated with, lined with, loaded with: = without, free of,
-beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: =
-indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the
-ground: = in the air; on the floor: = off the floor; on the wall: = on the floor; attached to: =
-detached from, behind, near; side by side: = far apart; together: = apart; among, amongst: = far
-from, behind; within: = outside; on top: = underneath"""
-# What can be on, in, under ... a thing: kinds and single words, where not any thing will do.
-GROUNDS = {
-    "on": "furniture gear.board bicycle motorcycle scooter rock log box suitcase plate tray napkin "
-    "rug blanket pillow towel book roof balcony porch deck bridge rooftop hill beach sidewalk "
-    "street road path grass sand runway dock pier refrigerator oven microwave",
-    "in": "place.room place.shop structure.house container.box container.bin container.cup bed car "
-    "truck bus van taxi train boat lake river swimming_pool fountain ocean field forest park "
-    "garden refrigerator oven sink bathtub tree airport train_station zoo school pan bowl",
-    "under": "furniture.top furniture.seat furniture.bed tree umbrella bridge roof tent shelf "
-    "structure.pole structure.street truck bus car airplane kite blanket towel clock balcony it",
-    "far from": "person animal vehicle structure place nature.tree furniture fixture ?",
-    "outside": "place vehicle structure container",
+on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
+under, next to, behind, beside, in front of, by | food tool home gear = next to, behind, beside |
+place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
+beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in: it
+= next to, behind, beside | sport.event = before, after | {INDOORS} = outside, in front of, behind |
+place.water = next to, beside | place.ground place.cage place.court place.city = next to, outside,
+beside, far from | place.road = next to, beside | place.land = next to, far from, beside | {SOLID} =
+next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
+under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
+to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
+place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under, next
+to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} =
+outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on,
+under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in,
+inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water
+place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in,
+inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of; next to, beside:
+{INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, behind, in front of,
+far from | place.water place.ground place.court place.road place.land = in, on, far from | person =
+behind, in front of, far from | it ? = far from, behind; by, near, close to: {INDOORS} = in, inside,
+far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
+place.court place.road place.land = in, on, far from | person it ? = far from; of: food drink = next
+to, near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} = far
+from, outside | place structure fixture ? = far from | sport.event = before, after; around: {SOLID}
+= far from, on, under | place ? = far from; surrounded by: = far from; between: = behind, in front
+of; along: place.road place.water = far from, across | place.ground = far from; through:
+place.ground place.cage place.city structure = past | place.water = past, along; down, up:
+place.road = across, beside, past | place.ground structure = up, down; across: place.road = along,
+down, beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind, near,
+next to, beside; into: place vehicle structure container fixture ? = out of, past, away from; out
+of: place vehicle structure fixture container = into, past, away from; towards, toward: person
+{SOLID} place ? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} =
+away from, behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place
+= off of; off, off of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle
+animal person = without, on, in, under, behind, in front of | device furniture = without, on, under,
+behind | = without; without: = with; to the left of: = to the right of; to the right of: = to the
+left of; on the side of, on the edge of: = in the middle of, far from; in the middle of: = on the
+edge of, far from; during: sport.event = before, after; in the distance, in the background: = in the
+foreground; at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of:
+= at the top of; on the back of, in the back of: = in front of, next to, under, near; in the
+foreground: = in the background; full of, filled with: = next to, without, beside; topped with: =
+without, next to, beside; covered with, covered in, decorated with, lined with, loaded with: =
+without, free of, beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next
+to; outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
+ground; on the ground: = in the air; on the floor: = off the floor; on the wall: = on the floor;
+attached to: = detached from, behind, near; side by side: = far apart; together: = apart; among,
+amongst: = far from, behind; within: = outside; on top: = underneath"""
+# "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
+GROUNDED = """
+on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
+bicycle bike motorcycle scooter tractor boat truck suitcase box rug blanket towel pillow rock log
+roof balcony porch deck bridge rooftop dock pier staircase runway place.road beach hill grass sand
+snow | animal.pet animal.bird = furniture gear.board car truck boat motorcycle bicycle suitcase box
+plate tray rug blanket towel pillow book newspaper laptop keyboard printer television rock log roof
+fence balcony porch deck bridge rooftop dock pier windowsill place.road beach hill grass sand snow
+refrigerator toilet sink | animal = rock hill place.road bridge beach grass sand snow truck boat
+blanket rug | vehicle = place.road bridge runway beach grass sand snow hill dock truck boat |
+structure fixture = place.road grass hill beach bridge sand | food container tool gear device home
+clothing = furniture plate tray napkin cutting_board towel rug blanket pillow book newspaper box
+suitcase refrigerator oven microwave stool laptop keyboard car motorcycle bicycle boat rock log roof
+porch dock bench grass sand beach sidewalk street toilet sink windowsill | furniture = rug grass
+sidewalk street beach porch balcony deck roof dock boat truck | nature.flower = furniture plate book
+windowsill; in: person = place.room place.shop structure.house car truck bus van taxi train boat
+lake river swimming_pool fountain ocean field forest park garden airport train_station school bed
+bathtub hammock tree box snow | animal.pet = place.room place.shop structure.house container.box
+container.bin car truck bus van boat lake river swimming_pool ocean field forest park garden bed
+sink bathtub toilet drawer tree suitcase refrigerator bowl | animal = river lake field forest truck
+boat cage garden barn structure.house | vehicle = river lake field forest garage barn water snow |
+food tool container device home gear clothing = container.box container.bin container.cup bowl pan
+refrigerator oven microwave sink bathtub bed car truck boat drawer cabinet suitcase tree
+swimming_pool river lake toilet ; under: person animal = nature.tree umbrella bridge tent table desk
+bench roof truck bus car structure.street kite airplane balcony blanket bed clock | vehicle =
+nature.tree bridge roof structure.street airplane balcony | food tool container device home gear
+clothing = furniture.top furniture.seat furniture.bed tree umbrella bridge car truck blanket towel
+pillow book laptop plate box | structure furniture fixture = nature.tree bridge roof balcony
+umbrella tent clock window shelf mirror"""
+# What of any kind they can be behind, far from, outside.
+AROUND = {
+    "far from": "person animal vehicle structure place nature.tree furniture fixture food container "
+    "device home gear ?",
+    "outside": "place.room place.shop place.venue structure.house vehicle place.court place.cage",
     "in front of": "person animal vehicle structure furniture fixture device container nature home "
     "place.room place.shop place.venue clock ?",
 }
-GROUNDS |= {"on top of": GROUNDS["on"], "inside": GROUNDS["in"], "behind": GROUNDS["in front of"]}
-CARRIED = "food tool container device home gear.ball gear.bat animal.pet animal.bird person"
+AROUND["behind"] = AROUND["in front of"]
 # Who can do an act to whom, and who can be where the other was: kinds whose things change places.
 SWAPPED_ACTS = {
     ("person", "animal"): "chase follow watch approach lead push pull lick kiss look stare gaze "
@@ -721,6 +746,19 @@ def _read_relations() -> dict[str, list[tuple[list[str], list[str]]]]:
     return relations
 
 
+def _read_grounds() -> dict[str, list[tuple[list[str], list[str]]]]:
+    """For each of on, in, under: rows of who can be there, and of what."""
+    grounds = {}
+    for relation, groups in _entries(GROUNDED):
+        rows = [group.split("=") for group in groups.split("|")]
+        grounds[relation] = [(_names(who), _names(what)) for who, what in rows]
+    return grounds | {"on top of": grounds["on"], "inside": grounds["in"]}
+
+
+def _names(words: str) -> list[str]:
+    return [word.replace("_", " ") for word in words.split()]
+
+
 def _read_free() -> dict[tuple[str, str], list[str]]:
     """Acts without an object that (subject, act) may become."""
     free = {}
@@ -776,6 +814,7 @@ NEVER = {name: SETS[f"never {name}"] for name in ("in", "on")}
 NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
+GROUNDS = _read_grounds()
 DONE = {kind: acts.split() for kind, acts in _entries(DONE_TO)}
 DONE_BY = [
     (subject, kinds.split(), acts.split())
@@ -1129,24 +1168,25 @@ def _serves(sentence: Sentence, i: int, kind: str) -> bool:
 
 def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     """Whether something can be on, in, under ... this thing, and that what is named before."""
-    tokens, grounds = sentence.tokens, GROUNDS.get(new)
-    phrase = sentence.starts.get(i + 1)
+    tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
     if new in ("without", "lacking", "free of") or phrase is None:
         return True
     counted = tokens[phrase.first].tag in "DM" or tokens[phrase.head].tag == "S"
     if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
         return False  # on television
-    listed = bool(grounds) and noun.replace(" ", "_") in (grounds or "").split()
-    fits = listed or (noun not in SETS["weather"] and _matches(kind, (grounds or kind).split()))
-    if not fits:
+    rows = GROUNDS.get(new)
+    if rows is None:
+        return noun not in SETS["weather"] and _matches(kind, AROUND.get(new, kind).split())
+    before = [p for p in sentence.phrases if p.stop <= i]
+    mover = _kind(sentence, before[-1] if before else None)
+    verb = next((t for t in tokens[before[-1].stop if before else 0 : i] if t.tag in "GZB"), None)
+    if verb and verb.lemma in MOVES and not kind.startswith("place"):
+        return False  # walking on a chair
+    if verb and verb.lemma == "stand" and kind.startswith("animal"):
         return False
-    if new in ("on", "on top of", "in", "inside", "under"):
-        last = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
-        mover = _kind(sentence, last)
-        if _matches(kind, ("place", "structure")):
-            return mover.partition(".")[0] in ("person", "animal", "vehicle", "gear", "")
-        return _matches(mover, CARRIED.split())
-    return True
+    return any(
+        _matches(mover, who) and (noun in what or _matches(kind, what)) for who, what in rows
+    )
 
 
 def _may_turn(tokens: list[Token], i: int) -> bool:
