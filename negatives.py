@@ -253,6 +253,7 @@ PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
 HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container", "clothing")
+COUNTED = ("animal", "vehicle", "gear", "device.desk", "food.meal", "food.sweet", "home.toy")
 MOVERS = ("person", "animal", "vehicle")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
@@ -549,7 +550,7 @@ leash, way, fire, use, display, line, case, mid; lacking: with, has, have, conta
 topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
 her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
 different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
-no, both, all, each, every; looks: look, stare, gaze, point, watch; often on: hold, carry, throw,
+no, both, all, each, every; counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch; often on: hold, carry, throw,
 feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
 chase, paint, repair; names: red sox, big ben, little league; links: that, who, which, while;
 states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy: try,
@@ -1312,7 +1313,45 @@ def _attribute(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         for j in sites[k + 1 :]:
             if _exchangeable(sentence, i, j):
                 found.append(_put(i, i, tokens[j].word) + _put(j, j, tokens[i].word))
-    return found
+    counted = _recounted(sentence)
+    return found + counted if tokens and tokens[0].word == "two" else found or counted
+
+
+def _recounted(sentence: Sentence) -> list[Candidate]:
+    """Two of what the caption is about instead of one, or one of two."""
+    tokens, phrase = sentence.tokens, sentence.starts.get(0)
+    words = {t.word for t in tokens}
+    if phrase is None or phrase.head == 0 or words & (SETS["counting"] | PRONOUNS):
+        return []
+    first, noun, stop = tokens[0], tokens[phrase.head], phrase.stop
+    one = first.word in ("a", "an") and noun.tag == "N"
+    two = first.word == "two" and noun.tag == "S" and noun.lemma not in SETS["plural only"]
+    verbs = [
+        i for i, t in enumerate(tokens) if (t.tag in "IZB" or t.word in AGREEMENT) and i >= stop
+    ]
+    near = stop + (_word(sentence, stop) in SETS["links"])
+    counted = _matches(_kind(sentence, phrase), COUNTED) and noun.lemma in SENSES
+    if not counted or not (one or two) or _word(sentence, stop) in ("and", ",", "of", "or"):
+        return []
+    if any(i != near for i in verbs):
+        return []
+    number = "two" if one else _article(tokens[1].word)
+    edits = _put(0, 0, number)
+    edits += _put(phrase.head, phrase.head, _plural(noun.lemma) if one else noun.lemma)
+    for i in verbs:
+        form = "B" if tokens[i].tag == "Z" else "Z"
+        new = AGREEMENT.get(tokens[i].word)
+        if not new and (tokens[i].tag == "I" or (tokens[i].tag == "B") == one):
+            return []
+        new = new or _inflect(tokens[i].lemma, form)
+        edits += _put(i, i, new)
+    return [edits] if number not in sentence.named else []
+
+
+def _article(word: str) -> str:
+    """The article before a word."""
+    vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", word)
+    return "an" if vowel else "a"
 
 
 def _exchangeable(sentence: Sentence, i: int, j: int) -> bool:
@@ -1879,14 +1918,14 @@ def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
 def _written(sentence: Sentence, candidate: Candidate) -> list[Edit]:
     """The edits of a candidate as offsets and text; an article before them is mended."""
     caption, tokens, edits = sentence.caption, sentence.tokens, []
+    edited = {part.last for part in candidate}
     for part in candidate:
         start, end = tokens[part.first].start, tokens[part.last].end
         new = part.new if part.moved else _cased(part.new, caption[start:end])
         before = tokens[part.first - 1] if part.first else None
-        if before and before.word in ("a", "an") and not part.moved:
-            vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", new)
-            old = caption[before.start : before.end]
-            article = "an" if vowel else "a"
+        fixed = part.moved or part.first - 1 in edited
+        if before and before.word in ("a", "an") and not fixed:
+            old, article = caption[before.start : before.end], _article(new)
             if article != before.word:
                 new = _cased(article, old) + caption[before.end : start] + new
                 start = before.start
