@@ -43,7 +43,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import exp, log
 from multiprocessing import Pool
 from pathlib import Path
@@ -503,8 +503,8 @@ pillow book laptop plate box | structure furniture fixture = nature.tree bridge 
 umbrella tent clock window shelf mirror"""
 # What of any kind they can be behind, far from, outside.
 AROUND = {
-    "far from": "person animal vehicle structure place nature.tree furniture fixture food container "
-    "device home gear ?",
+    "far from": "person animal vehicle structure place nature.tree furniture fixture food "
+    "container device home gear ?",
     "outside": "place.room place.shop place.venue structure.house vehicle place.court place.cage",
     "in front of": "person animal vehicle structure furniture fixture device container nature home "
     "place.room place.shop place.venue clock ?",
@@ -545,36 +545,37 @@ doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin
 step, squat, drop, flip, chop, skip, slip, snap, trim, wrap, sip, bat; lonely: outside, inside,
 together, outdoors, indoors, side by side, on top, on display, in the sky, in the air, through the
 air, on the ground, on the floor, on the wall, in the background, in the foreground, in the
-distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home,
-leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with,
-topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
-her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
-different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
-no, both, all, each, every; counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch; often on: hold, carry, throw,
-feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
-chase, paint, repair; names: red sox, big ben, little league; links: that, who, which, while;
-states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy: try,
-get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down,
-out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after acts: on,
-in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of, outside,
-inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put; fixed in:
-fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
-located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all,
-look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed
-into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange, pink; near
-orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange;
-near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black;
-near silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths:
-through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
-over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
-walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
-woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
-air, wave, surf, ground, smoke, fire; never in: beach, cliff, hill, rooftop, runway, pier, bridge,
-sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard,
-table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad
-track, dresser, nightstand, zoo; never on: forest, desert, garden, valley, swamp, castle, church,
-village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum,
-library, hospital, park, market, lake, pond, ocean"""
+distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home, leash,
+way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with, topped
+with, covered with, covered in, decorated with, lined with, loaded with; possessive: his, her, its,
+their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens, different, lot,
+variety, more, multiple, just, assorted, many, several, some, few, various, other, no, both, all,
+each, every; counting: each, other, another, both, together, alone, its, their, it, they, them,
+itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze,
+point, watch; often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase;
+often with: throw, wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little
+league; links: that, who, which, while; states: hold, contain, show, include, cover, surround,
+feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he,
+she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage, old, older,
+elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind, under,
+beside, with, while, on top of, outside, inside, ., together, between, around; fixed on: talk, work,
+speak, chat, display, put; fixed in: fenced, closed, dressed, covered, wrapped; placed: parked,
+seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
+together: play; fixed over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load,
+make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many;
+near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink,
+blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey, silver;
+near gray: white, black; near silver: white, black; near grey: white, black; near yellow: orange;
+near blue: purple; paths: through the air, down, up, through, along, across, past, into, out of,
+towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
+drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
+teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
+rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: beach, cliff, hill,
+rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool,
+skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin,
+cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest, desert, garden,
+valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom, bedroom,
+restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -651,11 +652,15 @@ def edit_sentence(
         candidates = EDITORS[name](sentence, slots)
         step = 1 + len(candidates) // MAX_CANDIDATES
         candidates = candidates[draw % step :: step]
+        if slots and slots.refined:
+            candidates.append(NONE)
         logs = [0.0] * len(candidates)
         if slots and candidates:
             gains = _masked_gains(sentence, candidates, masked) if masked else None
             logs = _weigh(sentence, candidates, name, slots, gains)
         for chosen in _drawn(candidates, logs, draw):
+            if chosen is NONE:
+                break
             edits = _written(sentence, chosen)
             text = _apply(sentence.caption, edits)
             if _plain(text) not in seen:
@@ -830,19 +835,20 @@ PREPOSITIONAL_ACTS = {
 }
 PAIRED_ACTS: dict[tuple[str, str], list[tuple[list[str], list[str], list[str]]]] = defaultdict(list)
 for _who, _entry in _entries(PAIRS):
-    (_acts, _relations, _kinds), _new = map(_items, _entry.split(">"))
-    for _pair in itertools.product(_acts.split(), _relations.replace("-", "").split() or [""]):
-        _row = _who.split(), _kinds.split(), [act.replace("_", " ") for act in _new[0].split()]
-        PAIRED_ACTS[_pair[0], _pair[1].replace("_", " ")].append(_row)
+    _left, _, _right = _entry.partition(">")
+    _olds, _relations, _kinds = _items(_left)
+    for _old, _relation_word in itertools.product(_olds.split(), _relations.split()):
+        _place = _relation_word.replace("_", " ").strip("-")
+        PAIRED_ACTS[_old, _place].append((_who.split(), _names(_kinds), _names(_right)))
 PARTICIPLE_ACTS = {w: _items(acts) for ws, acts in _entries(PARTICIPLES) for w in _items(ws)}
 PARTNERS = {  # numbers of the groups that an act stands in
     act: {n for n, group in enumerate(TOGETHER.split(";")) if act in group.split()}
     for act in TOGETHER.replace(";", " ").split()
 }
 SAME_ACTS: dict[str, set[str]] = defaultdict(set)  # the other words of an act, by act
-for _who, _acts in _entries(FREE):
-    for _group in _acts.split("|") if _who in MOVERS[:2] else ():
-        _alike = {_act.lstrip("~") for _act in _group.split()}
+for _who, _groups in _entries(FREE):
+    for _group in _groups.split("|") if _who in MOVERS else ():
+        _alike = {act.lstrip("~") for act in _group.split()} if "park" not in _group else set()
         for _act in _alike:
             SAME_ACTS[_act] |= _alike
 ACT_VALUES = {
@@ -1090,6 +1096,7 @@ class Part(NamedTuple):
 
 
 Candidate = tuple[Part, ...]
+NONE: Candidate = ()  # rather no negative than one that its words give away
 
 
 def _put(first: int, last: int, new: str) -> Candidate:
@@ -1138,7 +1145,9 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
     named = phrase is not None or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
-            if relation == "with" and _serves(sentence, i, kind):
+            if relation == "with" and _has(sentence, i):
+                targets = ["without"]
+            elif relation == "with" and _serves(sentence, i, kind):
                 targets = ["without", "next to", "beside", "behind"]
             return [
                 t
@@ -1154,6 +1163,12 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
                 )
             ]
     return []
+
+
+def _has(sentence: Sentence, i: int) -> bool:
+    """Whether what stands before relation i is a place or a thing that has parts."""
+    before = KINDS.get(sentence.tokens[i - 1].lemma, "") if i else ""
+    return _matches(before, ("place", "furniture", "structure", "vehicle", "fixture", "picture"))
 
 
 def _serves(sentence: Sentence, i: int, kind: str) -> bool:
@@ -1475,7 +1490,7 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
 
 
 def _paired(sentence: Sentence, i: int) -> list[Candidate]:
-    """Acts in the place of verb i and the relation after it: riding, not standing next to, a horse."""
+    """Acts in the place of verb i and the relation after it: next to a horse, riding it."""
     verb, tokens, found = sentence.tokens[i], sentence.tokens, []
     for last, relation in ((i, ""), (i + 1, _word(sentence, i + 1))):
         phrase = sentence.starts.get(last + 1)
@@ -1624,9 +1639,9 @@ def _kind(sentence: Sentence, phrase: Phrase | None) -> str:
     return kind
 
 
-def _matches(kind: str, wanted: Iterable[str]) -> bool:
+def _matches(kind: str, wanted: Collection[str]) -> bool:
     """Whether a kind such as place.room is one of the wanted, which may be as wide as place."""
-    return any(kind == w or kind.startswith(w + ".") for w in wanted)
+    return kind in wanted or kind.partition(".")[0] in wanted
 
 
 def _unnamed(sense: Sense, sentence: Sentence) -> list[str]:
@@ -1646,6 +1661,7 @@ BALANCED = 10_000  # of these, that the balance is found on
 ROUNDS = 12
 STRENGTH = (0.6, 0.3)  # of a step of the balance, for words and for pairs of words
 LIMIT = 6.0  # of a balance, in nats
+REFINED = 13.0  # nats that a negative may lose to the balance before none is made
 NO_COUNTS: dict[str, int] = {}
 NO_WEIGHTS: dict[str, float] = {}
 
@@ -1665,8 +1681,9 @@ class Slots:
     words next to it, both together, and the nearest words of content on either side.
     """
 
-    def __init__(self) -> None:
-        """Start without a caption."""
+    def __init__(self, refined: bool = False) -> None:
+        """Start without a caption; ``refined`` slots leave out what the words give away."""
+        self.refined = refined
         self.count: Counter[str] = Counter()
         self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
         self.inverse: dict[str, float] = {}
@@ -1716,8 +1733,9 @@ class Slots:
 
     def places(self, context: Context, relation: str) -> bool:
         """Whether the captions have a relation between the same words of content."""
-        ahead, behind = self.tables[3].get(context[3]), self.tables[4].get(context[4])
-        return bool(ahead and behind) and ahead.get(relation, 0) > 1 and behind.get(relation, 0) > 1
+        ahead = self.tables[3].get(context[3], NO_COUNTS)
+        behind = self.tables[4].get(context[4], NO_COUNTS)
+        return ahead.get(relation, 0) > 1 and behind.get(relation, 0) > 1
 
     def acts(self, context: Context, verb: Token) -> list[str]:
         """Other acts that the captions have between the same neighbours."""
@@ -1741,12 +1759,14 @@ class Slots:
         return self.known_acts[key]
 
 
-def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES) -> Slots:
+def learn_slots(
+    sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES, *, refined: bool = False
+) -> Slots:
     """Learn from captions that have been read what stands where, and balance each type.
 
     The order of the captions does not matter.
     """
-    slots, some = Slots(), []
+    slots, some = Slots(refined), []
     gc.disable()  # nothing here is ever garbage, and there is much of it
     for sentence in sentences:
         slots.learn(sentence)
@@ -1787,6 +1807,9 @@ def _weigh(
     words, score = balance.words, slots.score
     weights = []
     for k, candidate in enumerate(candidates):
+        if candidate is NONE:
+            weights.append(-REFINED)
+            continue
         gain = weight = 0.0
         for part in candidate:
             first, last, _, (one, two, _), moved = part
@@ -1846,6 +1869,8 @@ def _balanced(sentences: Sequence[Sentence], name: str, slots: Slots) -> Balance
     logs: list[float] = []
     for owner, sentence in enumerate(sentences):
         candidates = EDITORS[name](sentence, slots)
+        if slots.refined and candidates:
+            candidates.append(NONE)
         logs += _weigh(sentence, candidates, name, slots)
         for candidate in candidates:
             for feature, sign in _moves(sentence, candidate):
@@ -2279,6 +2304,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="ngram",
         help="who chooses among edits",
     )
+    add("--refine", action="store_true", help="leave out what a reader of words alone would tell")
     add("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="masked language model")
     add("--spacy-model", metavar="NAME", default="en_core_web_sm", help="English pipeline")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the masked model")
@@ -2302,6 +2328,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("several CAPTIONS must all be .tar shards")
     if any(shards) and (args.limit or args.engine == "released"):
         parser.error("--limit and --engine released do not go with shards")
+    if args.refine and (args.engine == "released" or args.filler == "none"):
+        parser.error("--refine needs the statistics of --filler ngram or mlm")
     args.types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
     return args
 
@@ -2368,7 +2396,9 @@ def _engine(args: argparse.Namespace, captions: Iterable[str]) -> Engine:
     if released or args.filler == "none":
         return engine
     read = (_known(caption)[0] for caption in itertools.islice(captions, LEARNED))
-    engine = engine._replace(slots=learn_slots((s for s in read if s), args.types))
+    engine = engine._replace(
+        slots=learn_slots((s for s in read if s), args.types, refined=args.refine)
+    )
     _start(engine)
     return engine
 
@@ -2462,7 +2492,10 @@ def _reason(caption: str, name: str) -> str:
         return "empty"
     if sentence is None:
         return "not English"
-    if EDITORS[name](sentence, ENGINE[0].slots):
+    slots = ENGINE[0].slots
+    if slots and slots.refined and EDITORS[name](sentence, slots):
+        return "its words would give it away, or are used by other captions of the image"
+    if EDITORS[name](sentence, slots):
         return "the other captions of the image use the words that would do"
     return "no word that can be replaced"
 
@@ -2515,6 +2548,8 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
 def _header(args: argparse.Namespace, captions: int) -> dict[str, Any]:
     filler = "none" if args.engine == "released" else args.filler
     header = {"manifest": 1, "engine": args.engine, "filler": filler, "seed": args.seed}
+    if args.refine:
+        header["refined"] = True
     if args.engine != "lexicon":
         header["spacy"] = args.spacy_model
     if args.engine == "released" or filler == "mlm":
