@@ -202,8 +202,9 @@ place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, sidewalk/~walk
   path/~trail/~pathway, driveway, railroad track/~track/~train track/~railway/~railroad, river;
   corner, street corner, intersection, crosswalk, crossing > bridge, beach, rooftop; parking
   lot/~lot, runway/~tarmac, bridge, rooftop
-place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland/~lawn/~yard,
-  forest/~woods/~jungle, desert, garden, park, swamp, parking lot; hill/hillside/~ski
+place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland/~lawn/~yard/~park,
+  forest/~woods/~jungle, desert, garden, swamp, parking lot; park > beach, desert, parking lot,
+  forest; hill/hillside/~ski
   slope/~slope/mountain/~mountain side/~mountainside, valley, beach, cliff
 place.court: tennis court/~court, baseball field/~baseball diamond, golf course, soccer field,
   basketball court; skate park/~skateboard park/~ramp/~skateboard ramp, swimming pool/pool,
@@ -267,38 +268,38 @@ VALUES = """
 age@person animal: elderly old ~aging older ~aged | young younger
 open@home device container structure.house structure.fence fixture furniture clothing tool food
   vehicle: open ~opened | closed shut
+use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
 any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise teal | green |
-  yellow ~golden gold | orange | purple ~violet ~lavender | pink | black ~dark-colored | white
-  beige ~cream ~ivory | brown tan | gray grey silver; colorful multicolored multi-colored colored
-  ~vibrant | ~colorless black-and-white plain ; large big huge giant enormous ~gigantic massive
-  ~oversized ~jumbo | small little tiny miniature ~mini; tall ~towering | short; long ~lengthy |
-  short; wide ~broad | narrow ~skinny thin; wooden wood | metal steel ~metallic ~iron ~aluminum |
-  plastic | glass | stone concrete ~cement | brick | leather; grassy ~grass-covered ~lush | sandy |
-  snowy snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy |
-  cloudy overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted
-  polka-dot | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen;
-  wet ~soaked ~damp | dry; bright ~brightly-lit ~well-lit ~sunlit | dark dim ~dimly-lit ~darkened;
-  clean tidy ~neat | dirty messy ~filthy cluttered ~grimy; empty vacant ~bare | full crowded
-  ~packed ~filled; busy bustling crowded | quiet empty deserted ; sliced cut ~chopped | whole
-  uncut; round circular | square rectangular; heavy thick | thin; happy smiling ~cheerful ~joyful
-  ~laughing | sad angry crying ~frowning; shirtless | fully-clothed; fresh ripe | rotten moldy;
-  parked ~stationary stopped | moving speeding; left | right; male | female; curly ~wavy |
-  straight; fluffy furry shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat;
-  cooked baked grilled roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country |
-  urban; fancy ornate elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty
-  ~rusted | shiny ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly
-  ~hideous; calm | rough choppy; soft | hard; illuminated ~lit | unlit; domestic ~tame | wild; low
-  | high; professional | amateur; different various assorted | identical matching; asian chinese
-  japanese | american | italian mexican | french; commercial | military; public | private; front |
-  back rear; top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt;
-  blurry blurred | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette
-  dark-haired redheaded; electric | manual; homemade | store-bought; funny silly | serious;
-  sleeping ~resting ~sleepy | running jumping playing ; grazing | running sleeping; passenger
-  commuter subway | freight cargo; residential | industrial; christmas | halloween easter; alive |
-  dead ; stuffed | real live ; real | fake toy ; wild | tame domestic; larger bigger | smaller;
-  taller | shorter; leafy | leafless; wooded forested | barren sandy; partial | full; stacked |
-  scattered ; standing | sitting lying; seated | standing
+  yellow ~golden gold | orange | purple ~violet ~lavender | pink | black ~dark-colored | white beige
+  ~cream ~ivory | brown tan | gray grey silver; colorful multicolored multi-colored colored ~vibrant
+  | ~colorless black-and-white plain ; large big huge giant enormous ~gigantic massive ~oversized
+  ~jumbo | small little tiny miniature ~mini; tall ~towering | short; long ~lengthy | short; wide
+  ~broad | narrow ~skinny thin; wooden wood | metal steel ~metallic ~iron ~aluminum | plastic |
+  glass | stone concrete ~cement | brick | leather; grassy ~grass-covered ~lush | sandy | snowy
+  snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy | cloudy
+  overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted polka-dot
+  | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen; wet
+  ~soaked ~damp | dry; bright ~brightly-lit ~well-lit ~sunlit | dark dim ~dimly-lit ~darkened; clean
+  tidy ~neat | dirty messy ~filthy cluttered ~grimy; empty vacant ~bare | full crowded ~packed
+  ~filled; busy bustling crowded | quiet empty deserted ; sliced cut ~chopped | whole uncut; round
+  circular | square rectangular; heavy thick | thin; happy smiling ~cheerful ~joyful ~laughing | sad
+  angry crying ~frowning; shirtless | fully-clothed; fresh ripe | rotten moldy; parked ~stationary
+  stopped | moving speeding; left | right; male | female; curly ~wavy | straight; fluffy furry
+  shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat; cooked baked grilled
+  roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country | urban; fancy ornate
+  elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty ~rusted | shiny
+  ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly ~hideous; calm |
+  rough choppy; soft | hard; illuminated ~lit | unlit; domestic ~tame | wild; low | high;
+  professional | amateur; different various assorted | identical matching; asian chinese japanese |
+  american | italian mexican | french; commercial | military; public | private; front | back rear;
+  top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt; blurry blurred
+  | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette dark-haired redheaded;
+  electric | manual; homemade | store-bought; funny silly | serious; sleeping ~resting ~sleepy |
+  running jumping playing ; grazing | running sleeping; residential | industrial; christmas |
+  halloween easter; alive | dead ; stuffed | real live ; real | fake toy ; wild | tame domestic;
+  larger bigger | smaller; taller | shorter; leafy | leafless; wooded forested | barren sandy;
+  partial | full; stacked | scattered ; standing | sitting lying; seated | standing
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -330,21 +331,20 @@ squat pitch travel stick overlook crouch hike dangle grow celebrate land park su
 display bat pitch stretch enter exit rise sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
-animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet
-chase hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift
-follow hold feed watch; vehicle: drive ride push wash repair paint board load pull watch pass;
-gear.board: ride hold carry throw kick wash repair paint break use; gear.ski: wear hold carry ;
-gear.ball: hold throw carry kick catch hit chase watch; gear.bat: swing hold carry throw break;
-gear: hold wear carry throw repair paint break; food: eat cut hold throw cook drop prepare serve
-make buy; drink: drink pour spill throw serve hold; clothing: wear hold wash fold; device: hold
-use repair throw paint watch carry; fixture: clean paint repair break use; furniture: carry
-paint clean push repair break; container: hold wash carry break throw paint fill; tool: hold
-carry throw drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug
-carry throw kick; home: carry throw paint hold; feat: perform do watch film; structure: watch
-paint climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
-photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint
-carry photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any:
-paint carry"""
+animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet chase
+hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift follow hold
+feed watch; vehicle: drive ride push wash repair paint board load pull watch pass; gear.board: ride
+hold carry throw kick wash repair paint break use; gear.ski: wear hold carry ; gear.ball: hold throw
+carry kick catch hit chase watch; gear.bat: swing hold carry throw break; gear: hold wear carry
+throw repair paint break; food: eat cut hold throw cook drop prepare serve make buy; drink: drink
+pour spill throw serve hold; clothing: wear hold wash fold; device: hold use repair throw paint
+watch carry; fixture: clean paint repair break use; furniture: carry paint clean push repair break;
+container: hold wash carry break throw paint fill; tool: hold carry throw drop break use; home.read:
+read hold tear burn throw fold carry; home.toy: hold hug carry throw kick; home: carry throw paint
+hold; feat: perform do watch film; structure: watch paint climb photograph clean pass; place.road:
+cross clean paint sweep photograph; place: watch photograph leave paint enter cross; sport: play
+watch coach practice; nature: watch cut paint carry photograph hold climb; picture: paint draw hold
+take; food.sauce: pour spill taste; body: paint wash scratch brush; any: paint carry"""
 # "who is no person, kinds of thing: what they can do to it"
 DOES = """
 animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
@@ -384,7 +384,7 @@ walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race 
 ~travel ~come ~head ~march | run ~race | jump ~leap ~hop | ~swim ~wade ~float | ~fly ~soar
 ~hover ~glide | eat ~feed ~graze ~drink | ~fight | ~play | ~crawl | ~climb; vehicle: park sit
 ~stand ~stop ~rest ~wait ~lean ~lie ~lay | drive ~travel move ~go ~come ~roll ~cruise ~head ~run
-~race | fly ~soar ~glide ~hover | float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie
+~race | ~fly ~soar ~glide ~hover | ~float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie
 ~lay ~wait"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
@@ -469,7 +469,7 @@ foreground: = in the background; full of, filled with: = next to, without, besid
 without, next to, beside; covered with, covered in, decorated with, lined with, loaded with: =
 without, free of, beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next
 to; outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
-ground; on the ground: = in the air; on the floor: = off the floor; on the wall: = on the floor;
+ground; on the ground: = in the air; on the wall: = on the floor;
 attached to: = detached from, behind, near; side by side: = far apart; together: = apart; among,
 amongst: = far from, behind; within: = outside; on top: = underneath"""
 # "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
@@ -550,32 +550,38 @@ way, fire, use, display, line, case, mid; lacking: with, has, have, containing, 
 with, covered with, covered in, decorated with, lined with, loaded with; possessive: his, her, its,
 their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens, different, lot,
 variety, more, multiple, just, assorted, many, several, some, few, various, other, no, both, all,
-each, every; counting: each, other, another, both, together, alone, its, their, it, they, them,
-itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze,
-point, watch; often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase;
-often with: throw, wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little
-league; links: that, who, which, while; states: hold, contain, show, include, cover, surround,
-feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he,
-she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage, old, older,
-elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind, under,
-beside, with, while, on top of, outside, inside, ., together, between, around; fixed on: talk, work,
-speak, chat, display, put; fixed in: fenced, closed, dressed, covered, wrapped; placed: parked,
-seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
-together: play; fixed over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load,
-make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many;
-near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink,
-blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey, silver;
-near gray: white, black; near silver: white, black; near grey: white, black; near yellow: orange;
-near blue: purple; paths: through the air, down, up, through, along, across, past, into, out of,
-towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
-drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
-teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
-rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: beach, cliff, hill,
-rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool,
-skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin,
-cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest, desert, garden,
-valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom, bedroom,
-restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, after, to, by, like,
+from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
+bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
+airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
+almost: cross, half, partially, partly, almost, nearly; counting: each, other, another, both,
+together, alone, its, their, it, they, them, itself, one, single, whole, pair, side by side, his,
+her, different; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push,
+wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick, chase, paint,
+repair; names: red sox, big ben, little league; links: that, who, which, while; states: hold,
+contain, show, include, cover, surround, feature, have, use, make, carry; busy: try, get, prepare,
+attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages:
+young, little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to,
+near, in front of, at, by, behind, under, beside, with, while, on top of, outside, inside, .,
+together, between, around; fixed on: talk, work, speak, chat, display, put; fixed in: fenced,
+closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed
+at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all, look; fixed with:
+fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn,
+made; fixed out of: made, make; near few: many; near red: orange, pink; near orange: red, yellow,
+brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow;
+near white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white,
+black; near grey: white, black; near yellow: orange; near blue: purple; paths: through the air,
+down, up, through, along, across, past, into, out of, towards, toward, around, over, off, onto, to,
+away from, from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man,
+guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl,
+female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf,
+ground, smoke, fire; never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
+motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
+farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
+nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
+cabinet, cupboard; never on: forest, desert, garden, valley, swamp, castle, church, village, city,
+office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital,
+park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -816,7 +822,7 @@ def _inflected(verb: str, form: str) -> str:
 
 NO_SENSE = Sense("", False, ())
 SETS = {name: frozenset(_items(words)) for name, words in _entries(WORD_SETS)}
-NEVER = {name: SETS[f"never {name}"] for name in ("in", "on")}
+NEVER = {name: SETS[f"never {name}"] for name in ("in", "on", "at")}
 NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
@@ -1157,10 +1163,7 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
                 and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
                 and f"{t} {noun}" not in sentence.named
                 and f"{t} {kind}" not in sentence.named
-                and (
-                    _can_be(sentence, i, t, kind, noun)
-                    or (slots and kind and slots.places(sentence.contexts[i], t))
-                )
+                and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
             ]
     return []
 
@@ -1191,6 +1194,8 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
         return False  # on television
     rows = GROUNDS.get(new)
+    if rows is None and kind == "place.water" and tokens[i - 1].lemma in SETS["swum"]:
+        return False  # swimming next to a pond
     if rows is None:
         return noun not in SETS["weather"] and _matches(kind, AROUND.get(new, kind).split())
     before = [p for p in sentence.phrases if p.stop <= i]
@@ -1203,6 +1208,20 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     return any(
         _matches(mover, who) and (noun in what or _matches(kind, what)) for who, what in rows
     )
+
+
+def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
+    """Whether the captions have this relation between the same two words of content."""
+    before = [p for p in sentence.phrases if p.stop <= i]
+    noun = sentence.tokens[sentence.starts[i + 1].head].lemma if i + 1 in sentence.starts else ""
+    if slots is None or not before or not noun or noun in NEVER.get(new, ()):
+        return False
+    mover, kind = _kind(sentence, before[-1]), _kind(sentence, sentence.starts[i + 1])
+    if not kind or _matches(mover, ("", "place", "picture", "idea", "part", "body")):
+        return False
+    _, _, _, ahead, behind = sentence.contexts[i]
+    rows = slots.tables[3].get(ahead, NO_COUNTS), slots.tables[4].get(behind, NO_COUNTS)
+    return min(row.get(new, 0) for row in rows) > 1
 
 
 def _may_turn(tokens: list[Token], i: int) -> bool:
@@ -1360,7 +1379,8 @@ def _recounted(sentence: Sentence) -> list[Candidate]:
             return []
         new = new or _inflect(tokens[i].lemma, form)
         edits += _put(i, i, new)
-    return [edits] if number not in sentence.named else []
+    told = {"two", _plural(noun.lemma)} if one else {"one"}
+    return [] if told & sentence.named else [edits]
 
 
 def _article(word: str) -> str:
@@ -1393,22 +1413,24 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     if phrase is None and (tokens[i - 1].tag == "D" or word[-2:] + following == "edP"):
         return []  # in the wild, baked into a loaf
     head = tokens[phrase.head] if phrase else tokens[i]
+    if head.lemma in SETS["plural only"] and word in (*NUMBERS, "several", "multiple", "few"):
+        return []
     if word in NUMBERS:
         wanted = (*NUMBERS[:4], "several") if word == "two" else NUMBERS[:4]
         return [n for n in wanted if n not in sentence.named] if head.tag == "S" else []
     if word in ("several", "many", "multiple", "few"):
         fits = head.tag == "S" and tokens[i - 1].tag != "D"
         return [n for n in NUMBERS[:2] if n not in sentence.named] if fits else []
+    if word in ("old", "older", "elderly", "young") and head.lemma in ("baby", "infant", "toddler"):
+        return []
     if head.lemma in ("boy", "girl", "child", "kid") and word in YOUNGER:
         fits = head.lemma in ("boy", "girl") and YOUNGER[word] not in sentence.named
         return [YOUNGER[word]] if fits else []
-    after = [t.word for t in tokens[i + 1 : i + 3]]
-    idiom = word == "french" or after in (["and", "white"], ["and", "black"])
-    idiom = (
-        idiom
-        or tokens[i - 1].word in ("cross", "half")
-        or (phrase is None and word in ("high", "low"))
-    )
+    around = [t.word for t in tokens[max(i - 2, 0) : i]], [t.word for t in tokens[i + 1 : i + 3]]
+    photo = ["and", "white"] in around or ["and", "black"] in around or ["black", "and"] in around
+    idiom = (word == "french") or photo or (phrase is None and word in ("high", "low"))
+    idiom = idiom or (i > 0 and tokens[i - 1].word in SETS["almost"])
+    idiom = idiom or _word(sentence, i + 1) in SETS["particles"]  # lit up
     sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
     if idiom or sexed or KINDS.get(head.lemma) in ("measure", "idea"):
         return []
@@ -1427,9 +1449,17 @@ def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         while first > phrase.first and tokens[first - 1].tag == "N":
             first -= 1  # a kitchen counter becomes a table
         for new in _things(sentence, phrase):
-            plural = tokens[phrase.head].tag == "S"
+            plural = tokens[phrase.head].tag == "S" or _many(sentence, phrase)
             found += [_put(first, phrase.head, _plural(new) if plural else new)]
     return found
+
+
+def _many(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a noun like sheep is a plural here."""
+    noun = sentence.tokens[phrase.head]
+    first = sentence.tokens[phrase.first]
+    same = _plural(noun.lemma) == noun.lemma
+    return same and not (first.tag == "D" and first.word not in ("some", "these", "the"))
 
 
 def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
@@ -1467,7 +1497,9 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     for i, verb in enumerate(sentence.tokens):
         if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
             new = PARTICIPLE_ACTS[verb.word]
-            path = _word(sentence, i + 1) in SETS["paths"]
+            path = _word(sentence, i + 1) in SETS["paths"] | {"at"}
+            if verb.word in ("parked", "stopped") and SETS["wheeled"] & sentence.named:
+                continue  # a bicycle does not drive
             found += _paired(sentence, i)
             found += [_put(i, i, w) for w in new if not path and not _said(sentence, w)]
         elif verb.word in ("on", "with"):
@@ -1477,8 +1509,6 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         elif verb.tag in "GZB":
             found += _paired(sentence, i)
             last, acts = _acts(sentence, i)
-            if slots and last == i:
-                acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
             found += [
                 _put_act(i, last, _inflect(act, verb.tag))
@@ -1541,6 +1571,8 @@ def _held(sentence: Sentence, phrase: Phrase) -> bool:
 def _said(sentence: Sentence, word: str) -> bool:
     """Whether a caption of the image has an act, or another word for it."""
     lemma = LEMMAS.get(word, word)
+    if word.startswith("park") and sentence.named & {"parked", "stopped", "stop"}:
+        return True
     return bool(sentence.named & {word, lemma, *SAME_ACTS.get(lemma, ())})
 
 
@@ -1583,6 +1615,10 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
     if (bare and not sense.mass) or (after and after[0].tag in "DM"):
         return ()
     acts = next(DONE[k] for k in (kind, kind.split(".")[0], "any") if k in DONE)
+    if kind == "feat" and sentence.tokens[i].lemma in SETS["done feats"]:
+        acts = ["watch", "film"]
+    if tokens[phrase.head].lemma in SETS["weather"]:
+        acts = ["watch", "photograph"]
     if after and after[0].word in SETS["paths"]:
         return [act for act in acts if act in SETS["along"]]
     return acts
@@ -1592,8 +1628,16 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
     """Those of free acts that can be done where verb i is done."""
     verb, relation = sentence.tokens[i], _word(sentence, last + 1)
     ground = _kind(sentence, sentence.starts.get(last + 2))
+    airy = any(t.word in SETS["airy"] for t in sentence.tokens[i : i + 7])
+    if airy:
+        acts = [act for act in acts if act != "park"]
+    if SETS["seated"] & {t.word for t in sentence.tokens}:
+        acts = [act for act in acts if act in POSTURES]  # a laptop on her lap
+    if _on_gear(sentence):
+        acts = [act for act in acts if act in ("sit", "stand", "kneel", "lie", "crouch", "jump")]
+    if relation in SETS["leading"]:
+        return []  # posing for, running after
     if relation in SETS["paths"]:
-        airy = any(t.word in ("air", "sky", "through the air") for t in sentence.tokens[i : i + 5])
         return [] if airy else [act for act in acts if act in MOVES and act not in ("fly", "slide")]
     if relation in ("at", "from") or verb.word in ("go", "get"):
         return [act for act in acts if act in ("sit", "stand", "sleep") and relation == "at"]
@@ -1602,6 +1646,16 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
     ):
         return [act for act in acts if act in ("sit", "stand", "sleep", "lie", "kneel", "jump")]
     return acts
+
+
+def _on_gear(sentence: Sentence) -> bool:
+    """Whether somebody is on skis, a surfboard ..."""
+    tokens = sentence.tokens
+    return any(
+        t.word in ("on", "on top of")
+        and _kind(sentence, sentence.starts.get(i + 1)) in ("gear.board", "gear.ski")
+        for i, t in enumerate(tokens)
+    )
 
 
 def _subject(sentence: Sentence, i: int) -> str:
@@ -1687,7 +1741,6 @@ class Slots:
         self.count: Counter[str] = Counter()
         self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
         self.inverse: dict[str, float] = {}
-        self.known_acts: dict[tuple[Any, ...], list[str]] = {}
         self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
 
     def learn(self, sentence: Sentence) -> None:
@@ -1730,33 +1783,6 @@ class Slots:
         if (c := behind.get(head, 0) - own) > 0:
             total += w4 * log(1 + c * h)
         return total
-
-    def places(self, context: Context, relation: str) -> bool:
-        """Whether the captions have a relation between the same words of content."""
-        ahead = self.tables[3].get(context[3], NO_COUNTS)
-        behind = self.tables[4].get(context[4], NO_COUNTS)
-        return ahead.get(relation, 0) > 1 and behind.get(relation, 0) > 1
-
-    def acts(self, context: Context, verb: Token) -> list[str]:
-        """Other acts that the captions have between the same neighbours."""
-        _, right, between, ahead, behind = context
-        takes = FUNCTION.get(right, "")
-        if verb.lemma not in PARTNERS or not (takes in ("P", "D") or right == "."):
-            return []
-        key = between, ahead, behind if takes == "D" else "", verb.tag
-        if key not in self.known_acts:
-            rows = [self.tables[2].get(between, NO_COUNTS), self.tables[3].get(ahead, NO_COUNTS)]
-            rows += [self.tables[4].get(behind, NO_COUNTS)] if takes == "D" else []
-            found = {w: VERB_FORMS[w] for w in sorted(rows[0]) if w in VERB_FORMS}
-            self.known_acts[key] = [
-                lemma
-                for word, (lemma, form) in found.items()
-                if form == verb.tag
-                and lemma in PARTNERS
-                and (takes != "D" or lemma != "play")
-                and all(row.get(word, 0) > 1 for row in rows)
-            ]
-        return self.known_acts[key]
 
 
 def learn_slots(
