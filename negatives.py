@@ -430,48 +430,47 @@ under, next to, behind, beside, in front of, by | food tool home gear = next to,
 place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
 beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in: it
 = next to, behind, beside | sport.event = before, after | {INDOORS} = outside, in front of, behind |
-place.water = next to, beside | place.ground place.cage place.court place.city = next to, outside,
-beside, far from | place.road = next to, beside | place.land = next to, far from, beside | {SOLID} =
-next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
-under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
-to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
-place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under, next
-to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} =
-outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on,
-under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in,
-inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water
-place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in,
-inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of; next to, beside:
-{INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, behind, in front of,
-far from | place.water place.ground place.court place.road place.land = in, on, far from | person =
-behind, in front of, far from | it ? = far from, behind; by, near, close to: {INDOORS} = in, inside,
-far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
-place.court place.road place.land = in, on, far from | person it ? = far from; of: food drink = next
-to, near, without, beside; at: furniture.top = under, on, far from, on top of | {INDOORS} = far
-from, outside | place structure fixture ? = far from | sport.event = before, after; around: {SOLID}
-= far from, on, under | place ? = far from; surrounded by: = far from; between: = behind, in front
-of; along: place.road place.water = far from, across | place.ground = far from; through:
-place.ground place.cage place.city structure = past | place.water = past, along; down, up:
-place.road = across, beside, past | place.ground structure = up, down; across: place.road = along,
-down, beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind, near,
-next to, beside; into: place vehicle structure container fixture ? = out of, past, away from; out
-of: place vehicle structure fixture container = into, past, away from; towards, toward: person
-{SOLID} place ? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} =
-away from, behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place
-= off of; off, off of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle
-animal person = without, on, in, under, behind, in front of | device furniture = without, on, under,
-behind | = without; without: = with; to the left of: = to the right of; to the right of: = to the
-left of; on the side of, on the edge of: = in the middle of, far from; in the middle of: = on the
-edge of, far from; during: sport.event = before, after; in the distance, in the background: = in the
-foreground; at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of:
-= at the top of; on the back of, in the back of: = in front of, next to, under, near; in the
-foreground: = in the background; full of, filled with: = next to, without, beside; topped with: =
-without, next to, beside; covered with, covered in, decorated with, lined with, loaded with: =
-without, free of, beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next
-to; outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
-ground; on the ground: = in the air; on the wall: = on the floor;
-attached to: = detached from, behind, near; side by side: = far apart; together: = apart; among,
-amongst: = far from, behind; within: = outside; on top: = underneath"""
+place.water = next to, beside | place.ground place.cage place.court = next to, outside, beside, far
+from | place.city = outside, far from | place.road = next to, beside | place.land = next to, far
+from, beside | {SOLID} = next to, behind, beside, in front of, by, on, on top of, under | clothing =
+without; underneath, under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of,
+far from | it = next to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind,
+beside | place.road place.ground place.water place.city = next to, far from, beside; above: {SOLID}
+= below, under, next to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside
+of: {INDOORS} = outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of,
+beside, on, under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} =
+behind, in, inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind |
+place.water place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in
+front of, in, inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of;
+next to, beside: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far
+from | place.water place.ground place.court place.road place.land = in, on, far from | person it ? =
+far from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of,
+inside, far from | place.water place.ground place.court place.road place.land = in, on, far from |
+person it ? = far from; of: food drink = next to, near, without, beside; at: furniture.top = under,
+on, far from, on top of | {INDOORS} = far from, outside | place structure fixture ? = far from |
+sport.event = before, after; around: {SOLID} = far from, on, under | place ? = far from; surrounded
+by: = far from; between: = behind, in front of; along: place.road place.water = far from, across |
+place.ground = far from; through: place.ground place.cage place.city structure = past | place.water
+= past, along; down, up: place.road = across, beside | place.ground structure = up, down; across:
+place.road = along, down, beside | place.ground place.court place.water = past, beside; from:
+{SOLID} = behind, near, next to, beside; into: place vehicle structure container fixture ? = out of,
+past, away from; out of: place vehicle structure fixture container = into, past, away from; towards,
+toward: person {SOLID} place ? = away from, past; to: person {SOLID} place = away from, past;
+against: {SOLID} = away from, behind, far from; away from: = towards, near; past: = towards, into;
+onto: {SOLID} place = off of; off, off of: furniture vehicle structure gear.board place = onto;
+with: gear.board vehicle animal person = without, on, in, under, behind, in front of | device
+furniture = without, on, under, behind | = without; without: = with; to the left of: = to the right
+of; to the right of: = to the left of; on the side of, on the edge of: = in the middle of, far from;
+in the middle of: = on the edge of, far from; during: sport.event = before, after; in the distance,
+in the background: = in the foreground; at night: = at noon; at the top of, on the top of: = at the
+bottom of; at the bottom of: = at the top of; on the back of, in the back of: = in front of, next
+to, under, near; in the foreground: = in the background; full of, filled with: = next to, without,
+beside; topped with: = without, next to, beside; covered with, covered in, decorated with, lined
+with, loaded with: = without, beside, next to; has: = lacks; have: = lack; containing: = lacking,
+beside, next to; outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air:
+= near the ground; on the ground: = in the air; on the wall: = on the floor; attached to: = detached
+from, behind, near; side by side: = far apart; together: = apart; among, amongst: = far from,
+behind; within: = outside; on top: = underneath"""
 # "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
 GROUNDED = """
 on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
@@ -563,25 +562,26 @@ contain, show, include, cover, surround, feature, have, use, make, carry; busy: 
 attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages:
 young, little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to,
 near, in front of, at, by, behind, under, beside, with, while, on top of, outside, inside, .,
-together, between, around; fixed on: talk, work, speak, chat, display, put; fixed in: fenced,
-closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed
-at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed over: all, look; fixed with:
-fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn,
-made; fixed out of: made, make; near few: many; near red: orange, pink; near orange: red, yellow,
-brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow;
-near white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white,
-black; near grey: white, black; near yellow: orange; near blue: purple; paths: through the air,
-down, up, through, along, across, past, into, out of, towards, toward, around, over, off, onto, to,
-away from, from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man,
-guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl,
-female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf,
-ground, smoke, fire; never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
-motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
-farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
-nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
-cabinet, cupboard; never on: forest, desert, garden, valley, swamp, castle, church, village, city,
-office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital,
-park, market, lake, pond, ocean"""
+together, between, around; fixed on: surf, talk, work, speak, chat, display, put;
+fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped;
+placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave,
+swing, throw; fixed together: play; fixed over: all, look; fixed with: fill, cover, top, decorate,
+mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made,
+make; near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red,
+purple; near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near
+black: gray, grey, silver; near gray: white, black; near silver: white, black; near grey: white,
+black; near yellow: orange; near blue: purple; paths: through the air, down, up, through, along,
+across, past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along:
+carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male,
+gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her,
+teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire;
+never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle,
+bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river,
+plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at:
+shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
+forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen,
+bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
+ocean"""
 
 
 class DataError(ValueError):
@@ -665,7 +665,7 @@ def edit_sentence(
             gains = _masked_gains(sentence, candidates, masked) if masked else None
             logs = _weigh(sentence, candidates, name, slots, gains)
         for chosen in _drawn(candidates, logs, draw):
-            if chosen is NONE:
+            if not chosen:
                 break
             edits = _written(sentence, chosen)
             text = _apply(sentence.caption, edits)
@@ -1121,13 +1121,32 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     found = _swaps(sentence)
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
-            found += [_put(i, i, new) for new in _contradictions(sentence, i, slots)]
+            for new in _contradictions(sentence, i, slots):
+                found.append(_put(i, i, new) + _or(sentence, i, new))
     for i, token in enumerate(sentence.tokens if not found else ()):
-        worn = token.tag == "G" and token.lemma in ("wear", "hold", "carry")
-        worn = worn and (not i or sentence.tokens[i - 1].tag in "NSXI")
-        if worn and _can_lack(sentence, sentence.starts.get(i + 1)):
-            found.append(_put(i, i, "without"))
+        phrase = sentence.starts.get(i + 1)
+        if token.tag == "G" and phrase and (not i or sentence.tokens[i - 1].tag in "NSXI"):
+            if token.lemma == "wear" and _can_lack(sentence, phrase):
+                found.append(_put(i, i, "without") + _or(sentence, i, "without"))
+            elif token.lemma in ("hold", "carry") and not _held(sentence, phrase):
+                found += [_put(i, i, new) for new in ("next to", "in front of")]
     return found
+
+
+def _or(sentence: Sentence, i: int, new: str) -> Candidate:
+    """The edits that make "and" an "or" in the list after a word such as without."""
+    edits: Candidate = ()
+    phrase = sentence.starts.get(i + 1)
+    while phrase and new in SETS["lackings"]:
+        k = phrase.stop
+        if _word(sentence, k) == "," and _word(sentence, k + 1) == "and":
+            k += 1
+        if _word(sentence, k) not in ("and", ","):
+            break
+        phrase = sentence.starts.get(k + 1)
+        if phrase and _word(sentence, k) == "and":
+            edits += _put(k, k, "or")
+    return edits
 
 
 def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str]:
@@ -1144,14 +1163,15 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         return ["away from"] if relation == "at" and phrase else []
     barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
     noun = sentence.tokens[phrase.head].lemma if phrase else ""
-    if noun in SETS["idioms"]:
+    worn = kind in ("device.hand", "gear.ski") and relation in ("on", "in")
+    if noun in SETS["idioms"] or worn:
         return []
     thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
     fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
     named = phrase is not None or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
-            if relation == "with" and _has(sentence, i):
+            if relation in SETS["lacking"] and _has(sentence, i):
                 targets = ["without"]
             elif relation == "with" and _serves(sentence, i, kind):
                 targets = ["without", "next to", "beside", "behind"]
@@ -1220,6 +1240,8 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if not kind or _matches(mover, ("", "place", "picture", "idea", "part", "body")):
         return False
     _, _, _, ahead, behind = sentence.contexts[i]
+    if behind != sentence.tokens[sentence.starts[i + 1].head].word:
+        return False
     rows = slots.tables[3].get(ahead, NO_COUNTS), slots.tables[4].get(behind, NO_COUNTS)
     return min(row.get(new, 0) for row in rows) > 1
 
@@ -1251,7 +1273,21 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
 def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     """Whether "without" and the like can stand before a phrase."""
     first = sentence.tokens[phrase.first] if phrase else None
+    if phrase and _word(sentence, phrase.stop) in ("and", ",") and not _listed(sentence, phrase):
+        return False
     return first is not None and first.tag != "M" and first.word not in SETS["not lacked"]
+
+
+def _listed(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a list of things that begins with a phrase ends with a thing, and nobody acts."""
+    stop = phrase.stop
+    while _word(sentence, stop) in ("and", ","):
+        stop += 1
+        if stop in sentence.starts:
+            stop = sentence.starts[stop].stop
+    return _word(sentence, stop - 1) not in ("and", ",") and (
+        stop == len(sentence.tokens) or sentence.tokens[stop].tag in ".P"
+    )
 
 
 def _swaps(sentence: Sentence) -> list[Candidate]:
@@ -1833,7 +1869,7 @@ def _weigh(
     words, score = balance.words, slots.score
     weights = []
     for k, candidate in enumerate(candidates):
-        if candidate is NONE:
+        if not candidate:
             weights.append(-REFINED)
             continue
         gain = weight = 0.0
@@ -2248,6 +2284,9 @@ def _masked_gains(
     """How much likelier than its own word the model finds each one-word candidate."""
     gains: list[float | None] = []
     for candidate in candidates:
+        if not candidate:
+            gains.append(None)
+            continue
         part = candidate[0]
         text = _masked_text(sentence, part, model.tokenizer.mask_token)
         own = " ".join(t.word for t in sentence.tokens[part.first : part.last + 1])

@@ -549,6 +549,28 @@ def test_the_balance_makes_words_come_and_go_more_evenly():
     assert balance["red"] > balance["blue"]  # red goes out most, so it is welcome where it comes in
 
 
+def test_refining_leaves_out_what_words_give_away_and_keeps_what_comes_and_goes():
+    captions = [f"A {colour} dog on a couch." for colour in ["red"] * 200 + ["blue"] * 200]
+    captions += ["A room with a clock."] * 200
+    read = [s for s in map(negatives._read, captions) if s]
+    slots = negatives.learn_slots(read, ("relation", "attribute"), refined=True)
+    told = answers("A room with a clock.", "relation", slots=slots)
+    assert told == {None}  # "without" would only ever come in
+    assert answers("A room with a clock.", "relation") == {"A room without a clock."}
+    kept = [
+        make_negatives("A red dog on a couch.", seed=s, types=("attribute",), slots=slots)
+        for s in range(60)
+    ]
+    assert sum(row["attribute"] == "A blue dog on a couch." for row in kept) > 30
+
+
+def test_refining_needs_statistics(manifest, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(manifest), "--out", str(tmp_path / "o"), "--refine", "--filler", "none"])
+    assert stop.value.code == 2
+    assert "--refine needs" in capsys.readouterr().err
+
+
 def shard(path, samples):
     with tarfile.open(path, "w") as tar:
         for name, content in samples.items():
@@ -648,8 +670,17 @@ def test_the_masked_model_chooses_among_the_same_safe_edits(manifest, tmp_path, 
                 negatives._apply(row["caption"], negatives._written(sentence, candidate))
                 for candidate in negatives.EDITORS[name](sentence, None)
             ]
-            if text and name != "action":  # the slots know more acts
+            if text and name != "relation":  # the slots know more places
                 assert text in safe
+
+
+def test_a_masked_model_can_refine_as_well(manifest, tmp_path, tiny_mlm):
+    options = ["--filler", "mlm", "--mlm", str(tiny_mlm), "--device", "cpu", "--limit", "60"]
+    main([str(manifest), "--out", str(tmp_path / "all"), *options])
+    main([str(manifest), "--out", str(tmp_path / "some"), "--refine", *options])
+    made = [sum(n is not None for r in records(tmp_path / f) for n in r["negatives"].values())
+            for f in ("all", "some")]  # fmt: skip
+    assert 0 < made[1] < made[0]
 
 
 def test_a_model_without_a_head_is_refused(manifest, tmp_path, tiny_mlm):
