@@ -432,12 +432,13 @@ beside | place.water = next to, beside | it = next to, behind, beside | ? = behi
 = next to, behind, beside | sport.event = before, after | {INDOORS} = outside, in front of, behind |
 place.water = next to, beside | place.ground place.cage place.court = next to, outside, beside, far
 from | place.city = outside, far from | place.road = next to, beside | place.land = next to, far
-from, beside | {SOLID} = next to, behind, beside, in front of, by, on, on top of, under | clothing =
-without; underneath, under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of,
-far from | it = next to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind,
-beside | place.road place.ground place.water place.city = next to, far from, beside; above: {SOLID}
-= below, under, next to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside
-of: {INDOORS} = outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of,
+from, beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under |
+{SOLID} = next to, behind, beside, in front of, by, on, on top of, under | clothing = without;
+underneath, under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from
+| it = next to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside |
+place.road place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below,
+under, next to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of:
+{INDOORS} = outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of,
 beside, on, under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} =
 behind, in, inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind |
 place.water place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in
@@ -562,26 +563,26 @@ contain, show, include, cover, surround, feature, have, use, make, carry; busy: 
 attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages:
 young, little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to,
 near, in front of, at, by, behind, under, beside, with, while, on top of, outside, inside, .,
-together, between, around; fixed on: surf, talk, work, speak, chat, display, put;
-fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped;
-placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave,
-swing, throw; fixed together: play; fixed over: all, look; fixed with: fill, cover, top, decorate,
-mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made,
-make; near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red,
-purple; near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near
-black: gray, grey, silver; near gray: white, black; near silver: white, black; near grey: white,
-black; near yellow: orange; near blue: purple; paths: through the air, down, up, through, along,
-across, past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along:
-carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male,
-gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her,
-teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire;
-never in: beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle,
-bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river,
-plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at:
-shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
-forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen,
-bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
-ocean"""
+together, between, around; fixed on: surf, talk, work, speak, chat, display, put; fixed in: bury,
+buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed: parked,
+seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
+together: play; fixed up: close, lined, dressed, set; fixed over: all, look; fixed with: fill,
+cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made;
+fixed out of: made, make; near few: many; near red: orange, pink; near orange: red, yellow, brown;
+near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow; near
+white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white, black;
+near grey: white, black; near yellow: orange; near blue: purple; paths: through the air, down, up,
+through, along, across, past, into, out of, towards, toward, around, over, off, onto, to, away from,
+from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy,
+male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she,
+her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke,
+fire; never in: wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
+motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
+farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
+nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
+cabinet, cupboard; never on: forest, desert, garden, valley, swamp, castle, church, village, city,
+office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital,
+park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1118,35 +1119,50 @@ def _put_act(first: int, last: int, new: str) -> Candidate:
 
 def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Turn a relation into what contradicts it, or let its two sides change places."""
-    found = _swaps(sentence)
+    found = _swaps(sentence) + _but_no(sentence, -1)
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
-            for new in _contradictions(sentence, i, slots):
-                found.append(_put(i, i, new) + _or(sentence, i, new))
+            found += [_put(i, i, new) for new in _contradictions(sentence, i, slots)]
+            found += _but_no(sentence, i)
     for i, token in enumerate(sentence.tokens if not found else ()):
         phrase = sentence.starts.get(i + 1)
         if token.tag == "G" and phrase and (not i or sentence.tokens[i - 1].tag in "NSXI"):
             if token.lemma == "wear" and _can_lack(sentence, phrase):
-                found.append(_put(i, i, "without") + _or(sentence, i, "without"))
+                found.append(_put(i, i, "without"))
             elif token.lemma in ("hold", "carry") and not _held(sentence, phrase):
                 found += [_put(i, i, new) for new in ("next to", "in front of")]
     return found
 
 
-def _or(sentence: Sentence, i: int, new: str) -> Candidate:
-    """The edits that make "and" an "or" in the list after a word such as without."""
-    edits: Candidate = ()
-    phrase = sentence.starts.get(i + 1)
-    while phrase and new in SETS["lackings"]:
-        k = phrase.stop
-        if _word(sentence, k) == "," and _word(sentence, k + 1) == "and":
-            k += 1
-        if _word(sentence, k) not in ("and", ","):
-            break
+def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
+    """The last thing of the list after relation i is missing: with a stove but no oven."""
+    tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
+    held = i > 0 and tokens[i].word == "of" and KINDS.get(tokens[i - 1].lemma) in HOLDERS
+    if i >= 0 and not held and tokens[i].word not in SETS["lacking"]:
+        return []
+    if i < 0 and _matches(_kind(sentence, phrase), MOVERS):
+        return []  # a man but no woman sitting
+    while phrase and _word(sentence, phrase.stop) == ",":
+        k = phrase.stop + (_word(sentence, phrase.stop + 1) == "and")
         phrase = sentence.starts.get(k + 1)
-        if phrase and _word(sentence, k) == "and":
-            edits += _put(k, k, "or")
-    return edits
+        if tokens[k].word == "and" and phrase:
+            return _no(sentence, k, phrase)
+    if phrase and _word(sentence, phrase.stop) == "and":
+        return _no(sentence, phrase.stop, sentence.starts.get(phrase.stop + 1))
+    return []
+
+
+def _no(sentence: Sentence, k: int, phrase: Phrase | None) -> list[Candidate]:
+    """But no, for the "and" at k and the article after it, if the sentence ends there."""
+    if phrase is None or phrase.stop - phrase.first > 3:
+        return []
+    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    plain = first.word in ("a", "an") or first.tag in "NS"
+    last = k + (first.word in ("a", "an"))
+    ends = _word(sentence, phrase.stop) in (".", "in", "on", "next to", "near", "at")
+    if kind in ("body", "idea", "part") or not plain or not ends or (not kind and last == k):
+        return []
+    return [(Part(k, last, "but no", ("but", "no", "no")),)]
 
 
 def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str]:
@@ -1158,6 +1174,9 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         kind = "?" if _word(sentence, phrase.stop) != "of" else ""
     lacking = relation in SETS["lacking"]
     if not _may_turn(sentence.tokens, i):
+        return []
+    rained = {"rain", "snow"} & sentence.named and relation.startswith(("out", "in"))
+    if rained or (i and sentence.tokens[i - 1].lemma == "pass"):
         return []
     if i and sentence.tokens[i - 1].lemma in SETS["looks"]:
         return ["away from"] if relation == "at" and phrase else []
@@ -1213,6 +1232,14 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     counted = tokens[phrase.first].tag in "DM" or tokens[phrase.head].tag == "S"
     if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
         return False  # on television
+    known = tokens[phrase.first].word == "the" or kind in (
+        "?",
+        "it",
+        "person.adult",
+        "person.group",
+    )
+    if new == "far from" and not known:
+        return False  # nobody writes "far from a hill"
     rows = GROUNDS.get(new)
     if rows is None and kind == "place.water" and tokens[i - 1].lemma in SETS["swum"]:
         return False  # swimming next to a pond
@@ -1237,7 +1264,8 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if slots is None or not before or not noun or noun in NEVER.get(new, ()):
         return False
     mover, kind = _kind(sentence, before[-1]), _kind(sentence, sentence.starts[i + 1])
-    if not kind or _matches(mover, ("", "place", "picture", "idea", "part", "body")):
+    still = ("", "place", "picture", "idea", "part", "body", "fixture", "furniture", "vehicle")
+    if not kind or _matches(mover, still):
         return False
     _, _, _, ahead, behind = sentence.contexts[i]
     if behind != sentence.tokens[sentence.starts[i + 1].head].word:
@@ -1257,11 +1285,13 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
         t.tag == "E" and t.word not in SETS["placed"] for t in tokens[max(i - 3, 0) : i]
     ):
         return False  # ridden by a man
+    if relation == "to":
+        return before.tag in "GZB" and before.lemma in MOVES - {"move", "come"}
     if relation == "of":
         return KINDS.get(before.lemma, "").startswith("container")
     if relation == "together":
         return before.lemma in POSTURES
-    if relation in ("from", "out of", "to", "into"):
+    if relation in ("from", "out of", "into"):
         return before.tag in "GZB"
     if relation == "with" and before.tag in "GZB":
         return before.lemma not in SETS["fixed with"]
@@ -1271,22 +1301,14 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
 
 
 def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
-    """Whether "without" and the like can stand before a phrase."""
-    first = sentence.tokens[phrase.first] if phrase else None
-    if phrase and _word(sentence, phrase.stop) in ("and", ",") and not _listed(sentence, phrase):
+    """Whether "without" and the like can stand before a phrase: a plain thing, and no list."""
+    if phrase is None or phrase.stop - phrase.first > 3:
         return False
-    return first is not None and first.tag != "M" and first.word not in SETS["not lacked"]
-
-
-def _listed(sentence: Sentence, phrase: Phrase) -> bool:
-    """Whether a list of things that begins with a phrase ends with a thing, and nobody acts."""
-    stop = phrase.stop
-    while _word(sentence, stop) in ("and", ","):
-        stop += 1
-        if stop in sentence.starts:
-            stop = sentence.starts[stop].stop
-    return _word(sentence, stop - 1) not in ("and", ",") and (
-        stop == len(sentence.tokens) or sentence.tokens[stop].tag in ".P"
+    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    if not kind or kind in ("body", "idea", "part") or first.tag == "M":
+        return False
+    return first.word not in SETS["not lacked"] and _word(sentence, phrase.stop) not in (
+        *("and", ",", "of", "in", "on", "that", "background"),
     )
 
 

@@ -883,3 +883,20 @@ def test_random_text_never_crashes():
         caption = " ".join(g.choices(words, k=g.randrange(12)))
         found = make_negatives(caption, seed=1)
         assert tuple(found) == NEGATIVE_TYPES
+
+
+def test_the_last_thing_of_a_list_can_be_missing():
+    assert "A kitchen with a stove but no oven." in answers(
+        "A kitchen with a stove and an oven.", "relation"
+    )
+    assert "A sink, a tub, but no toilet in a bathroom" in answers(
+        "A sink, a tub, and a toilet in a bathroom", "relation"
+    )
+    found = answers("A man with a hat and a woman walk", "relation", seeds=80)
+    assert not any("but no" in text for text in found if text)
+    assert not any("but no" in n for n in answers("A man and a woman in a car", "relation"))
+
+
+def test_what_reads_oddly_without_is_not_denied():
+    assert answers("A woman with blonde hair", "relation") == {None}
+    assert answers("A room with a bed", "relation") == {"A room without a bed"}
