@@ -167,7 +167,7 @@ drink.mass*: wine/~red wine/~white wine, beer, coffee, tea, milk, juice/~orange 
   ~soda; beverage, drink, alcohol, liquor > sandwich, cookie
 clothing.top: shirt/~t-shirt/~tee shirt/~t shirt/~jersey, jacket/coat/~hoodie, sweater, dress,
   vest, robe/bathrobe, ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
-  outfit, costume > towel, blanket
+  outfit, costume > kimono, robe, wetsuit
 clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajamas, overalls
 clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie, helmet, crown, wig, scarf, turban,
   headband
@@ -198,7 +198,7 @@ structure.street: traffic light/~stop light/~stoplight/~traffic signal/~street l
   mailbox, telephone booth, fountain, billboard, bench, flagpole; cone, curb, sculpture > mailbox,
   fountain; street lamp, telephone pole, lamp post > flagpole, fountain
 structure.dock: pier/dock, bridge, lighthouse
-place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, sidewalk/~walkway/~pavement,
+place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, ~sidewalk/~walkway/~pavement,
   path/~trail/~pathway, driveway, railroad track/~track/~train track/~railway/~railroad, river;
   corner, street corner, intersection, crosswalk, crossing > bridge, beach, rooftop; parking
   lot/~lot, runway/~tarmac, bridge, rooftop
@@ -256,6 +256,7 @@ loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
 HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container", "clothing")
 COUNTED = ("animal", "vehicle", "gear", "device.desk", "food.meal", "food.sweet", "home.toy")
 MOVERS = ("person", "animal", "vehicle")
+HOUSES = ("place.room", "place.shop", "structure.house")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
 SEXES |= dict.fromkeys(("she", "her", "hers", "herself"), "F")
@@ -554,35 +555,36 @@ each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, af
 from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
 bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
 airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
-almost: cross, half, partially, partly, almost, nearly; counting: each, other, another, both,
-together, alone, its, their, it, they, them, itself, one, single, whole, pair, side by side, his,
-her, different; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push,
-wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick, chase, paint,
-repair; names: red sox, big ben, little league; links: that, who, which, while; states: hold,
-contain, show, include, cover, surround, feature, have, use, make, carry; busy: try, get, prepare,
-attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages:
-young, little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to,
-near, in front of, at, by, behind, under, beside, with, while, on top of, outside, inside, .,
-together, between, around; fixed on: surf, talk, work, speak, chat, display, put; fixed in: bury,
-buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed: parked,
-seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
-together: play; fixed up: close, lined, dressed, set; fixed over: all, look; fixed with: fill,
-cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made;
-fixed out of: made, make; near few: many; near red: orange, pink; near orange: red, yellow, brown;
-near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow; near
-white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white, black;
-near grey: white, black; near yellow: orange; near blue: purple; paths: through the air, down, up,
-through, along, across, past, into, out of, towards, toward, around, over, off, onto, to, away from,
-from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy,
-male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she,
-her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke,
-fire; never in: wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
-motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
-farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
-nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
-cabinet, cupboard; never on: forest, desert, garden, valley, swamp, castle, church, village, city,
-office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital,
-park, market, lake, pond, ocean"""
+almost: cross, half, partially, partly, almost, nearly; set phrases: at bat, to bat, to plate,
+around corner, at corner, on corner, in corner; built in: window, door, wall, floor, roof, doorway;
+counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one,
+single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
+often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw,
+wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that,
+who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
+carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
+particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
+baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
+top of, outside, inside, ., together, between, around; fixed on: surf, talk, work, speak, chat,
+display, put; fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed,
+covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell,
+laugh, wave, swing, throw; fixed together: play; fixed up: close, lined, dressed, set; fixed over:
+all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed
+into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange, pink; near
+orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange;
+near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black;
+near silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths:
+through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
+walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
+woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
+air, wave, surf, ground, smoke, fire; never in: wall, fence, beach, cliff, hill, rooftop, runway,
+pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard,
+snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway,
+railroad track, dresser, nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase,
+wardrobe, drawer, cabinet, cupboard; never on: tree, forest, desert, garden, valley, swamp, castle,
+church, village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery,
+museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1512,6 +1514,19 @@ def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     return found
 
 
+def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
+    """Whether the words around a noun need it: on her phone, a game of frisbee, and watches."""
+    tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
+    kind = KINDS.get(noun.lemma, "")
+    if before == "on" and kind == "device.hand":
+        return True
+    if before == "of" and tokens[phrase.first - 2].lemma in ("game", "set", "slope", "flight"):
+        return True
+    if kind == "person.group" and any(t.word in ("its", "their") for t in tokens):
+        return True
+    return before == "and" and noun.lemma in ("watch", "fly", "ride", "look")
+
+
 def _many(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a noun like sheep is a plural here."""
     noun = sentence.tokens[phrase.head]
@@ -1530,6 +1545,8 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     tags = [t.tag for t in sentence.tokens[phrase.first : phrase.head + 1]]
     if "X" in tags or "U" in tags or before in ("play", "playing", "take", "up", "travel"):
         return []  # file shelves; to take home
+    if f"{before} {noun.lemma}" in SETS["set phrases"] or _kept(sentence, phrase, before):
+        return []
     counted = noun.tag == "S" or first in ("a", "an", "one", "each", "every")
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
     if first in ("some", "any", "much") and noun.tag == "N" and not sense.mass:
@@ -1538,10 +1555,12 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         return []  # a baseball is a ball
     sexes = {SEXES[t.word] for t in sentence.tokens if t.word in PRONOUNS}
     ages = {t.word for t in sentence.tokens[phrase.first : phrase.head]} & SETS["ages"]
+    housed = any(_matches(KINDS.get(t.lemma, ""), HOUSES) for t in sentence.tokens)
     return [
         word
         for word in _unnamed(sense, sentence)
         if word not in NEVER.get(before, ())
+        and not (word in SETS["built in"] and housed)
         and (noun.tag == "S" or word not in SETS["plural only"])
         and (word not in SEXES or not sexes or sexes == {SEXES[word]})
         and (word not in SEXES or not SETS[f"sex {SEXES[word]}"] & sentence.named)
