@@ -429,50 +429,50 @@ RELATIONS = f"""
 on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
 under, next to, behind, beside, in front of, by | food tool home gear = next to, behind, beside |
 place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
-beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in: it
-= next to, behind, beside | sport.event = before, after | {INDOORS} = outside, in front of, behind |
-place.water = next to, beside | place.ground place.cage place.court = next to, outside, beside, far
-from | place.city = outside, far from | place.road = next to, beside | place.land = next to, far
-from, beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under |
-{SOLID} = next to, behind, beside, in front of, by, on, on top of, under | clothing = without;
-underneath, under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from
-| it = next to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside |
-place.road place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below,
-under, next to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of:
-{INDOORS} = outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of,
-beside, on, under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} =
-behind, in, inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind |
-place.water place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in
-front of, in, inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of;
-next to, beside: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far
-from | place.water place.ground place.court place.road place.land = in, on, far from | person it ? =
-far from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of,
-inside, far from | place.water place.ground place.court place.road place.land = in, on, far from |
-person it ? = far from; of: food drink = next to, near, without, beside; at: furniture.top = under,
-on, far from, on top of | {INDOORS} = far from, outside | place structure fixture ? = far from |
-sport.event = before, after; around: {SOLID} = far from, on, under | place ? = far from; surrounded
-by: = far from; between: = behind, in front of; along: place.road place.water = far from, across |
-place.ground = far from; through: place.ground place.cage place.city structure = past | place.water
-= past, along; down, up: place.road = across, beside | place.ground structure = up, down; across:
-place.road = along, down, beside | place.ground place.court place.water = past, beside; from:
-{SOLID} = behind, near, next to, beside; into: place vehicle structure container fixture ? = out of,
-past, away from; out of: place vehicle structure fixture container = into, past, away from; towards,
-toward: person {SOLID} place ? = away from, past; to: person {SOLID} place = away from, past;
-against: {SOLID} = away from, behind, far from; away from: = towards, near; past: = towards, into;
-onto: {SOLID} place = off of; off, off of: furniture vehicle structure gear.board place = onto;
-with: gear.board vehicle animal person = without, on, in, under, behind, in front of | device
-furniture = without, on, under, behind | = without; without: = with; to the left of: = to the right
-of; to the right of: = to the left of; on the side of, on the edge of: = in the middle of, far from;
-in the middle of: = on the edge of, far from; during: sport.event = before, after; in the distance,
-in the background: = in the foreground; at night: = at noon; at the top of, on the top of: = at the
-bottom of; at the bottom of: = at the top of; on the back of, in the back of: = in front of, next
-to, under, near; in the foreground: = in the background; full of, filled with: = next to, without,
-beside; topped with: = without, next to, beside; covered with, covered in, decorated with, lined
-with, loaded with: = without, beside, next to; has: = lacks; have: = lack; containing: = lacking,
-beside, next to; outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air:
-= near the ground; on the ground: = in the air; on the wall: = on the floor; attached to: = detached
-from, behind, near; side by side: = far apart; together: = apart; among, amongst: = far from,
-behind; within: = outside; on top: = underneath"""
+beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in:
+sport.event = after | {INDOORS} = outside, in front of, behind | place.water = next to, beside |
+place.ground place.cage place.court = next to, outside, beside, far from | place.city = outside, far
+from | place.road = next to, beside | place.land = next to, far from, beside | furniture.seat
+furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} = next to, behind, beside,
+in front of, by, on, on top of, under | clothing = without; underneath, under, beneath: {SOLID} = on
+top of, on, next to, beside, behind, in front of, far from | it = next to, behind, on | ? = next to,
+behind; over: {SOLID} = under, next to, behind, beside | place.road place.ground place.water
+place.city = next to, far from, beside; above: {SOLID} = below, under, next to, behind | sky =
+below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} = outside, behind, in front
+of | {SOLID} = outside of, next to, behind, in front of, beside, on, under; outside, outside of:
+{INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind,
+on, under, on top of, in, inside | person ? = behind | place.water place.ground place.road
+place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in
+front of, on, under, in, on top of | person ? = in front of; next to, beside: {INDOORS} = in,
+inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
+place.court place.road place.land = in, on, far from | person it ? = far from; by, near, close to:
+{INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
+place.water place.ground place.court place.road place.land = in, on, far from | person it ? = far
+from; of: food = next to, without; at: furniture.top = under, on, far from, on top of | {INDOORS} =
+far from, outside | place structure fixture ? = far from | sport.event = before, after; around:
+{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: = behind, in
+front of; along: place.road place.water = far from, across | place.ground = far from; through:
+place.ground place.cage place.city structure = past | place.water = past, along; down, up:
+place.road = across, beside | place.ground structure = up, down; across: place.road = along, down,
+beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind, near, next to,
+beside; into: place vehicle structure container fixture ? = out of, past, away from; out of: place
+vehicle structure fixture container = into, past, away from; towards, toward: person {SOLID} place ?
+= away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from, behind,
+far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off of; off, off
+of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle animal person =
+without, on, in, under, behind, in front of | device furniture = without, on, under, behind | =
+without; without: = with; to the left of: = to the right of; to the right of: = to the left of; on
+the side of, on the edge of: = in the middle of, far from; in the middle of: = on the edge of, far
+from; during: sport.event = before, after; in the distance, in the background: = in the foreground;
+at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the
+top of; on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in
+the background; full of, filled with: = next to, without, beside; topped with: = without, next to,
+beside; covered with, covered in, decorated with, lined with, loaded with: = without, beside, next
+to; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: = indoors;
+indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the ground: = in
+the air; on the wall: = on the floor; attached to: = detached from, behind, near; side by side: =
+far apart; together: = apart; among, amongst: = far from, behind; within: = outside; on top: =
+underneath"""
 # "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
 GROUNDED = """
 on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
@@ -507,7 +507,8 @@ AROUND = {
     "far from": "person animal vehicle structure place nature.tree furniture fixture food "
     "container device home gear ?",
     "outside": "place.room place.shop place.venue structure.house vehicle place.court place.cage",
-    "in front of": "person animal vehicle structure furniture fixture device container nature home "
+    "in front of": "person animal vehicle structure furniture fixture device container nature "
+    "home.toy home.soft home.light home.read "
     "place.room place.shop place.venue clock ?",
 }
 AROUND["behind"] = AROUND["in front of"]
@@ -555,36 +556,39 @@ each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, af
 from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
 bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
 airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
-almost: cross, half, partially, partly, almost, nearly; set phrases: at bat, to bat, to plate,
-around corner, at corner, on corner, in corner; built in: window, door, wall, floor, roof, doorway;
-counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one,
-single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
-often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw,
-wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that,
-who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
-carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
-particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
-baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
-top of, outside, inside, ., together, between, around; fixed on: surf, talk, work, speak, chat,
-display, put; fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed,
-covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell,
-laugh, wave, swing, throw; fixed together: play; fixed up: close, lined, dressed, set; fixed over:
-all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed
-into: look, cut, turn, made; fixed out of: made, make; near few: many; near red: orange, pink; near
-orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange;
-near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black;
-near silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths:
-through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
-over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
-walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
-woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
-air, wave, surf, ground, smoke, fire; never in: wall, fence, beach, cliff, hill, rooftop, runway,
-pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard,
-snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway,
-railroad track, dresser, nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase,
-wardrobe, drawer, cabinet, cupboard; never on: tree, forest, desert, garden, valley, swamp, castle,
-church, village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery,
-museum, library, hospital, park, market, lake, pond, ocean"""
+almost: cross, half, partially, partly, almost, nearly; boarded: surf, surfing, surfs, surfer, ski,
+skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: boat, canoe,
+raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set phrases:
+at bat, to bat, to plate, around corner, at corner, on corner, in corner; built in: window, door,
+wall, floor, roof, doorway; counting: each, other, another, both, together, alone, its, their, it,
+they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare,
+gaze, point, watch; often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick,
+chase; often with: throw, wash, push, lead, kick, chase, paint, repair; names: red sox, big ben,
+little league; links: that, who, which, while; states: hold, contain, show, include, cover,
+surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons:
+who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage,
+old, older, elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind,
+under, beside, with, while, on top of, outside, inside, ., together, between, around; fixed on:
+surf, lean, talk, work, speak, chat, display, put; fixed in: bury, buried, submerged, stuck, bathe,
+wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed up: close,
+lined, dressed, set; fixed over: all, look; fixed with: fill, cover, top, decorate, mix, prepare,
+load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make; near few:
+many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple:
+pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey,
+silver; near gray: white, black; near silver: white, black; near grey: white, black; near yellow:
+orange; near blue: purple; paths: through the air, down, up, through, along, across, past, into, out
+of, towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
+drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
+teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
+rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: wall, fence, beach,
+cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
+stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
+napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: shelf, dresser,
+nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on: mirror, tree,
+forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen,
+bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
+ocean"""
 
 
 class DataError(ValueError):
@@ -1132,7 +1136,7 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
             if token.lemma == "wear" and _can_lack(sentence, phrase):
                 found.append(_put(i, i, "without"))
             elif token.lemma in ("hold", "carry") and not _held(sentence, phrase):
-                found += [_put(i, i, new) for new in ("next to", "in front of")]
+                found.append(_put(i, i, "next to"))
     return found
 
 
@@ -1184,8 +1188,7 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         return ["away from"] if relation == "at" and phrase else []
     barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
     noun = sentence.tokens[phrase.head].lemma if phrase else ""
-    worn = kind in ("device.hand", "gear.ski") and relation in ("on", "in")
-    if noun in SETS["idioms"] or worn:
+    if noun in SETS["idioms"] or _needed(sentence, i, kind, noun):
         return []
     thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
     fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
@@ -1195,7 +1198,7 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
             if relation in SETS["lacking"] and _has(sentence, i):
                 targets = ["without"]
             elif relation == "with" and _serves(sentence, i, kind):
-                targets = ["without", "next to", "beside", "behind"]
+                targets = ["without", "next to"] if kind != "food.sauce" else ["without"]
             return [
                 t
                 for t in targets
@@ -1207,6 +1210,21 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
                 and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
             ]
     return []
+
+
+def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
+    """Whether the rest of the sentence needs relation i: surfing on a board, a train on tracks."""
+    tokens, relation = sentence.tokens, sentence.tokens[i].word
+    if relation not in ("on", "in", "at", "outside", "inside", "down"):
+        return False
+    if kind in ("device.hand", "gear.ski") or noun in ("track", "train track", "railroad track"):
+        return True
+    if relation in ("outside", "inside") and i + 1 < len(tokens) and tokens[i + 1].tag == "P":
+        return True
+    if i > 1 and tokens[i - 2].lemma in SETS["looks"] and tokens[i - 1].tag in "RP":
+        return True
+    owned = _word(sentence, i + 1) in SETS["possessive"] and _matches(kind, ("vehicle", "gear"))
+    return owned or (kind == "gear.board" and bool(SETS["boarded"] & sentence.named))
 
 
 def _has(sentence: Sentence, i: int) -> bool:
@@ -1243,6 +1261,8 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     if new == "far from" and not known:
         return False  # nobody writes "far from a hill"
     rows = GROUNDS.get(new)
+    if rows and noun in SETS["either"] and tokens[i].word in GROUNDS:
+        return False  # on a boat, in a boat
     if rows is None and kind == "place.water" and tokens[i - 1].lemma in SETS["swum"]:
         return False  # swimming next to a pond
     if rows is None:
@@ -1264,6 +1284,9 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     before = [p for p in sentence.phrases if p.stop <= i]
     noun = sentence.tokens[sentence.starts[i + 1].head].lemma if i + 1 in sentence.starts else ""
     if slots is None or not before or not noun or noun in NEVER.get(new, ()):
+        return False
+    first = sentence.tokens[i + 1]
+    if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
         return False
     mover, kind = _kind(sentence, before[-1]), _kind(sentence, sentence.starts[i + 1])
     still = ("", "place", "picture", "idea", "part", "body", "fixture", "furniture", "vehicle")
@@ -1360,6 +1383,8 @@ def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
 def _movable(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a phrase names a thing, stands alone, and says "his" of nobody."""
     around = sentence.tokens[max(phrase.first - 1, 0) : phrase.stop + 1]
+    if around[-1].tag in "EA" and phrase.stop < len(sentence.tokens):
+        return False  # snow covered
     return sentence.tokens[phrase.first].word not in SETS["possessive"] and not any(
         t.word in ("and", ",") for t in around
     )
