@@ -269,6 +269,7 @@ VALUES = """
 age@person animal: elderly old ~aging older ~aged | young younger
 open@home device container structure.house structure.fence fixture furniture clothing tool food
   vehicle: open ~opened | closed shut
+tame@animal: domestic ~tame | wild
 use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
 any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise teal | green |
@@ -291,16 +292,16 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country | urban; fancy ornate
   elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty ~rusted | shiny
   ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly ~hideous; calm |
-  rough choppy; soft | hard; illuminated ~lit | unlit; domestic ~tame | wild; low | high;
-  professional | amateur; different various assorted | identical matching; asian chinese japanese |
-  american | italian mexican | french; commercial | military; public | private; front | back rear;
-  top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt; blurry blurred
-  | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette dark-haired redheaded;
-  electric | manual; homemade | store-bought; funny silly | serious; sleeping ~resting ~sleepy |
-  running jumping playing ; grazing | running sleeping; residential | industrial; christmas |
-  halloween easter; alive | dead ; stuffed | real live ; real | fake toy ; wild | tame domestic;
-  larger bigger | smaller; taller | shorter; leafy | leafless; wooded forested | barren sandy;
-  partial | full; stacked | scattered ; standing | sitting lying; seated | standing
+  rough choppy; soft | hard; illuminated ~lit | unlit; low | high; professional | amateur; different
+  various assorted | identical matching; asian chinese japanese | american | italian mexican |
+  french; commercial | military; public | private; front | back rear; top | bottom; healthy |
+  unhealthy ~sickly; delicious tasty yummy | disgusting burnt; blurry blurred | sharp; adult | baby;
+  bald | bearded long-haired; blonde blond | brunette dark-haired redheaded; electric | manual;
+  homemade | store-bought; funny silly | serious; sleeping ~resting ~sleepy | running jumping
+  playing ; grazing | running sleeping; residential | industrial; christmas | halloween easter;
+  alive | dead ; stuffed | real live ; real | fake toy ; larger bigger | smaller; taller | shorter;
+  leafy | leafless; wooded forested | barren sandy; partial | full; stacked | scattered ; standing |
+  sitting lying; seated | standing
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -430,49 +431,49 @@ on, atop, on top of: furniture vehicle gear.board animal container structure nat
 under, next to, behind, beside, in front of, by | food tool home gear = next to, behind, beside |
 place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
 beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in:
-sport.event = after | {INDOORS} = outside, in front of, behind | place.water = next to, beside |
-place.ground place.cage place.court = next to, outside, beside, far from | place.city = outside, far
-from | place.road = next to, beside | place.land = next to, far from, beside | furniture.seat
-furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} = next to, behind, beside,
-in front of, by, on, on top of, under | clothing = without; underneath, under, beneath: {SOLID} = on
-top of, on, next to, beside, behind, in front of, far from | it = next to, behind, on | ? = next to,
-behind; over: {SOLID} = under, next to, behind, beside | place.road place.ground place.water
-place.city = next to, far from, beside; above: {SOLID} = below, under, next to, behind | sky =
-below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} = outside, behind, in front
-of | {SOLID} = outside of, next to, behind, in front of, beside, on, under; outside, outside of:
-{INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind,
-on, under, on top of, in, inside | person ? = behind | place.water place.ground place.road
-place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in
-front of, on, under, in, on top of | person ? = in front of; next to, beside: {INDOORS} = in,
-inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
-place.court place.road place.land = in, on, far from | person it ? = far from; by, near, close to:
+sport.event = after | place.room = outside | {INDOORS} = outside, in front of, behind | place.water
+= next to, beside | place.ground place.cage place.court = next to, outside, beside, far from |
+place.city = outside, far from | place.road = next to, beside | place.land = next to, far from,
+beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} =
+next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
+under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
+to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
+place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under, next
+to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} =
+outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on,
+under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in,
+inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water
+place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in,
+inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of; next to, beside:
 {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
 place.water place.ground place.court place.road place.land = in, on, far from | person it ? = far
-from; of: food = next to, without; at: furniture.top = under, on, far from, on top of | {INDOORS} =
-far from, outside | place structure fixture ? = far from | sport.event = before, after; around:
-{SOLID} = far from, on, under | place ? = far from; surrounded by: = far from; between: = behind, in
-front of; along: place.road place.water = far from, across | place.ground = far from; through:
-place.ground place.cage place.city structure = past | place.water = past, along; down, up:
-place.road = across, beside | place.ground structure = up, down; across: place.road = along, down,
-beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind, near, next to,
-beside; into: place vehicle structure container fixture ? = out of, past, away from; out of: place
-vehicle structure fixture container = into, past, away from; towards, toward: person {SOLID} place ?
-= away from, past; to: person {SOLID} place = away from, past; against: {SOLID} = away from, behind,
-far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place = off of; off, off
-of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle animal person =
-without, on, in, under, behind, in front of | device furniture = without, on, under, behind | =
-without; without: = with; to the left of: = to the right of; to the right of: = to the left of; on
-the side of, on the edge of: = in the middle of, far from; in the middle of: = on the edge of, far
-from; during: sport.event = before, after; in the distance, in the background: = in the foreground;
-at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the
-top of; on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in
-the background; full of, filled with: = next to, without, beside; topped with: = without, next to,
-beside; covered with, covered in, decorated with, lined with, loaded with: = without, beside, next
-to; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: = indoors;
-indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the ground: = in
-the air; on the wall: = on the floor; attached to: = detached from, behind, near; side by side: =
-far apart; together: = apart; among, amongst: = far from, behind; within: = outside; on top: =
-underneath"""
+from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of,
+inside, far from | place.water place.ground place.court place.road place.land = in, on, far from |
+person it ? = far from; of: food = next to, without; at: furniture.top = under, on, far from, on top
+of | {INDOORS} = far from, outside | place structure fixture ? = far from | sport.event = before,
+after; around: {SOLID} = far from, on, under | place ? = far from; surrounded by: = far from;
+between: = behind, in front of; along: place.road place.water = far from, across | place.ground =
+far from; through: place.ground place.cage place.city structure = past | place.water = past, along;
+down, up: place.road = across, beside | place.ground structure = up, down; across: place.road =
+along, down, beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind,
+near, next to, beside; into: place vehicle structure container fixture ? = out of, past, away from;
+out of: place vehicle structure fixture container = into, past, away from; towards, toward: person
+{SOLID} place ? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} =
+away from, behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place
+= off of; off, off of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle
+animal person = without, on, in, under, behind, in front of | device furniture = without, on, under,
+behind | = without; without: = with; to the left of: = to the right of; to the right of: = to the
+left of; on the side of, on the edge of: = in the middle of, far from; in the middle of: = on the
+edge of, far from; during: sport.event = before; in the distance, in the background: = in the
+foreground; at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of:
+= at the top of; on the back of, in the back of: = in front of, next to, under, near; in the
+foreground: = in the background; full of, filled with: = next to, without, beside; topped with: =
+without, next to, beside; covered with, covered in, decorated with, lined with, loaded with: =
+without, beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next to;
+outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
+ground; on the ground: = in the air; on the wall: = on the floor; attached to: = detached from,
+behind, near; side by side: = far apart; together: = apart; among, amongst: = far from, behind;
+within: = outside; on top: = underneath"""
 # "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
 GROUNDED = """
 on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
@@ -556,39 +557,41 @@ each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, af
 from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
 bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
 airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
-almost: cross, half, partially, partly, almost, nearly; boarded: surf, surfing, surfs, surfer, ski,
-skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: boat, canoe,
-raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set phrases:
-at bat, to bat, to plate, around corner, at corner, on corner, in corner; built in: window, door,
-wall, floor, roof, doorway; counting: each, other, another, both, together, alone, its, their, it,
-they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare,
-gaze, point, watch; often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick,
-chase; often with: throw, wash, push, lead, kick, chase, paint, repair; names: red sox, big ben,
-little league; links: that, who, which, while; states: hold, contain, show, include, cover,
+almost: wide, cross, half, partially, partly, almost, nearly; boarded: surf, surfing, surfs, surfer,
+ski, skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: boat,
+canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set
+phrases: at bat, to bat, to plate, around corner, at corner, on corner, in corner; built in: window,
+door, wall, floor, roof, doorway; counting: each, other, another, both, together, alone, its, their,
+it, they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look,
+stare, gaze, point, watch; often on: hold, carry, throw, feed, push, wash, repair, paint, lead,
+kick, chase; often with: throw, wash, push, lead, kick, chase, paint, repair; names: red sox, big
+ben, little league; links: that, who, which, while; states: hold, contain, show, include, cover,
 surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons:
 who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage,
 old, older, elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind,
 under, beside, with, while, on top of, outside, inside, ., together, between, around; fixed on:
 surf, lean, talk, work, speak, chat, display, put; fixed in: bury, buried, submerged, stuck, bathe,
 wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
-located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed up: close,
-lined, dressed, set; fixed over: all, look; fixed with: fill, cover, top, decorate, mix, prepare,
-load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make; near few:
-many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple:
-pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey,
-silver; near gray: white, black; near silver: white, black; near grey: white, black; near yellow:
-orange; near blue: purple; paths: through the air, down, up, through, along, across, past, into, out
-of, towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
-drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
-teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
-rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: wall, fence, beach,
-cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
-stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
-napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: shelf, dresser,
-nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on: mirror, tree,
-forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen,
-bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
-ocean"""
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
+stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed on the ground: sit, stand,
+lie, lay, sleep, kneel, crouch; fixed covered with: partially, half, partly; fixed covered in:
+partially, half, partly; fixed up: close, lined, dressed, set; fixed over: all, look; fixed with:
+fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn,
+made; fixed out of: made, make; near few: many; near red: orange, pink; near orange: red, yellow,
+brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow;
+near white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white,
+black; near grey: white, black; near yellow: orange; near blue: purple; paths: through the air,
+down, up, through, along, across, past, into, out of, towards, toward, around, over, off, onto, to,
+away from, from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man,
+guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl,
+female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf,
+ground, smoke, fire; never in: wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge,
+sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard,
+table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad
+track, dresser, nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase,
+wardrobe, drawer, cabinet, cupboard; never on: mirror, tree, forest, desert, garden, valley, swamp,
+castle, church, village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store,
+bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1141,18 +1144,13 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
 
 
 def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
-    """The last thing of the list after relation i is missing: with a stove but no oven."""
+    """The second of two things after relation i is missing: with a stove but no oven."""
     tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
     held = i > 0 and tokens[i].word == "of" and KINDS.get(tokens[i - 1].lemma) in HOLDERS
     if i >= 0 and not held and tokens[i].word not in SETS["lacking"]:
         return []
     if i < 0 and _matches(_kind(sentence, phrase), MOVERS):
         return []  # a man but no woman sitting
-    while phrase and _word(sentence, phrase.stop) == ",":
-        k = phrase.stop + (_word(sentence, phrase.stop + 1) == "and")
-        phrase = sentence.starts.get(k + 1)
-        if tokens[k].word == "and" and phrase:
-            return _no(sentence, k, phrase)
     if phrase and _word(sentence, phrase.stop) == "and":
         return _no(sentence, phrase.stop, sentence.starts.get(phrase.stop + 1))
     return []

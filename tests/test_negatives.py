@@ -885,12 +885,12 @@ def test_random_text_never_crashes():
         assert tuple(found) == NEGATIVE_TYPES
 
 
-def test_the_last_thing_of_a_list_can_be_missing():
+def test_the_second_of_two_things_can_be_missing():
     assert "A kitchen with a stove but no oven." in answers(
         "A kitchen with a stove and an oven.", "relation"
     )
-    assert "A sink, a tub, but no toilet in a bathroom" in answers(
-        "A sink, a tub, and a toilet in a bathroom", "relation"
+    assert "A sink but no toilet in a bathroom" in answers(
+        "A sink and a toilet in a bathroom", "relation"
     )
     found = answers("A man with a hat and a woman walk", "relation", seeds=80)
     assert not any("but no" in text for text in found if text)
