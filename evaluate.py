@@ -31,12 +31,16 @@ import pickle
 import platform
 import random
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -54,6 +58,7 @@ from data import (
     DataError,
     Scene,
     draw_scene,
+    encode_image,
     encode_text,
     make_scene,
     open_image,
@@ -68,6 +73,8 @@ RECALLS = (1, 5, 10)
 BLIND_FOLDS = 5
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
+# Pictures; four times as many texts. What a layer writes should stay in a CPU's cache.
+BATCH = {"cuda": 128, "cpu": 24}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -288,9 +295,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # torch raises many kinds here
-        raise DataError(
-            f"{path}: cannot be read as weights ({_line(error)}){_mend(error)}"
-        ) from None
+        noise = isinstance(error, (LookupError, UnicodeError, EOFError, AttributeError))
+        why = "it is torn, or no file of torch.save" if noise else _line(error)
+        raise DataError(f"{path}: cannot be read as weights ({why}){_mend(error)}") from None
     content = content if isinstance(content, dict) else {}
     state = content.get("state_dict", content.get("model", content))
     if not isinstance(state, dict) or not state:
@@ -308,6 +315,10 @@ def _read_tensors(path: Path) -> Any:
         from safetensors.torch import load_file  # comes with open_clip
 
         return load_file(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip of today's torch, or a pickle of old
+        raise EOFError
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -329,10 +340,12 @@ def _mend(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        "no reason given"
-    ]
-    return (lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0])[:160]
+    """The first line that says something, cut between words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0]
+    if " " not in line:  # the key of a KeyError, or nothing
+        line = f"{type(error).__name__} {line}".strip()
+    return textwrap.shorten(line, 240, placeholder=" ...")
 
 
 def _register(name: str) -> str:
@@ -387,6 +400,7 @@ class Item(NamedTuple):
     texts: tuple[str, ...]  # the true ones first
     true: int = 1
     place: int = 0  # of the true option in the suite's own order; decides ties under "first"
+    tags: tuple[str, ...] = ()  # kinds of items that the suite tells apart
 
 
 class Retrieval(NamedTuple):
@@ -401,7 +415,8 @@ class Retrieval(NamedTuple):
 class Classes(NamedTuple):
     """Pictures, their labels, and for each class the prompts whose mean stands for it.
 
-    With training pictures a linear probe is fitted on the same features.
+    With training pictures a linear probe is fitted on the same features. With `shown` a picture
+    may show several classes, or none, and ranks are scored: by "map11" or "auc".
     """
 
     name: str
@@ -411,6 +426,8 @@ class Classes(NamedTuple):
     per_class: bool = False  # accuracy is the mean over classes
     train_images: Sequence[str] = ()
     train_labels: Sequence[int] = ()
+    shown: Sequence[Sequence[int]] = ()
+    metric: str = ""
 
 
 class Suite(NamedTuple):
@@ -433,7 +450,8 @@ class Row(dict[str, Any]):
         raise DataError(f"{self.place}: has no field {key!r}; download the official file again")
 
 
-class Source(NamedTuple):
+@dataclass
+class Source:
     """A suite's files below --root; what its loader finds out goes into expected and notes."""
 
     suite: str
@@ -441,12 +459,15 @@ class Source(NamedTuple):
     partial: bool
     expected: dict[str, int]
     notes: list[str]
+    read: dict[str, set[str]] = field(default_factory=dict)  # files, the subsets each gave
+    place: str = ""  # of the row that was read last
 
     def rows(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield (id, row) of a json list or dict, JSON lines or csv.
 
         Raises:
-            DataError: the file is missing (unless some may be) or cannot be parsed.
+            DataError: the file is missing (unless some may be), cannot be parsed, or a row is
+                neither a record nor a list.
         """
         if self.root is None:
             raise DataError(f"--root is needed: the folder that holds {name}")
@@ -459,15 +480,30 @@ class Source(NamedTuple):
                 return
             where = read_table("suites")[self.suite]["where"]
             raise DataError(f"{path}: cannot be read ({error.strerror}); get it: {where}") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: is not UTF-8 text; download it again") from None
         try:
             table = _parse(text, path.suffix)
-        except ValueError:
+        except (ValueError, csv.Error):
             raise DataError(f"{path}: is not {path.suffix[1:]}; download it again") from None
-        for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-            row = Row(value) if isinstance(value, dict) else value
-            if isinstance(row, Row):
-                row.place = f"{path} row {key}"
+        self.read[str(path)] = set()
+        if not isinstance(table, (dict, list)) or not (table or self.partial):
+            raise DataError(f"{path}: holds no rows; download it again")
+        self.notes += [] if table else [f"{name} holds no rows"]
+        for key, row in table.items() if isinstance(table, dict) else enumerate(table):
+            self.place = f"{path} row {key}"
+            if not isinstance(row, (dict, list)):
+                raise DataError(f"{self.place}: {str(row)[:40]!r} is no record; download it again")
+            if isinstance(row, dict):
+                row = Row(row)
+                row.place = self.place
             yield str(key), row
+
+    def listed(self, value: Any) -> list[Any]:
+        """Take a list of the row that was read last; a text would pass for a list of letters."""
+        if not isinstance(value, list):
+            raise DataError(f"{self.place}: {str(value)[:40]!r} is no list; download it again")
+        return value
 
     def find(self, *names: str) -> str:
         """The first of these files below --root that is there, or else the first."""
@@ -608,7 +644,7 @@ def load_aro(source: Source) -> Loaded:
         captions = [
             (f"{key}-{i}", row["image"], caption)
             for key, row in source.rows(f"karpathy/{file}")
-            for i, caption in enumerate(row["caption"])
+            for i, caption in enumerate(source.listed(row["caption"]))
         ]
         words, tagger = tag_words([caption for _, _, caption in captions])
         if captions:
@@ -627,8 +663,12 @@ def load_aro(source: Source) -> Loaded:
 def _boxes(subset: str, rows: list[Any], kept: list[Any], source: Source) -> Iterator[Item]:
     parts = len({part for part, _, _ in kept})
     if rows:
-        source.notes.append(f"{subset}: {len(kept)} of {len(rows)} rows count, in {parts} parts")
-        source.expected[subset] = len(kept)
+        official = source.expected[subset]
+        odd = "" if len(rows) == official else f"; the official file has {official}"
+        note = f"{len(kept)} of {len(rows)} rows count, in {parts} parts{odd}"
+        source.notes.append(f"{subset}: {note}")
+        lost = max(0, official - len(rows))  # any of them might have counted
+        source.expected[subset] = len(kept) + lost
     for part, key, row in kept:
         yield _boxed(subset, part, key, row, source)
 
@@ -713,19 +753,21 @@ def load_vl_checklist(source: Source) -> Loaded:
     there = total = 0
     for subset, lists in read_table("suites")["vl_checklist"]["lists"].items():
         for family, name in lists:
-            count = 0
+            count = seen = 0
             for key, (image, claims) in source.rows(f"vl_checklist/data/{name}.json"):
                 if count == 1000:
                     break
+                seen += 1
                 on_vg = family in ("vg", "vaw")
                 path = source.vg(image) if on_vg else source.find(f"{family}/{image}")
                 found = os.path.isfile(path)
                 there, total = there + found, total + 1
                 if found or not source.partial:
                     count += 1
-                    texts = (claims["POS"][0], claims["NEG"][0])
+                    texts = tuple(source.listed(claims[side])[0] for side in ("POS", "NEG"))
                     yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
-            source.expected[subset] = source.expected.get(subset, 0) + count
+            wanted = min(seen, 1000) or 1000  # a list that is not there may hold as many
+            source.expected[subset] = source.expected.get(subset, 0) + wanted
     source.notes.append(f"pictures found for {there} of the {total} items looked at")
 
 
@@ -748,7 +790,15 @@ def load_pairs(source: Source) -> Loaded:
             images = [
                 source.find(fields["folder"].format(row[image])) for image in fields["images"]
             ]
-            yield _pair((name,), key, images, [row[text] for text in fields["texts"]])
+            item = _pair((name,), key, images, [row[text] for text in fields["texts"]])
+            yield item._replace(tags=tuple(_tags(row, fields.get("tags", []))))
+
+
+def _tags(row: Row, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        for value in str(row.get(name, "")).split(","):
+            if value.strip():
+                yield f"{name} {value.strip()}"
 
 
 def load_whatsup(source: Source) -> Loaded:
@@ -757,7 +807,7 @@ def load_whatsup(source: Source) -> Loaded:
         for key, row in source.rows(f"whatsup/controlled_{file}_dataset.json"):
             path = row["image_path"].removeprefix("data/")
             image = source.find(f"whatsup/{path}")
-            yield Item((subset,), key, (image,), tuple(row["caption_options"]))
+            yield Item((subset,), key, (image,), tuple(source.listed(row["caption_options"])))
     for pool in ("COCO", "VG"):
         for count in ("one", "two"):
             for key, row in source.rows(f"whatsup/{pool.lower()}_qa_{count}_obj.json"):
@@ -852,9 +902,12 @@ def _texts(cell: str, place: str) -> list[str]:
     import ast
 
     try:
-        return [str(text) for text in ast.literal_eval(cell)]
+        texts = ast.literal_eval(cell)
     except (ValueError, SyntaxError, TypeError):
-        raise DataError(f"{place}: {cell[:40]!r} is no list of texts; download it again") from None
+        texts = None
+    if isinstance(texts, list):
+        return texts
+    raise DataError(f"{place}: {str(cell)[:40]!r} is no list of texts; download it again")
 
 
 def load_spec(source: Source) -> Loaded:
@@ -863,7 +916,7 @@ def load_spec(source: Source) -> Loaded:
         subset, way = name.split(" ", 1)
         file = {"image to text": "image2text", "text to image": "text2image"}[way]
         for key, row in source.rows(f"spec/{subset}/{file}.json"):
-            label, options = int(row["label"]), list(row["keys"])
+            label, options = int(row["label"]), list(source.listed(row["keys"]))
             options = [options[label], *options[:label], *options[label + 1 :]]
             one, many = (row["query"],), tuple(options)
             images, texts = (one, many) if file == "image2text" else (many, one)
@@ -926,7 +979,7 @@ def load_retrieval(source: Source) -> Loaded:
         texts: list[str] = []
         image_of: list[int] = []
         for _, row in source.rows(f"karpathy/{file}"):
-            texts += row["caption"]
+            texts += source.listed(row["caption"])
             image_of += [len(images)] * len(row["caption"])
             images.append(photos(source, row["image"]))
         if images:
@@ -949,6 +1002,12 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
         raise DataError(f"--root: {base} is missing; put one folder for each set into it")
     for folder in sorted(path for path in base.iterdir() if path.is_dir()):
         known = read_table("classes").get(folder.name, {})
+        if "metric" in known:
+            if probe:
+                source.notes.append(f"{folder.name}: is scored by ranks, no probe")
+            else:
+                yield _ranked(folder, known)
+            continue
         test, names = _class_split(folder, known, "test")
         images, labels = zip(*test, strict=True)
         prompts = _prompts(known, names)
@@ -964,6 +1023,48 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
             *(list(images), list(labels), prompts, bool(known.get("per_class"))),
             *([image for image, _ in train], [label for _, label in train]),
         )
+
+
+def _ranked(folder: Path, known: Any) -> Classes:
+    """VOC 2007 or Hateful Memes, read as the ELEVATER toolkit does (Li et al., 2022).
+
+    Raises:
+        DataError: names the file, and the line that cannot be read.
+    """
+    read = {"map11": _read_voc, "auc": _read_memes}[known["metric"]]
+    try:
+        shown = read(folder, known["names"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder}: cannot be read ({error}); see --list for its files") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder}: its labels are not as published ({error!r})") from None
+    prompts = _prompts(known, known["names"])
+    return Classes(
+        folder.name, list(shown), [], prompts, shown=list(shown.values()), metric=known["metric"]
+    )
+
+
+def _read_voc(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """The classes in each test photo; one that is only difficult to see counts as not there."""
+    bases = [folder / "VOCdevkit/VOC2007", folder / "test/VOCdevkit/VOC2007", folder]
+    base = next((path for path in bases if (path / "ImageSets").is_dir()), bases[0])
+    shown: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        for line in (base / f"ImageSets/Main/{name}_test.txt").read_text("utf-8").splitlines():
+            number, flag = line.split()
+            here = shown.setdefault(str(base / f"JPEGImages/{number}.jpg"), [])
+            here += [label] if int(flag) == 1 else []
+    return shown
+
+
+def _read_memes(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """The label of each meme of the development set, on which the toolkit tests."""
+    rows = _parse((folder / "dev_seen.jsonl").read_text("utf-8"), ".jsonl")
+    if not all(row["label"] in range(len(names)) for row in rows):
+        raise ValueError("a label that is neither 0 nor 1")
+    return {str(folder / row["img"]): [row["label"]] for row in rows}
 
 
 def _class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, int]], list[Any]]:
@@ -1095,30 +1196,39 @@ PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", 
 GROUPS = {"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]}
 
 
+def check_root(root: Path | None) -> None:
+    """Refuse a --root that is no folder, or may not be read."""
+    if root is None or (root.is_dir() and os.access(root, os.R_OK | os.X_OK)):
+        return
+    why = "cannot be read; ask for permission" if root.is_dir() else "no such folder"
+    raise DataError(f"--root {root}: {'is a file, not a folder' if root.is_file() else why}")
+
+
 def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
     """Read a suite and drop what has no picture, if that is allowed.
 
     Raises:
-        DataError: files or pictures are missing and `partial` is False, or nothing is left.
+        DataError: files, rows or pictures are missing and `partial` is False, or nothing is left.
     """
-    if root is not None and not os.access(root, os.R_OK | os.X_OK):
-        why = "cannot be read; ask for permission" if root.exists() else "no such folder"
-        raise DataError(f"--root {root}: {why}")
+    check_root(root)
     info = read_table("suites")[name]
     source = Source(name, root, partial, dict(info["expected"]), [])
     try:
-        loaded = list(SUITES[name](source))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        loaded = [_noted(x, source) for x in SUITES[name](source)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{name}: a row is not as the official files have it ({error!r})") from None
+        place = source.place or name
+        raise DataError(f"{place}: is not as the official files have it ({error!r})") from None
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     items = [x for x in loaded if isinstance(x, Item)]
     costs = [x for x in loaded if not isinstance(x, Item)]
-    if not loaded:
+    if not loaded and not source.read:
         raise DataError(f"{name}: none of its files is below {root}; get them: {info['where']}")
-    for item in items:
-        if not all(isinstance(text, str) for text in item.texts):
-            raise DataError(f"{name}: the row {item.id} of {item.path[-1]} has a text that is none")
+    check_counts(items, costs, source)
+    if not loaded:
+        raise DataError(f"{', '.join(source.read)}: no item counts; get them: {info['where']}")
     items, kept = keep_found(items, costs, partial, info["where"])
     for cost in kept:
         full = next(x for x in costs if x.name == cost.name)
@@ -1127,6 +1237,72 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
             easier = "; fewer to choose from, easier" if isinstance(cost, Retrieval) else ""
             source.notes.append(few + easier)
     return Suite(name, items, kept, source.expected, source.notes)
+
+
+T = TypeVar("T", bound="Item | Retrieval | Classes")
+
+
+def _noted(loaded: T, source: Source) -> T:
+    """Note the file that an item came from, and refuse texts that are none."""
+    if source.read:
+        source.read[next(reversed(source.read))].update(_sizes(loaded))
+    texts = () if isinstance(loaded, Classes) else loaded.texts
+    where = source.place
+    if isinstance(loaded, Item) and source.read:
+        where = f"{next(reversed(source.read))}: the row {loaded.id} of {loaded.path[0]}"
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where} has a text that is none; download it again")
+    if isinstance(loaded, Item) and len(loaded.images) < 2 and len(texts) <= loaded.true:
+        raise DataError(f"{where} leaves nothing to choose from; download it again")
+    return loaded
+
+
+def _sizes(loaded: Item | Retrieval | Classes) -> dict[str, int]:
+    """How many of which row of the tables."""
+    if isinstance(loaded, Item):
+        return {loaded.path[0]: 1}
+    if isinstance(loaded, Classes):
+        return {}
+    ways = {"image to text": len(loaded.images), "text to image": len(loaded.texts)}
+    return {f"{loaded.name} {way}": size for way, size in ways.items()}
+
+
+def subset_names(suite: str, expected: Mapping[str, int]) -> list[str]:
+    """All subsets that a suite has, there or not."""
+    trees = read_table("suites")[suite]["averages"].values()
+    leaves = {leaf for tree in trees for leaf in _leaves(tree)}
+    return list(dict.fromkeys([*expected, *sorted(leaves)]))
+
+
+def check_counts(
+    items: Sequence[Item], costs: Sequence[Retrieval | Classes], source: Source
+) -> None:
+    """Hold the rows that were read against those that the official files have.
+
+    More are a later list, a note; so are a few less where `expected` is only about right.
+
+    Raises:
+        DataError: a subset has no row, or too few, and some may not be missing.
+    """
+    found = sum((Counter(_sizes(x)) for x in (*items, *costs)), Counter[str]())
+    info = read_table("suites")[source.suite]
+    for name in subset_names(source.suite, source.expected):
+        count, wanted = found[name], source.expected.get(name)
+        if count == wanted or (count and wanted is None):
+            continue
+        few = f"{name}: {count} of {wanted or 'all'} items"
+        if wanted and count > wanted:
+            source.expected[name] = count
+            source.notes.append(f"{name}: {count} items where {wanted} were expected, another list")
+        elif source.partial or (count and info.get("about")):
+            source.notes.append(f"{few} are in the files")
+        else:
+            files = [path for path, gave in source.read.items() if name in gave]
+            files = files or [path for path, gave in source.read.items() if not gave]
+            raise DataError(
+                f"{', '.join(files or source.read)}: {few} are there; get the whole of it: "
+                f"{info['where']}, or pass --allow-missing to score the rest"
+            )
 
 
 def keep_found(
@@ -1142,7 +1318,8 @@ def keep_found(
     files = dict.fromkeys(_file(image) for image in wanted)
     missing = {file for file in files if is_file(file) and not os.path.isfile(file)}
     if missing and (not partial or len(missing) == len(files)):
-        rest = "" if partial else ", or pass --allow-missing to score the rest"
+        none = partial or len(missing) == len(files)
+        rest = "" if none else ", or pass --allow-missing to score the rest"
         raise DataError(
             f"{len(missing)} of {len(files)} pictures are missing, the first is {min(missing)}; "
             f"get them: {where}{rest}"
@@ -1155,7 +1332,9 @@ def _keep_cost(cost: Retrieval | Classes, missing: set[str]) -> Retrieval | Clas
     kept = [i for i, image in enumerate(cost.images) if image not in missing]
     images = [cost.images[i] for i in kept]
     if isinstance(cost, Classes):
-        return cost._replace(images=images, labels=[cost.labels[i] for i in kept])
+        labels = [cost.labels[i] for i in kept] if cost.labels else []
+        shown = [cost.shown[i] for i in kept] if cost.shown else []
+        return cost._replace(images=images, labels=labels, shown=shown)
     place = {i: new for new, i in enumerate(kept)}
     pairs = [(t, place[i]) for t, i in zip(cost.texts, cost.image_of, strict=True) if i in place]
     return cost._replace(images=images, texts=[t for t, _ in pairs], image_of=[i for _, i in pairs])
@@ -1189,14 +1368,14 @@ class Encoder:
 
     def __init__(self, model: Model, args: argparse.Namespace) -> None:
         """Use the device, precision, batch size, workers and cache of the command line."""
-        self.model, self.device, self.batch = model, torch.device(args.device), args.batch_size
+        self.model, self.device = model, torch.device(args.device)
+        self.batch = args.batch_size or BATCH[self.device.type]
         self.dtype = PRECISIONS[args.precision]
         cfg = PreprocessCfg(**model.net.visual.preprocess_cfg)
         self.transform = image_transform_v2(cfg, is_train=False)
         self.width = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
         self.workers = args.workers
         self.rank, self.ranks = rank_and_ranks()
-        self.hash = hash_model(model)
         self.known: dict[str, torch.Tensor] = {}  # features by key
         self.tokens: dict[str, torch.Tensor] = {}
         self.encoded = Counter[str]()
@@ -1206,6 +1385,11 @@ class Encoder:
             self._read_cache()
         model.net.eval()
 
+    @functools.cached_property
+    def hash(self) -> str:
+        """Hash of the model; reading all weights takes a while."""
+        return hash_model(self.model)
+
     def images(self, names: Iterable[str | Crop]) -> Features:
         """Encode pictures by name, decoding in --workers processes."""
         names = list(dict.fromkeys(names))
@@ -1213,14 +1397,19 @@ class Encoder:
         return self._features("images", names, keys, self.batch, self._encode_images)
 
     def texts(self, texts: Iterable[str]) -> Features:
-        """Encode texts, packed several to a row, cut at the context length."""
+        """Encode texts, packed several to a row, cut at the context length.
+
+        They go in the order of their tokens, so that those with one beginning share a batch.
+        """
         texts = list(dict.fromkeys(texts))
         new = [text for text in texts if text not in self.tokens]
         for start in range(0, len(new), 4096):
             batch = new[start : start + 4096]
             self.tokens.update(zip(batch, self.model.tokenizer(batch), strict=True))
-        keys = [hashlib.sha256(self.tokens[text].numpy().tobytes()).hexdigest() for text in texts]
-        return self._features("texts", texts, keys, 4 * self.batch, self._encode_texts)
+        alike = sorted(texts, key=lambda text: self.tokens[text].tolist())
+        keys = [hashlib.sha256(self.tokens[text].numpy().tobytes()).hexdigest() for text in alike]
+        found = self._features("texts", alike, keys, 4 * self.batch, self._encode_texts)
+        return Features(found.of(texts), {text: i for i, text in enumerate(texts)})
 
     def _features(
         self,
@@ -1235,7 +1424,7 @@ class Encoder:
         todo = list(fresh)
         batches = [todo[start : start + size] for start in range(0, len(todo), size)]
         mine = [[fresh[key] for key in batch] for batch in batches[self.rank :: self.ranks]]
-        parts = encode(mine) if mine else []
+        parts = together(lambda: encode(mine) if mine else [])
         if self.ranks > 1:
             shared: list[Any] = [None] * self.ranks
             dist.all_gather_object(shared, parts)
@@ -1243,8 +1432,8 @@ class Encoder:
         for batch, part in zip(batches, parts, strict=True):
             self.known.update(zip(batch, part, strict=True))
         self.encoded[kind] += len(todo)
-        if todo and self.cache and self.rank == 0:
-            self._write_cache(self.cache, todo)
+        cache = self.cache if self.rank == 0 else None
+        together(lambda: self._write_cache(cache, todo) if todo and cache else None)
         rows = torch.stack([self.known[key] for key in keys]).numpy() if keys else np.zeros((0, 1))
         return Features(rows, {name: i for i, name in enumerate(names)})
 
@@ -1255,7 +1444,7 @@ class Encoder:
         pictures = _Pictures([x for batch in batches for x in batch], self.transform, self.width)
         loader = DataLoader(pictures, self.batch, num_workers=self.workers)
         try:
-            return [self._unit(self.model.net.encode_image, batch) for batch in loader]
+            return [self._unit(lambda x: encode_image(self.model.net, x), x) for x in loader]
         except DataError as error:  # a worker's error brings its traceback along
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 
@@ -1278,19 +1467,26 @@ class Encoder:
         for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
             try:
                 kept = torch.load(file, weights_only=True)
-                self.known.update(zip(kept["keys"], kept["rows"], strict=True))
+                self.known.update(dict(zip(kept["keys"], kept["rows"], strict=True)))
             except Exception:  # torch raises many kinds here
-                raise DataError(f"--cache {file}: cannot be read; delete this file") from None
+                if self.rank == 0:
+                    print(f"evaluate.py: --cache {file}: is torn, made again", file=sys.stderr)
+                    file.unlink(missing_ok=True)
+        if self.ranks > 1:  # a file may have come or gone between two ranks' looks
+            keys: list[Any] = [None] * self.ranks
+            dist.all_gather_object(keys, set(self.known))
+            common = set.intersection(*keys)
+            self.known = {key: row for key, row in self.known.items() if key in common}
 
     def _write_cache(self, folder: Path, keys: list[str]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.pt"
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{os.getpid()}.partial")
             torch.save({"keys": keys, "rows": torch.stack([self.known[k] for k in keys])}, partial)
             os.replace(partial, file)
-        except OSError as error:
-            raise DataError(f"--cache {folder}: cannot be written ({error.strerror})") from None
+        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk as the latter
+            raise DataError(f"--cache {folder}: cannot be written ({_line(error)})") from None
 
 
 class _Known:
@@ -1369,6 +1565,29 @@ def rank_and_ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+Made = TypeVar("Made")
+
+
+def together(work: Callable[[], Made]) -> Made:
+    """Do this rank's work; what the user must mend on one rank is raised on all of them.
+
+    Raises:
+        DataError: that of the first rank that has one.
+    """
+    faults: list[str | None] = [None] * rank_and_ranks()[1]
+    made: list[Made] = []
+    try:
+        made.append(work())
+    except DataError as error:
+        faults[0] = str(error)
+    if dist.is_initialized():
+        dist.all_gather_object(faults, faults[0])
+    for fault in faults:
+        if fault is not None:
+            raise DataError(fault)
+    return made[0]
+
+
 # Verdicts
 
 
@@ -1421,6 +1640,15 @@ def judge_texts(scores: np.ndarray) -> tuple[dict[str, bool], bool]:
     return {"correct": bool(own > high)}, bool(own == high)
 
 
+def judge_directions(scores: np.ndarray) -> dict[str, bool]:
+    """BiVLC's single directions [2, 2]: what each picture, and each caption, prefers alone.
+
+    The first picture and caption are the positive ones (Miranda et al., 2024).
+    """
+    (a, b), (c, d) = scores.tolist()
+    return {"Ipos2T": a > b, "Ineg2T": d > c, "Tpos2I": a > c, "Tneg2I": d > b}
+
+
 def judge_edits(scores: np.ndarray) -> dict[str, bool]:
     """Caption, meaning-preserving edit and negative [1, 3]: does the caption win, and only one?"""
     original, edit = (bool(scores[0, i] > scores[0, 2]) for i in (0, 1))
@@ -1431,13 +1659,23 @@ def judge_edits(scores: np.ndarray) -> dict[str, bool]:
 Tally = dict[str, dict[tuple[str, ...], list[bool]]]
 
 
+class Figure(NamedTuple):
+    """A share, its bootstrap, the items behind it, and how many of equal weight tell as much."""
+
+    value: float
+    draws: np.ndarray
+    items: int
+    effective: float
+
+
 class Scored(NamedTuple):
-    """Verdicts of items and of costs, ties by row, and one record for each item."""
+    """Verdicts of items and of costs, ties by row, one record for each item, and rankings."""
 
     subsets: Tally
     costs: Tally
     ties: Counter[str]
     records: list[dict[str, Any]]
+    ranked: Mapping[str, Figure] = MappingProxyType({})
 
 
 def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
@@ -1445,7 +1683,8 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
     images = encoder.images(image for item in suite.items for image in item.images)
     texts = encoder.texts(text for item in suite.items for text in item.texts)
     first = ties == "official" and read_table("suites")[suite.name].get("ties") == "first"
-    scored = Scored({}, {}, Counter(), [])
+    ranked: dict[str, Figure] = {}
+    scored = Scored({}, {}, Counter(), [], ranked)
     for item in suite.items:
         two = texts.of(item.texts)
         if item.images:
@@ -1454,8 +1693,8 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
         else:
             scores = cosines(two, two)
             result, tie = judge_texts(scores)
-        if suite.name == "hard_positives":
-            result.update(judge_edits(scores))
+        more = {"hard_positives": judge_edits, "bivlc": judge_directions}.get(suite.name)
+        result.update(more(scores) if more else {})
         for name, value in result.items():
             row = item.path[0] if name == "correct" else f"{item.path[0]} {name}"
             scored.subsets.setdefault(row, defaultdict(list))[item.path[1:]].append(value)
@@ -1464,11 +1703,16 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
             {
                 **{"suite": suite.name, "subset": item.path[0], "part": item.path[1:]},
                 **{"id": item.id, "images": item.images, "texts": item.texts},
+                **({"tags": item.tags} if item.tags else {}),
                 "scores": [[float(f"{x:.9g}") for x in line] for line in scores],
                 **{**result, "tie": tie},
             }
         )
     for cost in suite.costs:
+        if isinstance(cost, Classes) and cost.metric:
+            row = f"zero-shot {cost.name}"
+            ranked[row], scored.ties[row] = rank_classes(cost, encoder)
+            continue
         for row, parts, tied in _cost(suite.name, cost, encoder, ties == "official"):
             scored.costs[row] = parts
             scored.ties[row] = tied
@@ -1501,6 +1745,78 @@ def _cost(
     for label, right in zip(cost.labels, correct.tolist(), strict=True):
         parts[(str(label),) if cost.per_class else ()].append(right)
     yield title, parts, tied
+
+
+def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
+    """Mean average precision or area under the curve, as ELEVATER takes them; and ties.
+
+    The scores are the softmax over classes of 100 cosines; pictures are resampled for the
+    interval. A tie is a picture that shows a class and scores as much as one that does not.
+    """
+    images = torch.from_numpy(encoder.images(cost.images).of(cost.images))
+    scores = (100 * images @ class_vectors(cost.prompts, encoder).T).softmax(1).numpy()
+    true = np.zeros(scores.shape, dtype=bool)
+    for i, labels in enumerate(cost.shown):
+        true[i, list(labels)] = True
+    columns = [1] if cost.metric == "auc" else range(len(cost.prompts))
+    rule = area_under_curve if cost.metric == "auc" else average_precision_11
+    sorted_by = [np.argsort(-scores[:, c], kind="stable") for c in columns]
+    lines = [
+        (order, true[order, c], _run_ends(scores[order, c]))
+        for order, c in zip(sorted_by, columns, strict=True)
+        if true[:, c].any() and not true[:, c].all()
+    ]
+    if not lines:
+        raise DataError(f"{cost.name}: no class has pictures that show it and others; get the rest")
+
+    def figure(weights: np.ndarray) -> float:
+        values = [
+            rule(weights[order] * shows, weights[order], ends) for order, shows, ends in lines
+        ]
+        return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
+
+    n = len(scores)
+    rng = np.random.default_rng([EVAL_SEED, zlib.crc32(f"ranked {cost.name}".encode())])
+    drawn = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
+    draws = np.array([figure(weights) for weights in drawn])
+    value = figure(np.ones(n, dtype=int))
+    ties = sum(int(np.isin(scores[true[:, c], c], scores[~true[:, c], c]).sum()) for c in columns)
+    return Figure(value, np.where(np.isnan(draws), value, draws), n, n), ties
+
+
+def _run_ends(line: np.ndarray) -> np.ndarray:
+    """Where runs of equal scores end in a sorted line."""
+    return np.flatnonzero(np.append(line[1:] != line[:-1], True))
+
+
+def average_precision_11(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
+    """11-point interpolated average precision: the mean over recalls of the best precision there.
+
+    At recall 0 it is 1 by the toolkit's definition: the curve starts with precision 1.
+
+    Args:
+        hits: weight of each picture that shows the class, best first, 0 for the others [N].
+        weights: weight of each picture [N]; all 1 without resampling.
+        ends: where runs of equal scores end, of which only the end is a threshold.
+
+    Source: vision_evaluation's MeanAveragePrecisionNPointsEvaluator(11).
+    """
+    found, taken = np.cumsum(hits)[ends], np.cumsum(weights)[ends]
+    found, taken = found[taken > 0], taken[taken > 0]
+    if not found[-1]:
+        return math.nan
+    best = np.maximum.accumulate((found / taken)[::-1])[::-1]
+    places = np.searchsorted(found / found[-1], np.linspace(1, 0, 11)[:-1])
+    return float((best[places].sum() + 1) / 11)
+
+
+def area_under_curve(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
+    """Area under the ROC curve: the share of pairs in order, equal scores half; as above."""
+    true = np.append(0, np.cumsum(hits)[ends])
+    false = np.append(0, np.cumsum(weights - hits)[ends])
+    pairs = float(true[-1]) * float(false[-1])
+    area = (np.diff(false) * (true[1:] + true[:-1])).sum() / 2
+    return float(area / pairs) if pairs else math.nan
 
 
 def class_vectors(prompts: list[list[str]], encoder: Encoder) -> torch.Tensor:
@@ -1705,7 +2021,7 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
     return named
 
 
-VERDICTS = ("text", "image", "group", "original", "brittle")
+VERDICTS = ("text", "image", "group", "original", "brittle", "Ipos2T", "Ineg2T", "Tpos2I", "Tneg2I")
 
 
 def _verdict(row: str) -> str:
@@ -1739,32 +2055,159 @@ def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> 
     )
 
 
-def _cell(value: float, draws: np.ndarray, scored: int) -> dict[str, Any]:
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
-    return {"accuracy": 100 * value, "low": float(low), "high": float(high), "scored": scored}
+def effective(weights: np.ndarray, counts: Sequence[float]) -> float:
+    """How many items of equal weight tell as much: 1 / sum(weight^2) (Kish, Survey Sampling, 1965).
+
+    Args:
+        weights: of each part or row in the figure; they sum to 1.
+        counts: (effective) number of items of each, which share its weight.
+    """
+    return 1 / float((np.square(weights) / counts).sum())
+
+
+def wilson(value: float, n: float) -> tuple[float, float]:
+    """95 % score interval of a share of n items (Wilson, 1927, J. Am. Stat. Assoc. 22, 209-212)."""
+    z = 1.959964
+    middle = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return (middle - half if value else 0.0), (middle + half if value < 1 else 1.0)
+
+
+def _cell(value: float, draws: np.ndarray, n: float, scored: int) -> dict[str, Any]:
+    """A figure and its 95 % interval, in per cent: the middle of the bootstrap's draws.
+
+    Where all draws are the same (every verdict of a part agrees, as with a single item) they say
+    nothing; Wilson's interval of `n` items, the effective number, stands in.
+    """
+    low, high = np.percentile(draws, [2.5, 97.5])
+    if draws.min() == draws.max():
+        low, high = wilson(value, n)
+    bounds = {"low": 100 * float(low), "high": 100 * float(high)}
+    return {"accuracy": 100 * value, **bounds, "scored": scored}
 
 
 def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
-    """Accuracies in per cent with 95 % bootstrap intervals, N scored of N expected, ties."""
+    """Accuracies in per cent with 95 % intervals, N scored of N expected, ties.
+
+    A row of which nothing was scored, and an average that needs one, has None for its figures.
+    """
     tables: dict[str, Any] = {"subsets": {}, "averages": {}, "costs": {}}
+    absent = absent_rows(suite, scored)
     for part, tally in (("subsets", scored.subsets), ("costs", scored.costs)):
-        values, draws, counts = {}, {}, {}
-        for row, parts in tally.items():
-            values[row] = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
-            draws[row] = resample(suite.name, row, parts)
-            counts[row] = sum(len(x) for x in parts.values())
-            stem = row.rsplit(" ", 1)[0] if _verdict(row) or part == "costs" else row
-            expected = suite.expected.get(stem, counts[row])
-            cell = _cell(values[row], draws[row], counts[row])
-            tables[part][row] = {**cell, "expected": expected, "ties": scored.ties[row]}
-        trees = named_averages(suite.name, tally) if part == "subsets" else _mean_of_sets(tally)
+        rows = tables[part]
+        figures = {row: figure_of(suite.name, row, parts) for row, parts in tally.items()}
+        figures.update(scored.ranked if part == "costs" else {})
+        for row, figure in figures.items():
+            cell = _cell(figure.value, figure.draws, figure.effective, figure.items)
+            expected = suite.expected.get(_stem(row, part), figure.items)
+            rows[row] = {**cell, "expected": expected, "ties": scored.ties[row]}
+        for row in absent[part]:
+            known = {"scored": 0, "expected": suite.expected.get(_stem(row, part)), "ties": 0}
+            rows[row] = {**NOTHING, **known}
+        trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(figures)
         for name, tree in trees.items():
-            value, spread = average(tree, values, counts), average(tree, draws, counts)
-            if value is not None and spread is not None:
-                cells = [tables[part][leaf] for leaf in _leaves(tree)]
-                total = {key: sum(cell[key] for cell in cells) for key in ("scored", "expected")}
-                tables["averages"][name] = {**_cell(value, spread, 0), **total}
-    return {**tables, "notes": suite.notes}
+            total = _total([rows[leaf] for leaf in _leaves(tree)])
+            tables["averages"][name] = {**_average_cell(tree, figures), **total}
+    if suite.name == "whatsup":
+        tables["averages"].update(pairs_and_sets(suite, scored.records))
+    tags = tag_table(scored.records)
+    return {**tables, **({"tags": tags} if tags else {}), "notes": suite.notes}
+
+
+def figure_of(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> Figure:
+    """The figure of a row: the mean over its parts, and over theirs."""
+    value = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
+    counts = [len(x) for x in parts.values()]
+    shares = mean_of(dict(zip(parts, np.eye(len(parts)), strict=True)))
+    return Figure(value, resample(suite, row, parts), sum(counts), effective(shares, counts))
+
+
+def _average_cell(tree: Any, figures: dict[str, Figure]) -> dict[str, Any]:
+    """The cell of an average, without a figure where it needs a row that has none."""
+    counts = {row: figure.items for row, figure in figures.items()}
+    value = average(tree, {row: figure.value for row, figure in figures.items()}, counts)
+    draws = average(tree, {row: figure.draws for row, figure in figures.items()}, counts)
+    weights = average(tree, dict(zip(figures, np.eye(len(figures)), strict=True)), counts)
+    if value is None or draws is None or weights is None:
+        return NOTHING
+    n = effective(weights, [figure.effective for figure in figures.values()])
+    return _cell(value, draws, n, 0)
+
+
+def tag_table(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of the items that carry a tag: how many, and the share of each verdict, per cent."""
+    groups = defaultdict(list)
+    for record in records:
+        for tag in record.get("tags", ()):
+            groups[tag].append({name: record[name] for name in record if name in VERDICTS})
+    return {
+        tag: {
+            "scored": len(rows),
+            **{name: 100 * float(np.mean([row[name] for row in rows])) for name in rows[0]},
+        }
+        for tag, rows in sorted(groups.items())
+    }
+
+
+OPPOSITES = (("left", "right"), ("on", "under"), ("in-front", "behind"))
+
+
+def pairs_and_sets(suite: Suite, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What'sUp's other figures: both opposite prepositions of two objects right, and all four.
+
+    A photo's name says what it shows: OBJECT_PREPOSITION[_of]_OBJECT.jpeg. A pair or set of which
+    a photo was not scored does not count.
+    """
+    sets: dict[tuple[str, str, str], dict[str, bool]] = defaultdict(dict)
+    for record in records:
+        if record["subset"].startswith("Controlled"):
+            words = Path(record["images"][0]).stem.split("_")
+            if len(words) > 2:
+                sets[record["subset"], words[0], words[-1]][words[1]] = record["correct"]
+    cells = {}
+    for subset in ("Controlled A", "Controlled B"):
+        found = [right for (name, _, _), right in sets.items() if name == subset]
+        verdicts = {
+            "pairs": [
+                right[one] and right[two]
+                for right in found
+                for one, two in OPPOSITES
+                if one in right and two in right
+            ],
+            "sets": [all(right.values()) for right in found if len(right) == 4],
+        }
+        for (kind, values), size in zip(verdicts.items(), (2, 4), strict=True):
+            row, n = f"{subset} {kind}", len(values)
+            cell = NOTHING
+            if n:
+                cell = _cell(float(np.mean(values)), resample("whatsup", row, {(): values}), n, n)
+            cells[row] = {**cell, "scored": n, "expected": suite.expected[subset] // size}
+    return cells
+
+
+NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}
+
+
+def _stem(row: str, part: str) -> str:
+    return row.rsplit(" ", 1)[0] if _verdict(row) or part == "costs" else row
+
+
+def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    expected = [cell["expected"] for cell in cells]
+    known = None if None in expected else sum(expected)
+    return {"scored": sum(cell["scored"] for cell in cells), "expected": known}
+
+
+def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
+    """Rows of subsets, and of retrieval, that should be there and of which nothing was scored."""
+    absent: dict[str, list[str]] = {"subsets": [], "costs": []}
+    part, ends = "subsets", list(dict.fromkeys(_verdict(row) for row in scored.subsets))
+    if suite.name == "retrieval":
+        part, ends = "costs", [f"R@{k}" for k in RECALLS]
+    rows = {**scored.subsets, **scored.costs}
+    for name in subset_names(suite.name, suite.expected):
+        absent[part] += [row for end in ends if (row := f"{name} {end}".strip()) not in rows]
+    return absent
 
 
 def _mean_of_sets(rows: Iterable[str]) -> dict[str, list[str]]:
@@ -1881,11 +2324,22 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
                 ours = [_cell_text(result[part][name]) for result in scored.values()]
                 line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
                 line += [_figure(blind.get(name))] if blind else []
-                gain = scored[last][part][name]["accuracy"] - reference.get(name, np.nan)
+                ours_last = scored[last][part][name]["accuracy"]
+                known = ours_last is not None and name in reference
+                gain = ours_last - reference[name] if known else None
                 line += [_figure(gain, "+")] if reference else []
                 lines += _row([*line, *(_figure(column.get(name)) for column in others.values())])
         lines += _remarks(suite, scored)
+    for suite, why in _left_out(results).items():
+        lines += ["", f"Left out: {suite}: {why}"]
     return "\n".join(lines).strip() + "\n"
+
+
+def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return next(iter(results.values())).get("left_out", {})
+
+
+ABSENT = "--"  # nothing was scored
 
 
 def _row(cells: Sequence[str]) -> list[str]:
@@ -1893,16 +2347,34 @@ def _row(cells: Sequence[str]) -> list[str]:
 
 
 def _cell_text(score: dict[str, Any]) -> str:
+    if score["accuracy"] is None:
+        return ABSENT
     return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
 
 
 def _count(cell: dict[str, Any]) -> str:
     expected = cell.get("expected", cell["scored"])
-    return str(cell["scored"]) + ("" if cell["scored"] == expected else f" of {expected}")
+    of = f" of {'?' if expected is None else expected}"
+    return str(cell["scored"]) + ("" if cell["scored"] == expected else of)
 
 
 def _figure(value: float | None, sign: str = "") -> str:
     return "" if value is None or math.isnan(value) else f"{value:{sign}.1f}"
+
+
+def partly(suites: dict[str, Any]) -> str:
+    """Which suites of a model were scored in part only: "NAME N of M, ..."; or an empty string."""
+    found = []
+    for name, table in suites.items():
+        cells = {
+            _stem(row, part): cell
+            for part in ("subsets", "costs")
+            for row, cell in table[part].items()
+        }
+        total = _total(list(cells.values()))
+        if total["scored"] != total["expected"]:
+            found.append(f"{name} {_count(total)}")
+    return ", ".join(found)
 
 
 def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
@@ -1928,30 +2400,78 @@ def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
     return lines
 
 
+TABLE_1 = ["aro", "valse"]  # of the paper: one table
+
+
 def latex(results: dict[str, dict[str, Any]]) -> str:
-    """Tables of booktabs in the papers' column order: published rows, then ours."""
-    tables = []
-    for suite in next(iter(results.values()))["suites"]:
-        scored = {label: result["suites"][suite] for label, result in results.items()}
-        first = next(iter(scored.values()))
-        given = read_table("suites")[suite].get("columns")
-        rows = [*first["subsets"], *first["averages"], *first["costs"]]
-        columns = given or [[name, name] for name in rows]
-        lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule"]
-        lines += [" & ".join(["Model", "Source", *(_tex(head) for _, head in columns)]) + r" \\"]
-        lines += [r"\midrule"]
-        for (model, source), values in published(suite).items():
-            cells = [_figure(values.get(name)) or "--" for name, _ in columns]
-            lines += [" & ".join([_tex(model), _tex(source), *cells]) + r" \\"]
-        lines += [r"\midrule"] if published(suite) else []
-        for label, result in scored.items():
-            ours = {**result["subsets"], **result["averages"], **result["costs"]}
-            cells = [
-                f"{ours[name]['accuracy']:.1f}" if name in ours else "--" for name, _ in columns
-            ]
-            lines += [" & ".join([_tex(label), "ours", *cells]) + r" \\"]
-        tables.append("\n".join([f"% {suite}", *lines, r"\bottomrule", r"\end{tabular}"]))
-    return "\n\n".join(tables) + "\n"
+    """Tables of booktabs in the papers' column order: published rows, then ours.
+
+    A star marks figures of part of the items; below the table it says of how many.
+    """
+    suites = list(next(iter(results.values()))["suites"])
+    one = [suite for suite in TABLE_1 if suite in suites]
+    tables = [[suite] for suite in suites if suite not in one] if one else [[x] for x in suites]
+    blocks = [_tabular(names, results) for names in ([one, *tables] if one else tables)]
+    blocks += [f"% left out: {suite}: {why}" for suite, why in _left_out(results).items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _tabular(suites: list[str], results: dict[str, dict[str, Any]]) -> str:
+    """One table; columns and published rows that would be empty are left out."""
+    theirs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    ours: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for suite in suites:
+        for key, values in published(suite).items():
+            theirs[key].update((f"{suite} {row}", _figure(x)) for row, x in values.items())
+        for label, result in results.items():
+            table = result["suites"][suite]
+            for row, cell in {**table["subsets"], **table["averages"], **table["costs"]}.items():
+                if cell["accuracy"] is not None:
+                    star = "" if cell["scored"] == cell["expected"] else "$^*$"
+                    ours[label, "ours"][f"{suite} {row}"] = _figure(cell["accuracy"]) + star
+    filled = set().union(*theirs.values(), *ours.values())
+    columns = [x for suite in suites for x in _columns(suite, results) if x[0] in filled]
+    rows = {key: [line.get(name, ABSENT) for name, _, _ in columns] for key, line in theirs.items()}
+    lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule", *_heads(columns)]
+    body = [[*key, *cells] for key, cells in rows.items() if set(cells) != {ABSENT}]
+    lines += [*map(_tex_row, body), *([r"\midrule"] if body else [])]
+    for label, result in results.items():
+        line = ours[label, "ours"]
+        lines += [_tex_row([label, "ours", *(line.get(name, ABSENT) for name, _, _ in columns)])]
+        part = partly({suite: result["suites"][suite] for suite in suites})
+        if part:
+            lines += [rf"\multicolumn{{{len(columns) + 2}}}{{l}}{{$^*$ {_tex(part)} items}} \\"]
+    return "\n".join([f"% {', '.join(suites)}", *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _columns(suite: str, results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Name, head and group of each column, in the paper's order where it has a table."""
+    given = read_table("suites")[suite].get("columns")
+    if given:
+        return [(f"{suite} {row}", head, group) for row, head, group in given]
+    first = next(iter(results.values()))["suites"][suite]
+    rows = [*first["subsets"], *first["averages"], *first["costs"]]
+    verdicts = {row: _verdict(row) for row in rows}
+    return [
+        (f"{suite} {row}", verdicts[row] or row, _stem(row, "subsets") if verdicts[row] else "")
+        for row in rows
+    ]
+
+
+def _heads(columns: list[tuple[str, str, str]]) -> list[str]:
+    """The heads of the columns, under those of their groups."""
+    above, rules, start = ["", ""], "", 3
+    for group, members in itertools.groupby(columns, key=lambda column: column[2]):
+        end = start + len(list(members)) - 1
+        above.append(rf"\multicolumn{{{end - start + 1}}}{{c}}{{{_tex(group)}}}")
+        rules += rf"\cmidrule(lr){{{start}-{end}}}" if group else ""
+        start = end + 1
+    heads = [_tex_row(["Model", "Source", *(head for _, head, _ in columns)]), r"\midrule"]
+    return [" & ".join(above) + r" \\", rules, *heads] if rules else heads
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cell if cell.endswith("$^*$") else _tex(cell) for cell in cells) + r" \\"
 
 
 def _tex(text: str) -> str:
@@ -1973,6 +2493,9 @@ def long_csv(results: dict[str, dict[str, Any]]) -> str:
         for (model, source), values in published(suite).items():
             for row, value in values.items():
                 writer.writerow([suite, model, source, "published", row, round(value, 2)])
+    for suite in _left_out(results):
+        for label in results:
+            writer.writerow([suite, label, "ours", "left out", "", "", "", "", 0])
     return out.getvalue()
 
 
@@ -1999,8 +2522,20 @@ def show(table: str) -> str:
 # The script
 
 
+Build = Callable[[], Model]
+
+
+def check_models(models: Mapping[str, Build]) -> dict[str, Build]:
+    """Build every model before any is scored; the first one stays, the others are let go."""
+    label, *later = models
+    for name in later:
+        models[name]()
+    kept = [models[label]()]
+    return {**models, label: kept.pop}
+
+
 def evaluate(
-    models: Mapping[str, Callable[[], Model]], suites: dict[str, Suite], args: argparse.Namespace
+    models: Mapping[str, Build], suites: dict[str, Suite], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Score every model on every suite; write items below --out, if given, as they are done.
 
@@ -2013,7 +2548,11 @@ def evaluate(
         for name, suite in suites.items()
         if read_table("suites")[name].get("blind") and not args.no_blind
     }
+    writes = args.out and rank_and_ranks()[0] == 0
+    if writes:
+        shutil.rmtree(args.out / ITEMS, ignore_errors=True)
     for label, build in models.items():
+        encoder = None  # let the last model go first
         encoder = Encoder(build(), args)
         about = {"weights_sha256": encoder.hash, "evaluated_with": versions(args)}
         results[label] = {**encoder.model.about, **about}
@@ -2027,8 +2566,8 @@ def evaluate(
                 result["versus"] = {base: compare(name, scored, before[name])}
             before.setdefault(name, scored._replace(records=[]))
             results[label]["suites"][name] = result
-            if args.out and encoder.rank == 0:
-                write_items(args.out / "items", label if len(models) > 1 else "", name, scored)
+            folder = args.out / ITEMS / (label if len(models) > 1 else "") if writes else None
+            together(functools.partial(write_items, folder, name, scored))
     return results
 
 
@@ -2038,13 +2577,30 @@ def versions(args: argparse.Namespace) -> dict[str, str]:
     return {**made, "open_clip": open_clip.__version__, "precision": args.precision}
 
 
-def write_items(folder: Path, label: str, suite: str, scored: Scored) -> None:
+ITEMS = "items.partial"  # until all is scored
+
+
+def write_items(folder: Path | None, suite: str, scored: Scored) -> None:
     """Write one line for each item: texts, scores and verdicts."""
-    folder = folder / label
-    folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.records)
-    if text:
+    if folder is None or not text:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{suite}.jsonl", text)
+    except OSError as error:
+        raise DataError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a folder, or nothing if there is none, in the place of another."""
+    gone = old.with_name(f"{old.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if old.exists():
+        os.replace(old, gone)
+    if new.exists():
+        os.replace(new, old)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -2083,7 +2639,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"comma list of {', '.join([*SUITES, *GROUPS])} (default shapes)",
     )
     suite("--root", type=Path, help="folder of the suites' official files and photos")
-    suite("--allow-missing", action="store_true", help="score the items whose pictures are there")
+    suite("--allow-missing", action="store_true", help="score what is there, as N of M")
     suite("--list", action="store_true", help="say what each suite needs and what is there")
     suite(
         "--ties",
@@ -2094,10 +2650,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     suite("--no-blind", action="store_true", help="leave out the reader of texts alone")
     out = parser.add_argument_group("output").add_argument
     out("--out", type=Path, help="folder for results.json, .md, .tex, .csv and items/")
-    out("--overwrite", action="store_true", help="replace the results in --out")
+    out("--overwrite", action="store_true", help="replace the results and items in --out")
     out("--cache", type=Path, help="folder that keeps features by the hash of their content")
     run = parser.add_argument_group("run").add_argument
-    run("--batch-size", type=int, default=128, help="pictures encoded at once (default 128)")
+    run("--batch-size", type=int, help="pictures encoded at once (default: GPU 128, CPU 24)")
     run(
         "--precision",
         choices=list(PRECISIONS),
@@ -2117,7 +2673,12 @@ def pick_device(device: str) -> str:
 
 
 def list_suites(root: Path | None) -> None:
-    """Print for each suite: items found of those expected, files, where to get them, licence."""
+    """Print for each suite: items found of those expected, files, where to get them, licence.
+
+    Raises:
+        DataError: the root is no folder, or may not be read.
+    """
+    check_root(root)
     for name, info in read_table("suites").items():
         expected, found, why = sum(info["expected"].values()), 0, ""
         try:
@@ -2125,8 +2686,7 @@ def list_suites(root: Path | None) -> None:
             found = len(suite.items) + sum(_size(cost) for cost in suite.costs)
             expected = max(sum(suite.expected.values()), 0 if expected else found)
         except DataError as error:
-            why = "" if root else " (no --root)"
-            why = why or f" ({str(error)[:120]})"
+            why = f" ({error})" if root else " (no --root)"
         if name == "shapes":
             found = expected
         state = "ready" if found and found >= expected else "partly" if found else "missing"
@@ -2142,10 +2702,13 @@ def _size(cost: Retrieval | Classes) -> int:
 def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:
     """Labels with model name and weights; a label defaults to the name of the run."""
     if args.pretrained:
-        label = f"{args.model} {args.pretrained}".replace("/", "-")
-        return {label: (args.model, args.pretrained)}
+        if "/" in args.pretrained and not os.path.exists(args.pretrained):
+            raise DataError(f"--pretrained {args.pretrained}: no such checkpoint; check the path")
+        label = _short(args.pretrained) if os.path.exists(args.pretrained) else args.pretrained
+        label = f"{_short(args.model)} {label}" if args.model else label
+        return {_plain_label(label, "--pretrained"): (args.model, args.pretrained)}
     if not args.ckpt:  # main() asked for one of them
-        return {args.model.split("/")[-1]: (args.model, None)}
+        return {_plain_label(args.model.split("/")[-1], "--model"): (args.model, None)}
     named: dict[str, tuple[str | None, str | None]] = {}
     for given in args.ckpt:
         label, _, what = given.rpartition("=") if not os.path.exists(given) else ("", "", given)
@@ -2158,15 +2721,25 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
             pair, short = (name, tag), f"{name} {tag}"
         else:
             raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
-        label = label or short
-        if not re.fullmatch(r"\w[\w.+ -]*", label):
-            raise DataError(
-                f"--ckpt {given}: the label {label!r} may hold letters, digits and .+-_"
-            )
+        label = _plain_label(label or short, f"--ckpt {given}")
         if label in named:
             raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
         named[label] = pair
     return named
+
+
+def _short(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
+
+
+def _plain_label(label: str, flag: str) -> str:
+    """Refuse labels that cannot be a folder and a table's heading."""
+    if not re.fullmatch(r"\w[\w.+ -]*", label):
+        raise DataError(
+            f"{flag}: the label {label!r} may hold letters, digits and .+-_; "
+            "write --ckpt LABEL=WHAT"
+        )
+    return label
 
 
 def name_suites(text: str) -> list[str]:
@@ -2186,19 +2759,25 @@ def name_suites(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def load_suites(args: argparse.Namespace) -> dict[str, Suite]:
-    """Read the suites of --suite; of a group, with --allow-missing, those that are there."""
-    suites = {}
+def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
+    """Read the suites of --suite; of a group, with --allow-missing, those that are there.
+
+    Returns:
+        the suites, and for each one that was left out why.
+    """
+    check_root(args.root)
+    suites, left_out = {}, {}
     for name in name_suites(args.suite):
         try:
             suites[name] = load_suite(name, args.root, args.allow_missing)
         except DataError as error:
             if not (args.allow_missing and set(GROUPS).intersection(args.suite.split(","))):
                 raise
-            print(f"evaluate.py: left out: {error}", file=sys.stderr)
+            left_out[name] = str(error).removeprefix(f"{name}: ")
+            print(f"evaluate.py: left out: {name}: {left_out[name]}", file=sys.stderr)
     if not suites:
         raise DataError(f"--suite {args.suite}: none of them is below --root {args.root}")
-    return suites
+    return suites, left_out
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -2212,10 +2791,30 @@ def check_args(args: argparse.Namespace) -> None:
         raise DataError("give either --ckpt PATH or --model NAME --pretrained TAG")
     if args.pretrained and not args.model and not os.path.exists(args.pretrained):
         raise DataError(f"--pretrained {args.pretrained}: name its --model too")
-    if args.batch_size < 1 or args.workers < 0:
+    if (args.batch_size is not None and args.batch_size < 1) or args.workers < 0:
         raise DataError("--batch-size must be 1 or more, --workers 0 or more")
-    if args.out and (args.out / "results.json").exists() and not args.overwrite:
-        raise DataError(f"--out {args.out}: has results already; pass --overwrite to replace them")
+    name_suites(args.suite)
+    check_root(args.root)
+    if args.out:
+        check_out(args.out, args.overwrite)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that has results already, or cannot be made; nothing is left there."""
+    try:
+        if (out / "results.json").exists() and not overwrite:
+            raise DataError(f"--out {out}: has results already; pass --overwrite to replace them")
+        own = [path for path in (out / "items").rglob("*") if path.is_file()]
+        foreign = next((path for path in own if path.suffix != ".jsonl"), None)
+        if foreign or (own and not overwrite):
+            raise DataError(
+                f"--out {out}: {foreign or own[0]} is in the way; choose another folder"
+            )
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be made ({error.strerror})") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2226,38 +2825,49 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_args(args)
     args.device = pick_device(args.device)
-    suites = load_suites(args)
-    models = {
-        label: functools.partial(
-            load_model, name, what, activation=args.activation, device=args.device
-        )
-        for label, (name, what) in name_models(args).items()
-    }
+    named = name_models(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+    load = functools.partial(load_model, activation=args.activation, device=args.device)
+    builds: dict[str, Build] = {
+        label: functools.partial(load, *what) for label, what in named.items()
+    }
+    models = together(lambda: check_models(builds))
+    suites, left_out = load_once(args)
     results = evaluate(models, suites, args)
-    if rank_and_ranks()[0] == 0:
-        report(results, args.out)
+    for result in results.values():
+        result["left_out"] = left_out
+    together(lambda: report(results, args.out) if rank_and_ranks()[0] == 0 else None)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def load_once(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
+    """Read the suites on the first rank, which may unpack files, and give them to the others."""
+    first = rank_and_ranks()[0] == 0
+    loaded: list[Any] = [together(lambda: load_suites(args) if first else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(loaded)
+    return loaded[0]
 
 
 def report(results: dict[str, Any], out: Path | None) -> None:
     """Print the tables; write them to --out as JSON, markdown, LaTeX and CSV."""
     table = markdown(results)
     print(show(table))
-    if out:
+    if not out:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_folder(out / ITEMS, out / "items")
         write_text(out / "results.md", table)
         write_text(out / "results.tex", latex(results))
         write_text(out / "results.csv", long_csv(results))
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-        print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
 
 
 if __name__ == "__main__":

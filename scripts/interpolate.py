@@ -7,12 +7,14 @@
 
 Writes mixed/alpha_A.pt with (1 - A) before + A after (WiSE-FT, Wortsman et al., arXiv 2109.01903).
 With --suite every mix is evaluated and sweep.png drawn: the gain is the mean of the suites'
-subsets, the cost the mean of their zero-shot and retrieval figures.
+subsets, the cost the mean of their zero-shot and retrieval figures; what is absent under
+--allow-missing counts in neither. Everything is checked before the first mix is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -50,27 +52,29 @@ def interpolate(
 
 
 def sweep(results: dict[str, Any]) -> list[tuple[float, float, float]]:
-    """Of each alpha the gain and the cost, in per cent: means over all suites."""
+    """Of each alpha the gain and the cost, in per cent: means over what all suites scored."""
     points = []
     for label, result in results.items():
-        suites = result["suites"].values()
-        gain = [cell["accuracy"] for suite in suites for cell in suite["subsets"].values()]
-        cost = [cell["accuracy"] for suite in suites for cell in suite["costs"].values()]
-        points.append(
-            (float(label.split("_")[1]), statistics.mean(gain), statistics.mean(cost or [0.0]))
-        )
+        means = [
+            statistics.mean(
+                cell["accuracy"]
+                for suite in result["suites"].values()
+                for cell in suite[part].values()
+                if cell["accuracy"] is not None
+            )
+            for part in ("subsets", "costs")
+        ]
+        points.append((float(label.split("_")[1]), means[0], means[1]))
     return sorted(points)
 
 
 def draw(points: list[tuple[float, float, float]], path: Path) -> None:
     """Draw the sweep: cost to the right, gain upwards, one point for each alpha."""
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise DataError("the picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     axes.plot([p[2] for p in points], [p[1] for p in points], marker="o")
     for alpha, gain, cost in points:
@@ -80,8 +84,8 @@ def draw(points: list[tuple[float, float, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Mix, evaluate, draw."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,25 +96,70 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--alpha", type=float, nargs="+", default=steps, help="default 0 to 1")
     parser.add_argument("--suite", help="suites of evaluate.py, to evaluate and draw")
     parser.add_argument("--root", type=Path, help="folder of the suites' files")
-    args = parser.parse_args(argv)
+    parser.add_argument("--allow-missing", action="store_true", help="as for evaluate.py")
+    return parser.parse_args(argv)
+
+
+def check_paths(args: argparse.Namespace) -> list[Path]:
+    """The checkpoints to write, none of which is there.
+
+    Raises:
+        DataError: an alpha outside 0 to 1 or given twice, or a path that is taken.
+    """
+    odd = [alpha for alpha in args.alpha if not 0 <= alpha <= 1]
+    if odd:
+        raise DataError(f"--alpha {odd[0]:g}: must be from 0 to 1")
+    paths = [args.out / f"alpha_{alpha:g}.pt" for alpha in args.alpha]
+    if len(set(paths)) < len(paths):
+        raise DataError("--alpha: one is given twice (six digits count); leave it out")
+    taken = [path for path in (*paths, args.out / "sweep.png") if path.exists()]
+    if taken:
+        raise DataError(f"--out {taken[0]}: exists; choose another folder")
+    evaluate.check_out(args.out, overwrite=False)
+    return paths
+
+
+def check_suites(options: list[str]) -> None:
+    """Read the suites as evaluate.py will, and see that there is something to draw.
+
+    Raises:
+        DataError: names what is missing.
+    """
+    args = evaluate.parse_args(options)
+    evaluate.check_args(args)
+    suites = evaluate.load_suites(args)[0].values()
+    if not any(suite.items for suite in suites) or not any(suite.costs for suite in suites):
+        raise DataError(
+            f"--suite {args.suite}: the picture needs a suite of items and one of costs "
+            "(retrieval, zeroshot, or shapes, which has both)"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError("the picture needs matplotlib: pip install matplotlib")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Mix, evaluate, draw."""
+    args = parse_args(argv)
+    paths = check_paths(args)
+    options = ["--suite", str(args.suite), "--out", str(args.out / "results")]
+    options += ["--root", str(args.root)] if args.root else []
+    options += ["--allow-missing"] if args.allow_missing else []
+    for path in paths:
+        options += ["--ckpt", f"{path.stem}={path}"]
     before, _ = evaluate.read_checkpoint(args.before)
     after, about = evaluate.read_checkpoint(args.after)
+    interpolate(before, after, 0)  # are they of one model?
+    if args.suite:
+        evaluate.load_model(None, str(args.after))  # is it a model that evaluate.py can build?
+        check_suites(options)
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoints: list[str] = []
-    for alpha in args.alpha:
-        path = args.out / f"alpha_{alpha:g}.pt"
-        if path.exists():
-            raise DataError(f"--out {path}: exists; choose another folder")
-        content = {"state_dict": interpolate(before, after, alpha), "kit": about}
-        train.save(content, path)
-        checkpoints += ["--ckpt", f"{path.stem}={path}"]
+    for alpha, path in zip(args.alpha, paths, strict=True):
+        train.save({"state_dict": interpolate(before, after, alpha), "kit": about}, path)
     print(f"{len(args.alpha)} mixes written to {args.out}")
     if args.suite:
-        root = ["--root", str(args.root)] if args.root else []
-        out = args.out / "results"
-        evaluate.main([*checkpoints, "--suite", args.suite, "--out", str(out), *root])
-        points = sweep(json.loads((out / "results.json").read_text(encoding="utf-8")))
-        draw(points, args.out / "sweep.png")
+        evaluate.main(options)
+        results = (args.out / "results/results.json").read_text(encoding="utf-8")
+        draw(sweep(json.loads(results)), args.out / "sweep.png")
         print(f"picture: {args.out / 'sweep.png'}")
 
 

@@ -36,6 +36,7 @@ def make_table(path: Path, suite: str) -> str:
             scores = result["suites"][suite]
             scores.pop("versus", None)  # comparisons of pairs are for results.md
             result["suites"] = {suite: scores}
+            result.pop("left_out", None)
         table = evaluate.markdown(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(
@@ -57,9 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     parser.add_argument("--file", type=Path, default=ROOT / "README.md", help="default README.md")
     args = parser.parse_args(argv)
-    old = args.file.read_text(encoding="utf-8")
+    try:
+        old = args.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--file {args.file}: cannot be read ({error})") from None
     new = fill(old, ROOT)
     count = len(BLOCK.findall(old))
+    if not count:
+        raise DataError(f"{args.file}: holds no table between <!-- table: FILE SUITE --> marks")
     if not args.check:
         evaluate.write_text(args.file, new)
         print(f"{count} tables written to {args.file}")

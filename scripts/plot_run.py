@@ -4,6 +4,7 @@
 python scripts/plot_run.py runs/NAME [FOLDER ...]
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -33,7 +34,11 @@ def draw_results(folder: Path, plt: Any) -> None:
     for suite in next(iter(results.values()))["suites"]:
         figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
         for i, (label, result) in enumerate(results.items()):
-            cells = result["suites"][suite]["subsets"]
+            cells = {
+                name: cell
+                for name, cell in result["suites"][suite]["subsets"].items()
+                if cell["accuracy"] is not None
+            }
             means = [cell["accuracy"] for cell in cells.values()]
             low = [cell["accuracy"] - cell["low"] for cell in cells.values()]
             high = [cell["high"] - cell["accuracy"] for cell in cells.values()]
@@ -53,11 +58,17 @@ def finish(figure: Any, path: Path, plt: Any) -> None:
     print(f"picture: {path}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Draw every folder of the command line."""
-    folders = [Path(name) for name in sys.argv[1:]]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folders", type=Path, nargs="*", default=[Path()], help="of train.py or evaluate.py"
+    )
+    folders = parser.parse_args(argv).folders
     readers = {"metrics.jsonl": draw_run, "results.json": draw_results}
-    for folder in folders or [Path()]:
+    for folder in folders:
         if not any((folder / name).is_file() for name in readers):
             stop(f"{folder}: holds neither metrics.jsonl nor results.json")
     try:

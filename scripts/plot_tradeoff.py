@@ -3,13 +3,15 @@
 
 Up is the mean of the headline figures of the compositional suites that every result given holds;
 right is the mean of its zero-shot sets, or of its recalls at 1. A published model is drawn where
-one source has all the same figures of it, so that all points of a panel mean the same. Without
-results the published summary of one source is drawn, as that source averages it.
+one source has all the same figures of it, so that all points of a panel mean the same. What a
+result holds of part of the items only is said as N of M; a panel without points is left out.
+Without results the published summary of one source is drawn, as that source averages it.
 
   python scripts/plot_tradeoff.py [results.json ...] --out tradeoff.png
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -23,24 +25,44 @@ Points = dict[str, tuple[float, float]]
 COSTS = ("zero-shot", "retrieval")
 
 
-def read_results(paths: list[Path]) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures by label and suite, subsets, averages and costs together."""
-    read = {}
+def read_results(
+    paths: list[Path],
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, str]]]:
+    """Figures by label and suite, subsets, averages and costs together; N of M of partial suites.
+
+    Raises:
+        DataError: a file that is no results.json, or a label that two of them have.
+    """
+    read: dict[str, dict[str, dict[str, float]]] = {}
+    partial: dict[str, dict[str, str]] = {}
     for path in paths:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
             for label, result in results.items():
-                read[label] = {
+                if label in read:
+                    raise DataError(f"{path}: the label {label} is taken; score with --ckpt LABEL=")
+                tables = {
                     suite: {
-                        name: cell["accuracy"]
+                        name: cell
                         for part in ("subsets", "averages", "costs")
                         for name, cell in table[part].items()
+                        if cell["accuracy"] is not None
                     }
                     for suite, table in result["suites"].items()
                 }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                read[label] = {
+                    suite: {name: cell["accuracy"] for name, cell in cells.items()}
+                    for suite, cells in tables.items()
+                }
+                partial[label] = {
+                    suite: evaluate.partly({suite: table})
+                    for suite, table in result["suites"].items()
+                }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{path}: is no results.json of evaluate.py") from None
-    return read
+    return read, partial
 
 
 def gains(read: dict[str, Any]) -> list[tuple[str, str]]:
@@ -110,17 +132,33 @@ def summary(source: str) -> dict[str, Points]:
     }
 
 
+def check_out(out: Path) -> None:
+    """Refuse a picture that cannot be written, before anything is read.
+
+    Raises:
+        DataError: names what to mend.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError("matplotlib is missing; pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:] not in kinds:
+        raise DataError(f"--out {out}: ends in none of .{', .'.join(sorted(kinds))}")
+    if not out.parent.is_dir():
+        raise DataError(f"--out {out}: there is no folder {out.parent}; make it")
+
+
 def draw(panels: dict[str, tuple[Points, Points]], title: str, out: Path) -> None:
-    """Write the picture: ours filled, the published ones hollow."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise DataError("matplotlib is missing; pip install matplotlib") from None
+    """Write the picture, a panel for each cost: ours filled, the published ones hollow."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.5), layout="constrained")
-    for axis, (kind, (ours, theirs)) in zip(axes, panels.items(), strict=True):
+    size = (5.5 * len(panels), 4.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (kind, (ours, theirs)) in zip(axes[0], panels.items(), strict=True):
         for points, marker, face in ((ours, "o", "tab:red"), (theirs, "s", "none")):
             for label, (x, y) in points.items():
                 axis.plot(x, y, marker, color="tab:red" if face != "none" else "grey", mfc=face)
@@ -128,7 +166,10 @@ def draw(panels: dict[str, tuple[Points, Points]], title: str, out: Path) -> Non
         axis.margins(0.15)
         axis.set(xlabel=f"{kind} (per cent)", ylabel="composition (per cent)")
     figure.suptitle(title, fontsize=9)
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120)
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
     plt.close(figure)
     print(f"picture: {out}")
 
@@ -142,19 +183,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--source", default="FSC-CLIP", help="of the summary (FSC-CLIP, vl_compo)")
     parser.add_argument("--out", type=Path, required=True, help="picture to write (.png, .pdf)")
     args = parser.parse_args(argv)
+    check_out(args.out)
     if not args.results:
         title = f"Published: means as {args.source} takes them"
         draw({kind: ({}, points) for kind, points in summary(args.source).items()}, title, args.out)
         return
-    read = read_results(args.results)
+    read, partial = read_results(args.results)
     up = gains(read)
+    used = {suite for kind in COSTS for suite, _ in [*up, *costs(read, kind)]}
+    few = {
+        label: ", ".join(of for suite, of in suites.items() if of and suite in used)
+        for label, suites in partial.items()
+    }
     panels: dict[str, tuple[Points, Points]] = {}
     for kind in COSTS:
         right = costs(read, kind)
-        panels[kind] = (place(read, up, right), place(read_published(), up, right))
-    if not any(ours for ours, _ in panels.values()):
+        ours = {
+            f"{name}{' *' * bool(few[name])}": at for name, at in place(read, up, right).items()
+        }
+        if ours:
+            panels[kind] = (ours, place(read_published(), up, right))
+    if not panels:
         raise DataError("the results share no compositional suite with a cost; score some of both")
-    draw(panels, "Composition: " + ", ".join(f"{suite} ({head})" for suite, head in up), args.out)
+    title = "Composition: " + ", ".join(f"{suite} ({head})" for suite, head in up)
+    title += "".join(f"\n* {label}: {of}" for label, of in few.items() if of)
+    draw(panels, title, args.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from data import DataError
 from evaluate import load_model, read_checkpoint
@@ -27,16 +28,54 @@ def test_mixes_lie_between_and_the_ends_are_the_models_themselves():
         interpolate.interpolate({**before, "a": torch.zeros(4)}, after, 0.5)
 
 
-def test_mixed_checkpoints_load_and_know_their_model(tmp_path):
-    about = {"model": "shapes-tiny", "activation": "gelu"}
+ABOUT = {"model": "shapes-tiny", "activation": "gelu"}
+
+
+def two_checkpoints(folder):
     for seed, name in enumerate(("before.pt", "after.pt")):
         torch.manual_seed(seed)
         net = load_model("shapes-tiny").net
-        torch.save({"state_dict": net.state_dict(), "kit": about}, tmp_path / name)
-    run = [str(tmp_path / name) for name in ("before.pt", "after.pt")]
+        torch.save({"state_dict": net.state_dict(), "kit": ABOUT}, folder / name)
+    return [str(folder / name) for name in ("before.pt", "after.pt")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--suite", "shape"], "did you mean shapes"),
+        (["--suite", "winoground"], "--root is needed"),
+        (["--suite", "winoground", "--root", "none"], "no such folder"),
+        (["--suite", "cola", "--root", "."], "cannot be read"),
+        (["--suite", "cola", "--root", ".", "--allow-missing"], "none of its files"),
+        (["--suite", "bivlc", "--root", ".", "--allow-missing"], "one of costs"),
+        (["--alpha", "0.5", "1.5"], "--alpha 1.5: must be from 0 to 1"),
+        (["--alpha", "0.5", "0.5000001"], "given twice"),
+        (["--alpha", "0.25", "0.5"], "alpha_0.5.pt: exists"),
+    ],
+)
+def test_every_mistake_is_found_before_a_mix_is_written(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = two_checkpoints(tmp_path)
+    if "bivlc" in options:
+        row = {"type": "swap", "image": "a.png", "negative_image": "a.png"}
+        (tmp_path / "bivlc/images").mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "bivlc/images/a.png")
+        line = json.dumps({**row, "caption": "a", "negative_caption": "b"})
+        (tmp_path / "bivlc/rows.jsonl").write_text(line)
+    if "exists" in message:
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m/alpha_0.5.pt").touch()
+    there = set(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=message):
+        interpolate.main([*run, "--out", "m", *options])
+    assert set(tmp_path.rglob("*")) == there
+
+
+def test_mixed_checkpoints_load_and_know_their_model(tmp_path):
+    run = two_checkpoints(tmp_path)
     interpolate.main([*run, "--out", str(tmp_path / "m"), "--alpha", "0.5"])
     state, known = read_checkpoint(tmp_path / "m/alpha_0.5.pt")
-    assert known == about
+    assert known == ABOUT
     net = load_model(None, str(tmp_path / "m/alpha_0.5.pt")).net
     assert torch.equal(net.logit_scale, state["logit_scale"])
     with pytest.raises(DataError, match="exists"):
@@ -45,8 +84,9 @@ def test_mixed_checkpoints_load_and_know_their_model(tmp_path):
 
 def test_the_sweep_reads_gains_and_costs(tmp_path):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    cells = {"a": {"accuracy": 60.0}, "b": {"accuracy": 80.0}}
-    suite = {"subsets": cells, "costs": {"zero-shot": {"accuracy": 30.0}}}
+    nothing = {"absent": {"accuracy": None}}
+    cells = {"a": {"accuracy": 60.0}, "b": {"accuracy": 80.0}, **nothing}
+    suite = {"subsets": cells, "costs": {"zero-shot": {"accuracy": 30.0}, **nothing}}
     results = {"alpha_1": {"suites": {"s": suite}}, "alpha_0.5": {"suites": {"s": suite}}}
     points = interpolate.sweep(json.loads(json.dumps(results)))
     assert points == [(0.5, 70, 30), (1, 70, 30)]
