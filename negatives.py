@@ -253,7 +253,7 @@ HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "conta
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
-HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container", "clothing")
+HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container")
 COUNTED = ("animal", "vehicle", "gear", "device.desk", "food.meal", "food.sweet", "home.toy")
 MOVERS = ("person", "animal", "vehicle")
 HOUSES = ("place.room", "place.shop", "structure.house")
@@ -269,6 +269,7 @@ VALUES = """
 age@person animal: elderly old ~aging older ~aged | young younger
 open@home device container structure.house structure.fence fixture furniture clothing tool food
   vehicle: open ~opened | closed shut
+stood@person animal: standing | sitting lying
 tame@animal: domestic ~tame | wild
 use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
@@ -336,17 +337,17 @@ DONE_TO = """
 animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet chase
 hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift follow hold
 feed watch; vehicle: drive ride push wash repair paint board load pull watch pass; gear.board: ride
-hold carry throw kick wash repair paint break use; gear.ski: wear hold carry ; gear.ball: hold throw
-carry kick catch hit chase watch; gear.bat: swing hold carry throw break; gear: hold wear carry
-throw repair paint break; food: eat cut hold throw cook drop prepare serve make buy; drink: drink
-pour spill throw serve hold; clothing: wear hold wash fold; device: hold use repair throw paint
-watch carry; fixture: clean paint repair break use; furniture: carry paint clean push repair break;
-container: hold wash carry break throw paint fill; tool: hold carry throw drop break use; home.read:
-read hold tear burn throw fold carry; home.toy: hold hug carry throw kick; home: carry throw paint
-hold; feat: perform do watch film; structure: watch paint climb photograph clean pass; place.road:
-cross clean paint sweep photograph; place: watch photograph leave paint enter cross; sport: play
-watch coach practice; nature: watch cut paint carry photograph hold climb; picture: paint draw hold
-take; food.sauce: pour spill taste; body: paint wash scratch brush; any: paint carry"""
+hold carry throw kick wash repair paint use; gear.ski: wear hold carry ; gear.ball: hold throw carry
+kick catch hit chase watch; gear.bat: swing hold carry throw; gear: hold wear carry throw repair
+paint; food: eat cut hold throw cook drop prepare serve make buy; drink: drink pour spill throw
+serve hold; clothing: wear hold wash fold; device: hold use repair throw paint watch carry; fixture:
+clean paint repair use; furniture: carry paint clean push repair; container: hold wash carry throw
+paint fill; tool: hold carry throw drop use; home.read: read hold tear burn throw fold carry;
+home.toy: hold hug carry throw kick; home: carry throw paint hold; feat: perform do watch film;
+structure: watch paint climb photograph clean pass; place.road: cross clean paint sweep photograph;
+place: watch photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut
+paint carry photograph hold climb; picture: paint draw hold take; food.sauce: pour spill taste;
+any: paint carry"""
 # "who is no person, kinds of thing: what they can do to it"
 DOES = """
 animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
@@ -394,7 +395,7 @@ WITH_PREPOSITION = """
 look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile
 for > cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; wait for >
 search; search look for > wait; talk speak chat text type on > step sit stand draw; talk speak
-chat to > wave point bow; talk speak chat with > dance wrestle sing; swing at > point wave yell;
+chat to > wave point bow; talk speak chat with > dance wrestle sing;
 look stare gaze out > climb jump fall; look stare gaze peek into > fall climb jump; look stare
 gaze over > jump climb; play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on
 > stand sleep kneel dance; ride in > sleep dance kneel"""
@@ -415,13 +416,11 @@ down along up through, place.road > park_beside; vehicle.air: parked sit stopped
 place.land > fly_over; animal.bird: sit stand perch walk, on on_top_of, place structure furniture >
 fly_over"""
 PARTICIPLES = """
-parked, stopped: driving, moving, traveling; docked: sinking, floating; seated: standing, kneeling,
-sleeping, walking; gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping,
-curled: running, jumping; crying: smiling; perched: sleeping, running; loaded, stocked: unloaded,
-emptied; held, carried: thrown, dropped; pulled: pushed, chased; topped with: surrounded by, stuffed
-with; filled with, stuffed with: surrounded by; covered with, covered in, decorated with, lined
-with: surrounded by; surrounded by: covered with, filled with; stacked, piled, arranged, lined up:
-scattered; scattered: stacked, lined up"""
+parked, stopped: driving, moving, traveling; seated: standing, kneeling, sleeping, walking;
+gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping, curled: running,
+jumping; crying: smiling; perched: sleeping, running; held, carried: thrown, dropped; pulled:
+pushed, chased; topped with: surrounded by; stacked, piled, lined up: scattered; scattered:
+stacked, lined up"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
@@ -557,41 +556,42 @@ each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, af
 from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
 bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
 airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
-almost: wide, cross, half, partially, partly, almost, nearly; boarded: surf, surfing, surfs, surfer,
-ski, skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: boat,
-canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set
-phrases: at bat, to bat, to plate, around corner, at corner, on corner, in corner; built in: window,
-door, wall, floor, roof, doorway; counting: each, other, another, both, together, alone, its, their,
-it, they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look,
-stare, gaze, point, watch; often on: hold, carry, throw, feed, push, wash, repair, paint, lead,
-kick, chase; often with: throw, wash, push, lead, kick, chase, paint, repair; names: red sox, big
-ben, little league; links: that, who, which, while; states: hold, contain, show, include, cover,
-surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons:
-who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage,
-old, older, elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind,
-under, beside, with, while, on top of, outside, inside, ., together, between, around; fixed on:
-surf, lean, talk, work, speak, chat, display, put; fixed in: bury, buried, submerged, stuck, bathe,
-wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
-located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
-stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed on the ground: sit, stand,
-lie, lay, sleep, kneel, crouch; fixed covered with: partially, half, partly; fixed covered in:
-partially, half, partly; fixed up: close, lined, dressed, set; fixed over: all, look; fixed with:
-fill, cover, top, decorate, mix, prepare, load, make, cook, cut, board; fixed into: look, cut, turn,
-made; fixed out of: made, make; near few: many; near red: orange, pink; near orange: red, yellow,
-brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow;
-near white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white,
-black; near grey: white, black; near yellow: orange; near blue: purple; paths: through the air,
-down, up, through, along, across, past, into, out of, towards, toward, around, over, off, onto, to,
-away from, from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man,
-guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl,
-female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf,
-ground, smoke, fire; never in: wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge,
-sidewalk, motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard,
-table, desk, farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad
-track, dresser, nightstand, zoo; never at: shelf, dresser, nightstand, bookshelf, bookcase,
-wardrobe, drawer, cabinet, cupboard; never on: mirror, tree, forest, desert, garden, valley, swamp,
-castle, church, village, city, office, hallway, kitchen, bathroom, bedroom, restaurant, store,
-bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+almost: wide, cross, half, partially, partly, almost, nearly; ways: through, down, along, across,
+past, towards, toward; boarded: surf, surfing, surfs, surfer, ski, skiing, skate, skateboarding,
+skating, snowboarding, snowboard, skateboarder; either: boat, canoe, raft, ship, sink, tub, bathtub,
+bed, grass, chair, couch, sofa, street, plate, corner; set phrases: at bat, to bat, to plate, around
+corner, at corner, on corner, in corner; built in: window, door, wall, floor, roof, doorway;
+counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one,
+single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
+often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw,
+wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that,
+who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
+carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
+particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
+baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
+top of, outside, inside, ., together, between, around; fixed on: surf, lean, talk, work, speak,
+chat, display, put; fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed,
+covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell,
+laugh, wave, swing, throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off
+of: sit, stand, lie, lay, hang; fixed on the ground: sit, stand, lie, lay, sleep, kneel, crouch;
+fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed up:
+close, lined, dressed, set; fixed over: all, look; fixed with: fill, cover, top, decorate, mix,
+prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make;
+near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple;
+near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black:
+gray, grey, silver; near gray: white, black; near silver: white, black; near grey: white, black;
+near yellow: orange; near blue: purple; paths: through the air, down, up, through, along, across,
+past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry,
+push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman,
+dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid,
+child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: wall,
+fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle,
+bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river,
+plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at:
+shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
+mirror, tree, forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway,
+kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market,
+lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1606,7 +1606,7 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
             found += [_put(i, i, act) for act in _implied(sentence, i)]
         elif verb.tag == "A" and verb.word in ACT_VALUES:
             found += [_put(i, i, new) for new in _values(sentence, i)]
-        elif verb.tag in "GZB":
+        elif verb.tag in "GZB" and not _noun_like(sentence, i):
             found += _paired(sentence, i)
             last, acts = _acts(sentence, i)
             groups = PARTNERS.get(verb.lemma, set())
@@ -1619,6 +1619,13 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     return found
 
 
+def _noun_like(sentence: Sentence, i: int) -> bool:
+    """Whether verb i is rather a part of a noun: skate boarding, it's head."""
+    before = sentence.tokens[i - 1].word if i else ""
+    following = sentence.tokens[i + 1].tag if i + 1 < len(sentence.tokens) else ""
+    return following == "G" or (sentence.tokens[i].tag == "B" and before in ("it's", "that's"))
+
+
 def _paired(sentence: Sentence, i: int) -> list[Candidate]:
     """Acts in the place of verb i and the relation after it: next to a horse, riding it."""
     verb, tokens, found = sentence.tokens[i], sentence.tokens, []
@@ -1629,10 +1636,10 @@ def _paired(sentence: Sentence, i: int) -> list[Candidate]:
         ):
             continue
         kind, noun = _kind(sentence, phrase), tokens[phrase.head].lemma
-        path = _word(sentence, phrase.stop) in SETS["paths"]
+        path = _word(sentence, phrase.stop) in SETS["paths"] | {"at", "for"}
         for who, kinds, acts in PAIRED_ACTS.get((verb.lemma, relation), ()):
             fits = noun in kinds or _matches(kind, kinds)
-            if fits and not (path and acts[0] != "ride") and _does(sentence, i, who):
+            if fits and not path and _does(sentence, i, who):
                 found += [
                     _put_act(i, last, _inflect(act, "G" if verb.tag == "E" else verb.tag))
                     for act in acts
@@ -1656,6 +1663,8 @@ def _implied(sentence: Sentence, i: int) -> list[str]:
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
         return []
     kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
+    if kind == "device.hand":
+        return []  # on a phone
     if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
         return []
     done = () if _held(sentence, after) else _done(sentence, i, after, kind)
@@ -1693,7 +1702,7 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return last, [] if following in ("to", "like") else _placed(sentence, i, last, free)
     kind = _kind(sentence, phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
-    if kind == "body" and verb.lemma not in ("brush", "wash", "scratch"):
+    if kind == "body":
         return last, ()  # making faces
     if _held(sentence, phrase):
         return last, ()
@@ -1719,6 +1728,10 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
         acts = ["watch", "film"]
     if tokens[phrase.head].lemma in SETS["weather"]:
         acts = ["watch", "photograph"]
+    if sentence.tokens[i].lemma in ("put", "place", "mix", "work"):
+        return ()
+    if after and after[0].word == "to":
+        return ()
     if after and after[0].word in SETS["paths"]:
         return [act for act in acts if act in SETS["along"]]
     return acts
@@ -1728,9 +1741,13 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
     """Those of free acts that can be done where verb i is done."""
     verb, relation = sentence.tokens[i], _word(sentence, last + 1)
     ground = _kind(sentence, sentence.starts.get(last + 2))
-    airy = any(t.word in SETS["airy"] for t in sentence.tokens[i : i + 7])
-    if airy:
-        acts = [act for act in acts if act != "park"]
+    after = {t.word for t in sentence.tokens[i : i + 12]}
+    if after & SETS["airy"] or verb.lemma in ("ride", "drive", "go", "get"):
+        return []
+    if relation not in SETS["after acts"] | SETS["paths"] | {"and", "as"}:
+        return []  # up high, digging in to
+    if after & SETS["ways"]:
+        acts = [act for act in acts if act in MOVES]
     if SETS["seated"] & {t.word for t in sentence.tokens}:
         acts = [act for act in acts if act in POSTURES]  # a laptop on her lap
     if _on_gear(sentence):
@@ -1738,8 +1755,9 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
     if relation in SETS["leading"]:
         return []  # posing for, running after
     if relation in SETS["paths"]:
-        return [] if airy else [act for act in acts if act in MOVES and act not in ("fly", "slide")]
-    if relation in ("at", "from") or verb.word in ("go", "get"):
+        led = last + 2 in sentence.starts  # down a street, not up and down
+        return [act for act in acts if led and act in MOVES and act not in ("fly", "slide")]
+    if relation in ("at", "from"):
         return [act for act in acts if act in ("sit", "stand", "sleep") and relation == "at"]
     if relation in ("on", "on top of", "in", "inside") and _matches(
         ground, ("furniture", "vehicle", "animal", "gear", "container", "fixture", "body")
