@@ -43,7 +43,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import exp, log
 from multiprocessing import Pool
 from pathlib import Path
@@ -131,9 +131,9 @@ furniture.seat: couch/sofa/~loveseat, chair/armchair/recliner/~seat/~rocking cha
 furniture.top: table/~table top/~dining table/~coffee table/~dining room table/~kitchen
   table/~tabletop/desk, counter/countertop/~kitchen counter/~counter top, shelf, dresser,
   nightstand; bookshelf/bookcase, cabinet/cupboard, wardrobe, drawer
-furniture.top: surface, rack > shelf, stool
+furniture.top: rack > shelf, stool
 furniture.bed: bed, crib, hammock, couch; mattress, bunk bed > couch, hammock
-container.plate: plate/dish/platter, bowl, tray, napkin, paper plate, cutting board/~chopping board
+container.plate: plate/dish/platter/tray, bowl, napkin, paper plate, cutting board/~chopping board
 container.cup: cup/mug, ~coffee cup, glass/~wine glass, bottle/~wine bottle/~water bottle, vase,
   pitcher, jar, pot
 container.pan: pan/~frying pan/skillet, wok, pot
@@ -167,7 +167,7 @@ drink.mass*: wine/~red wine/~white wine, beer, coffee, tea, milk, juice/~orange 
   ~soda; beverage, drink, alcohol, liquor > sandwich, cookie
 clothing.top: shirt/~t-shirt/~tee shirt/~t shirt/~jersey, jacket/coat/~hoodie, sweater, dress,
   vest, robe/bathrobe, ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
-  outfit, costume, gear, clothing, clothes > towel, blanket
+  outfit, costume > kimono, robe, wetsuit
 clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajamas, overalls
 clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie, helmet, crown, wig, scarf, turban,
   headband
@@ -176,8 +176,8 @@ clothing.foot: shoe/sneaker, boot, sandal/~flip flop, sock, slipper
 clothing.neck: tie/necktie/~neck tie/~bow tie/~bowtie, scarf, necklace, badge
 clothing.hand: purse/handbag/~bag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase,
   umbrella, guitar; mask, watch, collar, ribbon, leash > scarf, bell
-home.soft: pillow/cushion, blanket/quilt/comforter/~bedspread, towel, curtain/~drape,
-  rug/carpet/~mat, tablecloth, sheet
+home.soft: pillow/cushion, blanket/quilt/comforter/sheet/~bedspread, towel, curtain/~drape,
+  rug/carpet/~mat, tablecloth
 home.wall: door/doorway > window, gate, curtain; mirror, painting/~artwork, window, clock, poster,
   fireplace, bookcase; photograph, picture frame, vent, outlet, blind > mirror, clock; wall >
   fence, window, door
@@ -198,23 +198,24 @@ structure.street: traffic light/~stop light/~stoplight/~traffic signal/~street l
   mailbox, telephone booth, fountain, billboard, bench, flagpole; cone, curb, sculpture > mailbox,
   fountain; street lamp, telephone pole, lamp post > flagpole, fountain
 structure.dock: pier/dock, bridge, lighthouse
-place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, sidewalk/~walkway/~pavement,
+place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, ~sidewalk/~walkway/~pavement,
   path/~trail/~pathway, driveway, railroad track/~track/~train track/~railway/~railroad, river;
   corner, street corner, intersection, crosswalk, crossing > bridge, beach, rooftop; parking
   lot/~lot, runway/~tarmac, bridge, rooftop
-place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland,
-  forest/~woods/~jungle, desert, garden, park/~yard/~lawn, swamp, parking lot; hill/hillside/~ski
-  slope/~slope, mountain/~mountain side/~mountainside, valley, beach, cliff
+place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland/~lawn/~yard/~park,
+  forest/~woods/~jungle, desert, garden, swamp, parking lot; park > beach, desert, parking lot,
+  forest; hill/hillside/~ski
+  slope/~slope/mountain/~mountain side/~mountainside, valley, beach, cliff
 place.court: tennis court/~court, baseball field/~baseball diamond, golf course, soccer field,
   basketball court; skate park/~skateboard park/~ramp/~skateboard ramp, swimming pool/pool,
   stadium/~arena
-place.cage: area > forest, desert; habitat, exhibit, resort, platform, backyard, alley, apartment,
+place.cage: habitat, exhibit, resort, platform, backyard, alley, apartment,
   bay, shoreline, plain > desert, river; enclosure, pen, area > river, swimming pool
-place.land*: grass, snow, sand, mud, dirt, gravel, concrete, ice; ground, hay > ice, sand
+place.land*: grass, snow, sand/dirt, mud,gravel, concrete, ice; ground, hay > ice, sand
 place.water: lake/pond, river/~stream, swimming pool/pool, puddle, fountain; ocean/sea, desert,
-  forest; wave > hill, wall
+  forest
 place.water*: water, surf > sand, snow, mud; rain > snow, fog
-sky.any: sky, air > water; cloud, rainbow, star > mountain, balloon
+sky.any: cloud, rainbow, star > mountain, balloon
 place.room: kitchen, bathroom/restroom/washroom/~rest room/~bath room, bedroom/~bed room, living
   room/~family room, dining room, office/~cubicle, garage, classroom, hallway, hotel room, waiting
   room, ~room, conference room
@@ -235,7 +236,8 @@ OTHER_THINGS = """
 part: side top bottom back front edge end middle center part distance background foreground left
 right rest half base tip point section; body: head hand arm leg foot mouth face hair neck ear eye
 tail nose tusk horn tongue tooth finger lap paw beard chest shoulder knee body; feat: trick jump
-stunt flip swing turn pitch break; idea: way time day night afternoon morning evening sunset winter
+stunt flip swing turn pitch break; idea: sky air
+way time day night afternoon morning evening sunset winter
 summer wedding party event walk flight show parade race contest competition motion action style
 position something thing stuff item object everything anything nothing fun conversation smile
 reflection shade shadow shape colour color name number word letter pattern life world display look
@@ -251,7 +253,10 @@ HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "conta
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
+HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container")
+COUNTED = ("animal", "vehicle", "gear", "device.desk", "food.meal", "food.sweet", "home.toy")
 MOVERS = ("person", "animal", "vehicle")
+HOUSES = ("place.room", "place.shop", "structure.house")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
 SEXES |= dict.fromkeys(("she", "her", "hers", "herself"), "F")
@@ -264,38 +269,40 @@ VALUES = """
 age@person animal: elderly old ~aging older ~aged | young younger
 open@home device container structure.house structure.fence fixture furniture clothing tool food
   vehicle: open ~opened | closed shut
+stood@person animal: standing | sitting lying
+tame@animal: domestic ~tame | wild
+use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
 any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise teal | green |
-  yellow ~golden gold | orange | purple ~violet ~lavender | pink | black ~dark-colored | white
-  beige ~cream ~ivory | brown tan | gray grey silver; colorful multicolored multi-colored colored
-  ~vibrant | ~colorless black-and-white plain ; large big huge giant enormous ~gigantic massive
-  ~oversized ~jumbo | small little tiny miniature ~mini; tall ~towering | short; long ~lengthy |
-  short; wide ~broad | narrow ~skinny thin; wooden wood | metal steel ~metallic ~iron ~aluminum |
-  plastic | glass | stone concrete ~cement | brick | leather; grassy ~grass-covered lush | sandy |
-  snowy snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy |
-  cloudy overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted
-  polka-dot | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen;
-  wet ~soaked ~damp | dry; bright ~brightly-lit ~well-lit ~sunlit | dark dim ~dimly-lit ~darkened;
-  clean tidy ~neat | dirty messy ~filthy cluttered ~grimy; empty vacant ~bare | full crowded
-  ~packed ~filled; busy bustling crowded | quiet empty deserted ; sliced cut ~chopped | whole
-  uncut; round circular | square rectangular; heavy thick | thin; happy smiling ~cheerful ~joyful
-  ~laughing | sad angry crying ~frowning; shirtless | fully-clothed; fresh ripe | rotten moldy;
-  parked ~stationary stopped | moving speeding; left | right; male | female; curly ~wavy |
-  straight; fluffy furry shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat;
-  cooked baked grilled roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country |
-  urban; fancy ornate elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty
-  ~rusted | shiny ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly
-  ~hideous; calm | rough choppy; soft | hard; illuminated ~lit | unlit; domestic ~tame | wild; low
-  | high; professional | amateur; different various assorted | identical matching; asian chinese
-  japanese | american | italian mexican | french; commercial | military; public | private; front |
-  back rear; top | bottom; healthy | unhealthy sickly; delicious tasty yummy | disgusting burnt;
-  blurry blurred | sharp; adult | baby; bald | bearded long-haired; blonde blond | brunette
-  dark-haired redheaded; electric | manual; homemade | store-bought; funny silly | serious;
-  sleeping ~resting ~sleepy | running jumping playing ; grazing | running sleeping; passenger
-  commuter subway | freight cargo; residential | industrial; christmas | halloween easter; alive |
-  dead ; stuffed | real live ; real | fake toy ; wild | tame domestic; larger bigger | smaller;
-  taller | shorter; leafy | leafless; wooded forested | barren sandy; partial | full; stacked |
-  scattered ; standing | sitting lying; seated | standing
+  yellow ~golden gold | orange | purple ~violet ~lavender | pink | black ~dark-colored | white beige
+  ~cream ~ivory | brown tan | gray grey silver; colorful multicolored multi-colored colored ~vibrant
+  | ~colorless black-and-white plain ; large big huge giant enormous ~gigantic massive ~oversized
+  ~jumbo | small little tiny miniature ~mini; tall ~towering | short; long ~lengthy | short; wide
+  ~broad | narrow ~skinny thin; wooden wood | metal steel ~metallic ~iron ~aluminum | plastic |
+  glass | stone concrete ~cement | brick | leather; grassy ~grass-covered ~lush | sandy | snowy
+  snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy | cloudy
+  overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted polka-dot
+  | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen; wet
+  ~soaked ~damp | dry; bright ~brightly-lit ~well-lit ~sunlit | dark dim ~dimly-lit ~darkened; clean
+  tidy ~neat | dirty messy ~filthy cluttered ~grimy; empty vacant ~bare | full crowded ~packed
+  ~filled; busy bustling crowded | quiet empty deserted ; sliced cut ~chopped | whole uncut; round
+  circular | square rectangular; heavy thick | thin; happy smiling ~cheerful ~joyful ~laughing | sad
+  angry crying ~frowning; shirtless | fully-clothed; fresh ripe | rotten moldy; parked ~stationary
+  stopped | moving speeding; left | right; male | female; curly ~wavy | straight; fluffy furry
+  shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat; cooked baked grilled
+  roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country | urban; fancy ornate
+  elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty ~rusted | shiny
+  ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly ~hideous; calm |
+  rough choppy; soft | hard; illuminated ~lit | unlit; low | high; professional | amateur; different
+  various assorted | identical matching; asian chinese japanese | american | italian mexican |
+  french; commercial | military; public | private; front | back rear; top | bottom; healthy |
+  unhealthy ~sickly; delicious tasty yummy | disgusting burnt; blurry blurred | sharp; adult | baby;
+  bald | bearded long-haired; blonde blond | brunette dark-haired redheaded; electric | manual;
+  homemade | store-bought; funny silly | serious; sleeping ~resting ~sleepy | running jumping
+  playing ; grazing | running sleeping; residential | industrial; christmas | halloween easter;
+  alive | dead ; stuffed | real live ; real | fake toy ; larger bigger | smaller; taller | shorter;
+  leafy | leafless; wooded forested | barren sandy; partial | full; stacked | scattered ; standing |
+  sitting lying; seated | standing
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -313,7 +320,7 @@ MOVING = (
 )
 ROLLING = "drive travel move go come head cruise roll"
 ACTS = f"""
-{POSTURE} {MOVING} {ROLLING} dance ride slide sled fly float swim sail soar glide hover burn
+{POSTURE} {MOVING} {ROLLING} dance ride slide sled fly float swim sail soar glide hover smell burn
 explode fall spin crash graze eat feed drink play fight sing cry look stare gaze watch point yell
 laugh wave growl bark bow talk speak chat step draw work smile frown reach search hang balance
 swing hold carry use throw toss catch kick hit wear read cut slice chop cook prepare make serve
@@ -327,25 +334,25 @@ squat pitch travel stick overlook crouch hike dangle grow celebrate land park su
 display bat pitch stretch enter exit rise sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
-animal: ride feed wash pet chase hug carry brush milk photograph hold walk lead kiss watch herd;
-person: hug chase push carry kiss photograph lift follow hold feed watch; vehicle: drive ride push
-wash repair paint board load pull watch pass; gear.board: ride hold carry throw kick wash repair
-paint break use; gear.ski: wear hold carry wash break; gear.ball: hold throw carry kick catch wash
-hit chase fly serve watch; gear.bat: swing hold carry throw wash break; gear: hold wear carry throw
-wash repair paint break; food: eat cut hold throw wash cook drop prepare serve make buy; drink:
-drink pour spill throw serve hold; clothing: wear hold wash fold iron sew tear; device: hold use
-repair throw wash paint watch carry; fixture: clean paint repair break use; furniture: carry paint
-clean push repair break; container: hold wash carry break throw paint fill; tool: hold carry throw
-wash drop break use; home.read: read hold tear burn throw fold carry; home.toy: hold hug carry wash
-throw kick; home: carry wash throw paint hold; feat: perform do watch film; structure: watch paint
-climb photograph clean pass; place.road: cross clean paint sweep photograph; place: watch
-photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint carry
-photograph hold climb; picture: paint draw hold take; body: paint wash scratch brush; any: hold
-wash paint throw drop carry"""
-# "who is no person: what they can do to a thing"
+animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet chase
+hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift follow hold
+feed watch; vehicle: drive ride push wash repair paint board load pull watch pass; gear.board: ride
+hold carry throw kick wash repair paint use; gear.ski: wear hold carry ; gear.ball: hold throw carry
+kick catch hit chase watch; gear.bat: swing hold carry throw; gear: hold wear carry throw repair
+paint; food: eat cut hold throw cook drop prepare serve make buy; drink: drink pour spill throw
+serve hold; clothing: wear hold wash fold; device: hold use repair throw paint watch carry; fixture:
+clean paint repair use; furniture: carry paint clean push repair; container: hold wash carry throw
+paint fill; tool: hold carry throw drop use; home.read: read hold tear burn throw fold carry;
+home.toy: hold hug carry throw kick; home: carry throw paint hold; feat: perform do watch film;
+structure: watch paint climb photograph clean pass; place.road: cross clean paint sweep photograph;
+place: watch photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut
+paint carry photograph hold climb; picture: paint draw hold take; food.sauce: pour spill taste;
+any: paint carry"""
+# "who is no person, kinds of thing: what they can do to it"
 DOES = """
-animal: chase kick eat carry break push lick sniff drop hold catch; vehicle: push pull follow
-carry hit"""
+animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
+lick sniff smell; animal gear.ball home.toy clothing device container tool gear.board: carry drop
+lick sniff chase kick push; vehicle vehicle: push pull follow hit pass tow"""
 # Acts of one group can go together, so that one never replaces another.
 TOGETHER = """
 hold carry lift take use eat drink read show swing fly cut catch grab pick have get display; hold
@@ -372,116 +379,153 @@ wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
 # act with ~ is never chosen.
 FREE = """
 person: sit ~relax ~lounge ~rest ~perch | stand ~wait ~pose lean ~balance | lie lay sleep ~nap |
-walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap ~hop
-~flip | kneel crouch squat ~bend | dance | crawl | swim ~wade | ski ~glide ~slide | snowboard |
-skateboard skate | surf | ride ~drive ~cruise ~roll | climb | fly ~soar ~float | fall | play | eat
-~dine | talk ~speak ~chat; animal: sit ~rest ~perch ~relax ~lounge | stand ~wait ~pose ~lean | lie
-lay sleep ~nap | walk ~stroll ~roam ~wander ~go ~move ~travel ~come ~head ~march | run ~race | jump
-~leap ~hop | swim ~wade float | fly ~soar ~hover ~glide | eat ~feed graze drink | fight | play |
-crawl | climb; vehicle: park sit ~stand ~stop ~rest ~wait ~lean ~lie ~lay| drive travel move ~go
-~come ~roll ~cruise ~head ~run ~race | fly ~soar ~glide ~hover | float ~sail | crash | burn; thing:
-sit ~rest ~stand lie lay ~lean ~perch ~pose ~wait | hang ~dangle | float ~sail | fall ~drop | fly
-~soar ~hover | burn | ~grow"""
+walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap
+~hop ~flip | kneel crouch squat ~bend | dance | crawl | ~swim ~wade | ~ski ~glide ~slide |
+~snowboard | ~skateboard ~skate | ~surf | ~ride ~drive ~cruise ~roll | ~climb | ~fly ~soar
+~float | ~fall | ~play | eat ~dine | ~talk ~speak ~chat | ~work; animal: sit ~rest ~perch ~relax
+~lounge ~lie ~lay ~sleep ~nap | stand ~wait ~pose ~lean | walk ~stroll ~roam ~wander ~go ~move
+~travel ~come ~head ~march | run ~race | jump ~leap ~hop | ~swim ~wade ~float | ~fly ~soar
+~hover ~glide | eat ~feed ~graze ~drink | ~fight | ~play | ~crawl | ~climb; vehicle: park sit
+~stand ~stop ~rest ~wait ~lean ~lie ~lay | drive ~travel move ~go ~come ~roll ~cruise ~head ~run
+~race | ~fly ~soar ~glide ~hover | ~float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie
+~lay ~wait"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
 WITH_PREPOSITION = """
-look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile for
-> cry yell; pull drive into > crash; chew on > sit step; hold onto > jump climb fall; pose for >
-search dance cry; wait for > search reach; reach for > yell wave dance; search look for > wait cry;
-talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk speak
-chat with > dance wrestle sing; swing at > point wave yell; look stare gaze out > climb jump fall;
-look stare gaze peek into > fall climb jump; look stare gaze over > jump climb; play with > sleep
-wrestle sit; jump leap over > crawl fly walk; ride on > stand sleep kneel dance; ride in > sleep
-dance kneel"""
+look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile
+for > cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; wait for >
+search; search look for > wait; talk speak chat text type on > step sit stand draw; talk speak
+chat to > wave point bow; talk speak chat with > dance wrestle sing;
+look stare gaze out > climb jump fall; look stare gaze peek into > fall climb jump; look stare
+gaze over > jump climb; play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on
+> stand sleep kneel dance; ride in > sleep dance kneel"""
+# "who: acts, relations or -, kinds of thing after them > acts in the place of both"
+PAIRS = """
+person: stand sit lean wait pose walk, next_to near beside by in_front_of behind, bicycle bike
+motorcycle scooter horse elephant camel skateboard surfboard snowboard > ride; person: stand sit
+lean wait pose walk, next_to near beside by in_front_of behind, car truck bus van tractor > drive;
+person: ride, -, bicycle bike motorcycle scooter horse elephant camel skateboard surfboard snowboard
+> stand_next_to look_at; person: drive, -, car truck bus van tractor > stand_next_to look_at;
+person: eat feed push pull wash cut kick throw cook, -, food animal vehicle gear > look_at; person:
+hold carry eat wear use read drink cut throw swing, -, food tool container device home gear clothing
+animal.pet > reach_for point_at; home.wall home.light clothing gear tool structure: hang, on,
+home.wall structure > lean_against fall_off; food container device tool home gear clothing: sit lie
+lay rest, on on_top_of, furniture container device > fall_off; vehicle: parked sit stopped stand, on
+along, road street highway > drive_down travel_down; vehicle: drive travel move go come ride head,
+down along up through, place.road > park_beside; vehicle.air: parked sit stopped, on, place.road
+place.land > fly_over; animal.bird: sit stand perch walk, on on_top_of, place structure furniture >
+fly_over"""
 PARTICIPLES = """
-parked: driving, moving, traveling; stopped: driving, moving, burning; docked: sinking, burning,
-floating; seated: standing, kneeling, sleeping, walking; gathered, crowded, huddled: dancing,
-fighting; smiling: crying, frowning; sleeping, curled: running, jumping; crying: smiling; perched:
-sleeping, running; placed, stacked, arranged, displayed, served, mounted, posted, piled: burning,
-spinning; shown, seen, pictured: hidden; kept: chased, hunted, fed; hung, wrapped, laid, spread,
-attached, written, suspended: burned, torn, thrown; loaded, stocked: unloaded, emptied; tied:
-thrown, dragged; located, anchored, chained, propped, planted, stored: burning, spinning; prepared:
-thrown, burned; held, carried: thrown, dropped; pulled: pushed, chased; topped with, covered with,
-covered in, loaded with, filled with: emptied of, cleared of; decorated with, lined with: stripped
-of, cleared of"""
+parked, stopped: driving, moving, traveling; seated: standing, kneeling, sleeping, walking;
+gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping, curled: running,
+jumping; crying: smiling; perched: sleeping, running; held, carried: thrown, dropped; pulled:
+pushed, chased; topped with: surrounded by; stacked, piled, lined up: scattered; scattered:
+stacked, lined up"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
-RELATIONS = """
-on: furniture = under, near, next to, behind, beside, in front of, by, underneath | vehicle
-gear.board animal = next to, behind, under, near, beside, in front of, by | container fixture
-home.soft home.read food tool device clothing home.toy nature structure = under, behind, near, next
-to, beside, in front of, by, inside | home.wall home.light = near, behind, above, under, next to |
-place sky = near, next to, behind, beside, by, above, under, far from | it = under, next to, near,
-behind, beside | person = behind, near, next to, in front of | ? = near, behind, next to, under;
-in: it = next to, behind, near, on top of, outside | sport.event = before, after | place.room
-place.shop place.venue structure.house = outside, near, behind, next to, in front of, by | place
-sky = near, by, next to, behind, beside, outside, above, far from | container fixture furniture
-vehicle device structure nature home gear food tool = on, under, behind, near, next to, on top of,
-beside, in front of, by, outside | clothing = without, behind, near | ? = near, behind, next to,
-outside; on top of: under, next to, behind, beside, in front of, near, below, inside; underneath,
-under, beneath: on top of, on, next to, beside, behind, in front of, above, over, near; over, atop:
-under, next to, behind, beside, below; above: below, under, behind, next to; below: above, over,
-behind, on; inside: place.room place.shop place.venue structure.house = outside, behind, near, next
-to | = outside, under, on top of, behind, next to, near, on, in front of; outside: in, inside,
-behind; in front of: place.room place.shop place.venue structure.house = behind, in, inside |
-vehicle animal = behind, on, in, under, inside, on top of | place = behind, on, in, above | =
-behind, on, under, on top of; behind: place.room place.shop place.venue structure.house = in front
-of, in, inside | = in front of, on, under, in, on top of; next to, beside: place.room place.shop
-place.venue structure.house = in, inside, behind, in front of | animal person = behind, in front
-of, on, under, on top of | vehicle furniture = on, in, behind, in front of, under, on top of,
-inside | place.water place.ground place.court = in, on | place = on, behind, in | container fixture
-food home tool device structure nature gear clothing = on, under, behind, in front of, on top of,
-in, inside | it = on, under, behind, in front of | = far from; near, close to, by: place.room
-place.shop place.venue structure.house = in, inside | vehicle animal furniture = on, in, under, on
-top of, inside | place = on, in, far from | container fixture food home tool device structure
-nature gear clothing = on, under, on top of, in, inside | = far from; of: food drink = next to,
-near, without; at: furniture.top = under, on, behind, far from | place.ground place.water = above,
-far from | place structure fixture = near, outside, behind, in front of, on, far from | sport.event
-= before, after | person animal vehicle ? = away from; around: furniture vehicle animal structure
-nature container = on, under, in, inside | = far from; surrounded by: far from; between: behind, in
-front of, under, on top of, on; along: place = far from, across, in, under; through: place =
-around, past, near, over, along; down, up: place.road = across, by, along, beside | place.ground =
-up, down, behind, near, past; on top: underneath; from: container furniture home.light structure
-nature person animal ? = behind, near, under, next to; across: place.road = along, down, up, beside
-| place = around, near, behind, above; into: place vehicle structure container fixture ? = out of,
-past, around, near; out of: place vehicle structure fixture container = into, past, near; towards,
-toward, up to, to: person animal vehicle place.room place.shop place.venue structure nature
-place.ground container fixture ? = away from, past, behind; against: away from, under, behind, on,
-above; away from: towards, near; past: towards, through, into, on; onto: vehicle furniture
-structure container fixture place ? = off of, under, behind; off, off of: furniture vehicle
-structure gear.board place ? = onto, under, behind, on; with: container = next to, under, behind,
-near, beside, on, without | animal vehicle person = behind, in front of, near, on, under, without |
-furniture fixture = without, under, near, behind, on, next to | food tool gear device home nature
-structure = without, next to, near, beside, under, behind | clothing = without, under, behind | =
-without; without: with; to the left of: to the right of; to the right of: to the left of; on the
-side of, on the edge of: in the middle of, under, far from; in the middle of: on the edge of, near,
-next to; during: sport.event = before, after; in the distance, in the background: in the
-foreground; at night: at noon; at the top of, on the top of: at the bottom of, near; at the bottom
-of: at the top of; on the back of, in the back of: in front of, next to, under, near; in the
-foreground: in the background; full of, filled with: next to, behind, empty of; topped with:
-without, next to, under; covered with, covered in, decorated with, lined with, loaded with: free
-of, next to, behind; has: lacks; have: lack; containing: lacking; inside of: outside of; outside
-of: inside of; outdoors: indoors; indoors: outdoors; in the sky, in the air: on the ground; through
-the air: along the ground; on the ground: in the air, in the sky; on the floor: on the ceiling, on
-the wall; on the wall: on the ceiling, on the floor; on display: in storage; attached to: detached
-from, behind, near; side by side: far apart; together: apart, alone; among, amongst: far from,
-behind; within: outside, near"""
-SWAP_KINDS = (
-    *MOVERS,
-    "gear",
-    "device",
-    "furniture",
-    "container",
-    "tool",
-    "food",
-    "drink",
-    "clothing",
-    "home",
-    "structure",
-    "fixture",
-    "nature",
-    "place",
-)
+SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
+INDOORS = "place.room place.shop place.venue structure.house"
+RELATIONS = f"""
+on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
+under, next to, behind, beside, in front of, by | food tool home gear = next to, behind, beside |
+place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
+beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in:
+sport.event = after | place.room = outside | {INDOORS} = outside, in front of, behind | place.water
+= next to, beside | place.ground place.cage place.court = next to, outside, beside, far from |
+place.city = outside, far from | place.road = next to, beside | place.land = next to, far from,
+beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} =
+next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
+under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
+to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
+place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under, next
+to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} =
+outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on,
+under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in,
+inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water
+place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in,
+inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of; next to, beside:
+{INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
+place.water place.ground place.court place.road place.land = in, on, far from | person it ? = far
+from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of,
+inside, far from | place.water place.ground place.court place.road place.land = in, on, far from |
+person it ? = far from; of: food = next to, without; at: furniture.top = under, on, far from, on top
+of | {INDOORS} = far from, outside | place structure fixture ? = far from | sport.event = before,
+after; around: {SOLID} = far from, on, under | place ? = far from; surrounded by: = far from;
+between: = behind, in front of; along: place.road place.water = far from, across | place.ground =
+far from; through: place.ground place.cage place.city structure = past | place.water = past, along;
+down, up: place.road = across, beside | place.ground structure = up, down; across: place.road =
+along, down, beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind,
+near, next to, beside; into: place vehicle structure container fixture ? = out of, past, away from;
+out of: place vehicle structure fixture container = into, past, away from; towards, toward: person
+{SOLID} place ? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} =
+away from, behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place
+= off of; off, off of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle
+animal person = without, on, in, under, behind, in front of | device furniture = without, on, under,
+behind | = without; without: = with; to the left of: = to the right of; to the right of: = to the
+left of; on the side of, on the edge of: = in the middle of, far from; in the middle of: = on the
+edge of, far from; during: sport.event = before; in the distance, in the background: = in the
+foreground; at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of:
+= at the top of; on the back of, in the back of: = in front of, next to, under, near; in the
+foreground: = in the background; full of, filled with: = next to, without, beside; topped with: =
+without, next to, beside; covered with, covered in, decorated with, lined with, loaded with: =
+without, beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next to;
+outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
+ground; on the ground: = in the air; on the wall: = on the floor; attached to: = detached from,
+behind, near; side by side: = far apart; together: = apart; among, amongst: = far from, behind;
+within: = outside; on top: = underneath"""
+# "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
+GROUNDED = """
+on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
+bicycle bike motorcycle scooter tractor boat truck suitcase box rug blanket towel pillow rock log
+roof balcony porch deck bridge rooftop dock pier staircase runway place.road beach hill grass sand
+snow | animal.pet animal.bird = furniture gear.board car truck boat motorcycle bicycle suitcase box
+plate tray rug blanket towel pillow book newspaper laptop keyboard printer television rock log roof
+fence balcony porch deck bridge rooftop dock pier windowsill place.road beach hill grass sand snow
+refrigerator toilet sink | animal = rock hill place.road bridge beach grass sand snow truck boat
+blanket rug | vehicle = place.road bridge runway beach grass sand snow hill dock truck boat |
+structure fixture = place.road grass hill beach bridge sand | food container tool gear device home
+clothing = furniture plate tray napkin cutting_board towel rug blanket pillow book newspaper box
+suitcase refrigerator oven microwave stool laptop keyboard car motorcycle bicycle boat rock log roof
+porch dock bench grass sand beach sidewalk street toilet sink windowsill | furniture = rug grass
+sidewalk street beach porch balcony deck roof dock boat truck | nature.flower = furniture plate book
+windowsill; in: person = place.room place.shop structure.house car truck bus van taxi train boat
+lake river swimming_pool fountain ocean field forest park garden airport train_station school bed
+bathtub hammock tree box snow | animal.pet = place.room place.shop structure.house container.box
+container.bin car truck bus van boat lake river swimming_pool ocean field forest park garden bed
+sink bathtub toilet drawer tree suitcase refrigerator bowl | animal = river lake field forest truck
+boat cage garden barn structure.house | vehicle = river lake field forest garage barn water snow |
+food tool container device home gear clothing = container.box container.bin container.cup bowl pan
+refrigerator oven microwave sink bathtub bed car truck boat drawer cabinet suitcase tree
+swimming_pool river lake toilet ; under: person animal = nature.tree umbrella bridge tent table desk
+bench roof truck bus car structure.street kite airplane balcony blanket bed clock | vehicle =
+nature.tree bridge roof structure.street airplane balcony | food tool container device home gear
+clothing = furniture.top furniture.seat furniture.bed tree umbrella bridge car truck blanket towel
+pillow book laptop plate box | structure furniture fixture = nature.tree bridge roof balcony
+umbrella tent clock window shelf mirror"""
+# What of any kind they can be behind, far from, outside.
+AROUND = {
+    "far from": "person animal vehicle structure place nature.tree furniture fixture food "
+    "container device home gear ?",
+    "outside": "place.room place.shop place.venue structure.house vehicle place.court place.cage",
+    "in front of": "person animal vehicle structure furniture fixture device container nature "
+    "home.toy home.soft home.light home.read "
+    "place.room place.shop place.venue clock ?",
+}
+AROUND["behind"] = AROUND["in front of"]
+# Who can do an act to whom, and who can be where the other was: kinds whose things change places.
+SWAPPED_ACTS = {
+    ("person", "animal"): "chase follow watch approach lead push pull lick kiss look stare gaze "
+    "feed",
+    ("vehicle",): "follow pull tow push pass hit approach",
+}
+SWAPPED_PLACES = {
+    ("person", "animal"): "behind in_front_of on under",
+    ("vehicle",): "behind in_front_of",
+    ("food",): "on under behind in_front_of on_top_of over",
+    ("container", "device", "tool", "home", "gear"): "on under behind in_front_of "
+    "on_top_of in above below over inside",
+    ("structure",): "behind in_front_of",
+}
 AGREEMENT = {"is": "are", "are": "is", "was": "were", "were": "was", "has": "have", "have": "has"}
 
 # Words by tag, see Token; and words with a quirk.
@@ -503,35 +547,51 @@ doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin
 step, squat, drop, flip, chop, skip, slip, snap, trim, wrap, sip, bat; lonely: outside, inside,
 together, outdoors, indoors, side by side, on top, on display, in the sky, in the air, through the
 air, on the ground, on the floor, on the wall, in the background, in the foreground, in the
-distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home,
-leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with,
-topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: his,
-her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
-different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
-no, both, all, each, every; swapping: on, under, behind, in, at, inside, across, around, through,
-along, down, into, past, above, over, below, on top of, in front of; exchanging: on, in, under,
-behind, near, next to, in front of, at, by, inside, over, across, on top of, beside, outside,
-around; looks: look, stare, gaze, point, watch; often on: hold, carry, throw, feed, push, pull,
-lead, kick, chase, walk, pet; often near: ride, throw, feed, drive, hit, swing, cut, push, pull,
-lead, kick, chase, walk; names: red sox, big ben, little league; links: that, who, which, while;
-symmetric: play, kiss, hug, touch, face, fight, meet, share, enjoy, have, do, make, get, be, look,
-show; states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy:
-try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up,
-down, out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after
-acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of,
-outside, inside, ., together, between, around; fixed on: talk, work, speak, chat, display, put;
-fixed in: fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked,
-gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed
-over: all, look; fixed with: fill, cover, top, decorate, mix, prepare, load, make, cook, cut,
-board; fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near red:
-orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue;
-near brown: orange; near tan: white, yellow; near white: gray; near gray: white, black; near
-silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; never in:
-beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench,
-couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate,
-tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never on: forest,
-desert, garden, valley, swamp, castle, church, village, city, office, hallway, kitchen, bathroom,
-bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home, leash,
+way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with, topped
+with, covered with, covered in, decorated with, lined with, loaded with; possessive: his, her, its,
+their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens, different, lot,
+variety, more, multiple, just, assorted, many, several, some, few, various, other, no, both, all,
+each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, after, to, by, like,
+from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
+bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
+airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
+almost: wide, cross, half, partially, partly, almost, nearly; ways: through, down, along, across,
+past, towards, toward; boarded: surf, surfing, surfs, surfer, ski, skiing, skate, skateboarding,
+skating, snowboarding, snowboard, skateboarder; either: boat, canoe, raft, ship, sink, tub, bathtub,
+bed, grass, chair, couch, sofa, street, plate, corner; set phrases: at bat, to bat, to plate, around
+corner, at corner, on corner, in corner; built in: window, door, wall, floor, roof, doorway;
+counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one,
+single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
+often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw,
+wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that,
+who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
+carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
+particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
+baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
+top of, outside, inside, ., together, between, around; fixed on: surf, lean, talk, work, speak,
+chat, display, put; fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed,
+covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell,
+laugh, wave, swing, throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off
+of: sit, stand, lie, lay, hang; fixed on the ground: sit, stand, lie, lay, sleep, kneel, crouch;
+fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed up:
+close, lined, dressed, set; fixed over: all, look; fixed with: fill, cover, top, decorate, mix,
+prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make;
+near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple;
+near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black:
+gray, grey, silver; near gray: white, black; near silver: white, black; near grey: white, black;
+near yellow: orange; near blue: purple; paths: through the air, down, up, through, along, across,
+past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry,
+push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman,
+dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid,
+child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: wall,
+fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle,
+bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river,
+plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at:
+shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
+mirror, tree, forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway,
+kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market,
+lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -608,11 +668,15 @@ def edit_sentence(
         candidates = EDITORS[name](sentence, slots)
         step = 1 + len(candidates) // MAX_CANDIDATES
         candidates = candidates[draw % step :: step]
+        if slots and slots.refined:
+            candidates.append(NONE)
         logs = [0.0] * len(candidates)
         if slots and candidates:
             gains = _masked_gains(sentence, candidates, masked) if masked else None
             logs = _weigh(sentence, candidates, name, slots, gains)
         for chosen in _drawn(candidates, logs, draw):
+            if not chosen:
+                break
             edits = _written(sentence, chosen)
             text = _apply(sentence.caption, edits)
             if _plain(text) not in seen:
@@ -704,6 +768,19 @@ def _read_relations() -> dict[str, list[tuple[list[str], list[str]]]]:
     return relations
 
 
+def _read_grounds() -> dict[str, list[tuple[list[str], list[str]]]]:
+    """For each of on, in, under: rows of who can be there, and of what."""
+    grounds = {}
+    for relation, groups in _entries(GROUNDED):
+        rows = [group.split("=") for group in groups.split("|")]
+        grounds[relation] = [(_names(who), _names(what)) for who, what in rows]
+    return grounds | {"on top of": grounds["on"], "inside": grounds["in"]}
+
+
+def _names(words: str) -> list[str]:
+    return [word.replace("_", " ") for word in words.split()]
+
+
 def _read_free() -> dict[tuple[str, str], list[str]]:
     """Acts without an object that (subject, act) may become."""
     free = {}
@@ -734,7 +811,12 @@ def _plural(noun: str) -> str:
 
 @functools.cache
 def _inflect(verb: str, form: str) -> str:
-    """Form G (riding), Z (rides) or B (ride) of a verb."""
+    """Form G (riding), Z (rides) or B (ride) of a verb, and what stands after it."""
+    verb, space, rest = verb.partition(" ")
+    return _inflected(verb, form) + space + rest
+
+
+def _inflected(verb: str, form: str) -> str:
     if verb == "park":  # the vehicle itself does not
         return {"G": "parked", "Z": "is parked", "B": "are parked"}[form]
     if form == "G" and verb in SETS["doubled"]:
@@ -748,26 +830,43 @@ def _inflect(verb: str, form: str) -> str:
     return verb
 
 
+NO_SENSE = Sense("", False, ())
 SETS = {name: frozenset(_items(words)) for name, words in _entries(WORD_SETS)}
-NEVER = {name: SETS[f"never {name}"] for name in ("in", "on")}
+NEVER = {name: SETS[f"never {name}"] for name in ("in", "on", "at")}
 NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
+GROUNDS = _read_grounds()
 DONE = {kind: acts.split() for kind, acts in _entries(DONE_TO)}
-DONE_BY = {subject: acts.split() for subject, acts in _entries(DOES)}
+DONE_BY = [
+    (subject, kinds.split(), acts.split())
+    for left, acts in _entries(DOES)
+    for subject, _, kinds in [left.partition(" ")]
+]
 FREE_ACTS = _read_free()
 PREPOSITIONAL_ACTS = {
     (act, left.split()[-1]): right.split()
     for left, right in _entries(WITH_PREPOSITION, ">")
     for act in left.split()[:-1]
 }
+PAIRED_ACTS: dict[tuple[str, str], list[tuple[list[str], list[str], list[str]]]] = defaultdict(list)
+for _who, _entry in _entries(PAIRS):
+    _left, _, _right = _entry.partition(">")
+    _olds, _relations, _kinds = _items(_left)
+    for _old, _relation_word in itertools.product(_olds.split(), _relations.split()):
+        _place = _relation_word.replace("_", " ").strip("-")
+        PAIRED_ACTS[_old, _place].append((_who.split(), _names(_kinds), _names(_right)))
 PARTICIPLE_ACTS = {w: _items(acts) for ws, acts in _entries(PARTICIPLES) for w in _items(ws)}
 PARTNERS = {  # numbers of the groups that an act stands in
     act: {n for n, group in enumerate(TOGETHER.split(";")) if act in group.split()}
     for act in TOGETHER.replace(";", " ").split()
 }
-IMPLIED = {"on", "with", "next to", "near", "behind", "beside", "by", "in front of", "under"}
-LACKS = {"has": "lacks", "have": "lack", "containing": "lacking", "featuring": "lacking"}
+SAME_ACTS: dict[str, set[str]] = defaultdict(set)  # the other words of an act, by act
+for _who, _groups in _entries(FREE):
+    for _group in _groups.split("|") if _who in MOVERS else ():
+        _alike = {act.lstrip("~") for act in _group.split()} if "park" not in _group else set()
+        for _act in _alike:
+            SAME_ACTS[_act] |= _alike
 ACT_VALUES = {
     w
     for group in ("sleeping", "flying", "grazing", "parked", "standing", "seated", "smiling")
@@ -1013,6 +1112,7 @@ class Part(NamedTuple):
 
 
 Candidate = tuple[Part, ...]
+NONE: Candidate = ()  # rather no negative than one that its words give away
 
 
 def _put(first: int, last: int, new: str) -> Candidate:
@@ -1020,47 +1120,56 @@ def _put(first: int, last: int, new: str) -> Candidate:
     return (Part(first, last, new, (new, new, new)),)
 
 
+def _put_act(first: int, last: int, new: str) -> Candidate:
+    """The candidate that writes an act, and perhaps a relation after it."""
+    act, _, relation = new.partition(" ")
+    return (Part(first, last, new, (act, relation or act, act)),)
+
+
 def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Turn a relation into what contradicts it, or let its two sides change places."""
-    found = _swaps(sentence)
+    found = _swaps(sentence) + _but_no(sentence, -1)
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
-            found += [_put(i, i, new) for new in _contradictions(sentence, i)]
-    found += _exchanged(sentence)
+            found += [_put(i, i, new) for new in _contradictions(sentence, i, slots)]
+            found += _but_no(sentence, i)
     for i, token in enumerate(sentence.tokens if not found else ()):
-        worn = token.tag == "G" and token.lemma in ("wear", "hold", "carry", "ride")
-        if worn and _can_lack(sentence, sentence.starts.get(i + 1)):
-            found.append(_put(i, i, "without"))
+        phrase = sentence.starts.get(i + 1)
+        if token.tag == "G" and phrase and (not i or sentence.tokens[i - 1].tag in "NSXI"):
+            if token.lemma == "wear" and _can_lack(sentence, phrase):
+                found.append(_put(i, i, "without"))
+            elif token.lemma in ("hold", "carry") and not _held(sentence, phrase):
+                found.append(_put(i, i, "next to"))
     return found
 
 
-def _exchanged(sentence: Sentence) -> list[Candidate]:
-    """Two relations that change places: near the grass on a bench."""
-    tokens = sentence.tokens
-    sites = [
-        i
-        for i, t in enumerate(tokens)
-        if t.word in SETS["exchanging"]
-        and i + 1 in sentence.starts
-        and _may_turn(tokens, i)
-        and not (i and tokens[i - 1].lemma in SETS["looks"])
-    ]
-    found = []
-    for i, j in itertools.combinations(sites, 2):
-        one, two = tokens[i].word, tokens[j].word
-        nouns = [tokens[sentence.starts[k + 1].head].lemma for k in (i, j)]
-        kinds = [_kind(sentence, sentence.starts[k + 1]) for k in (i, j)]
-        new = {f"{two} {nouns[0]}", f"{two} {kinds[0]}", f"{one} {nouns[1]}", f"{one} {kinds[1]}"}
-        barred = NEVER.get(two, frozenset()) | {"part", "idea", "picture", ""}
-        other = NEVER.get(one, frozenset()) | {"part", "idea", "picture", ""}
-        if one == two or new & sentence.named or {nouns[0], kinds[0]} & barred:
-            continue
-        if not {nouns[1], kinds[1]} & other:
-            found.append(_put(i, i, two) + _put(j, j, one))
-    return found
+def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
+    """The second of two things after relation i is missing: with a stove but no oven."""
+    tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
+    held = i > 0 and tokens[i].word == "of" and KINDS.get(tokens[i - 1].lemma) in HOLDERS
+    if i >= 0 and not held and tokens[i].word not in SETS["lacking"]:
+        return []
+    if i < 0 and _matches(_kind(sentence, phrase), MOVERS):
+        return []  # a man but no woman sitting
+    if phrase and _word(sentence, phrase.stop) == "and":
+        return _no(sentence, phrase.stop, sentence.starts.get(phrase.stop + 1))
+    return []
 
 
-def _contradictions(sentence: Sentence, i: int) -> list[str]:
+def _no(sentence: Sentence, k: int, phrase: Phrase | None) -> list[Candidate]:
+    """But no, for the "and" at k and the article after it, if the sentence ends there."""
+    if phrase is None or phrase.stop - phrase.first > 3:
+        return []
+    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    plain = first.word in ("a", "an") or first.tag in "NS"
+    last = k + (first.word in ("a", "an"))
+    ends = _word(sentence, phrase.stop) in (".", "in", "on", "next to", "near", "at")
+    if kind in ("body", "idea", "part") or not plain or not ends or (not kind and last == k):
+        return []
+    return [(Part(k, last, "but no", ("but", "no", "no")),)]
+
+
+def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str]:
     """What contradicts relation i, as far as its neighbours allow."""
     relation, following = sentence.tokens[i].word, _word(sentence, i + 1)
     phrase = sentence.starts.get(i + 1)
@@ -1070,19 +1179,24 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
     lacking = relation in SETS["lacking"]
     if not _may_turn(sentence.tokens, i):
         return []
+    rained = {"rain", "snow"} & sentence.named and relation.startswith(("out", "in"))
+    if rained or (i and sentence.tokens[i - 1].lemma == "pass"):
+        return []
     if i and sentence.tokens[i - 1].lemma in SETS["looks"]:
         return ["away from"] if relation == "at" and phrase else []
     barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
-    if relation == "with" and i and KINDS.get(sentence.tokens[i - 1].lemma, "").startswith("place"):
-        return ["without"] if "without" not in barred and phrase else []
     noun = sentence.tokens[phrase.head].lemma if phrase else ""
-    if noun in SETS["idioms"]:
+    if noun in SETS["idioms"] or _needed(sentence, i, kind, noun):
         return []
     thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
     fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
     named = phrase is not None or following in ("each", "it", "him", "her", "them")
     for kinds, targets in RELATION_ROWS[relation]:
         if _matches(kind, kinds) or (fits and not kinds):
+            if relation in SETS["lacking"] and _has(sentence, i):
+                targets = ["without"]
+            elif relation == "with" and _serves(sentence, i, kind):
+                targets = ["without", "next to"] if kind != "food.sauce" else ["without"]
             return [
                 t
                 for t in targets
@@ -1091,9 +1205,96 @@ def _contradictions(sentence: Sentence, i: int) -> list[str]:
                 and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
                 and f"{t} {noun}" not in sentence.named
                 and f"{t} {kind}" not in sentence.named
-                and noun not in NEVER.get(t, ())
+                and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
             ]
     return []
+
+
+def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
+    """Whether the rest of the sentence needs relation i: surfing on a board, a train on tracks."""
+    tokens, relation = sentence.tokens, sentence.tokens[i].word
+    if relation not in ("on", "in", "at", "outside", "inside", "down"):
+        return False
+    if kind in ("device.hand", "gear.ski") or noun in ("track", "train track", "railroad track"):
+        return True
+    if relation in ("outside", "inside") and i + 1 < len(tokens) and tokens[i + 1].tag == "P":
+        return True
+    if i > 1 and tokens[i - 2].lemma in SETS["looks"] and tokens[i - 1].tag in "RP":
+        return True
+    owned = _word(sentence, i + 1) in SETS["possessive"] and _matches(kind, ("vehicle", "gear"))
+    return owned or (kind == "gear.board" and bool(SETS["boarded"] & sentence.named))
+
+
+def _has(sentence: Sentence, i: int) -> bool:
+    """Whether what stands before relation i is a place or a thing that has parts."""
+    before = KINDS.get(sentence.tokens[i - 1].lemma, "") if i else ""
+    return _matches(before, ("place", "furniture", "structure", "vehicle", "fixture", "picture"))
+
+
+def _serves(sentence: Sentence, i: int, kind: str) -> bool:
+    """Whether "with" stands between a dish and food, which could as well lie beside it."""
+    before = KINDS.get(sentence.tokens[i - 1].lemma, "") if i else ""
+    phrase = sentence.starts.get(i + 1)
+    if phrase is None:
+        return False
+    ends = phrase.stop == len(sentence.tokens) or sentence.tokens[phrase.stop].tag in ".P"
+    ends = ends and _word(sentence, phrase.stop + 1) != "it"
+    return ends and _matches(before, ("container", "food")) and _matches(kind, ("food", "drink"))
+
+
+def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
+    """Whether something can be on, in, under ... this thing, and that what is named before."""
+    tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
+    if new in ("without", "lacking", "free of") or phrase is None:
+        return True
+    counted = tokens[phrase.first].tag in "DM" or tokens[phrase.head].tag == "S"
+    if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
+        return False  # on television
+    known = tokens[phrase.first].word == "the" or kind in (
+        "?",
+        "it",
+        "person.adult",
+        "person.group",
+    )
+    if new == "far from" and not known:
+        return False  # nobody writes "far from a hill"
+    rows = GROUNDS.get(new)
+    if rows and noun in SETS["either"] and tokens[i].word in GROUNDS:
+        return False  # on a boat, in a boat
+    if rows is None and kind == "place.water" and tokens[i - 1].lemma in SETS["swum"]:
+        return False  # swimming next to a pond
+    if rows is None:
+        return noun not in SETS["weather"] and _matches(kind, AROUND.get(new, kind).split())
+    before = [p for p in sentence.phrases if p.stop <= i]
+    mover = _kind(sentence, before[-1] if before else None)
+    verb = next((t for t in tokens[before[-1].stop if before else 0 : i] if t.tag in "GZB"), None)
+    if verb and verb.lemma in MOVES and not kind.startswith("place"):
+        return False  # walking on a chair
+    if verb and verb.lemma == "stand" and kind.startswith("animal"):
+        return False
+    return any(
+        _matches(mover, who) and (noun in what or _matches(kind, what)) for who, what in rows
+    )
+
+
+def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
+    """Whether the captions have this relation between the same two words of content."""
+    before = [p for p in sentence.phrases if p.stop <= i]
+    noun = sentence.tokens[sentence.starts[i + 1].head].lemma if i + 1 in sentence.starts else ""
+    if slots is None or not before or not noun or noun in NEVER.get(new, ()):
+        return False
+    first = sentence.tokens[i + 1]
+    if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
+        return False
+    mover, kind = _kind(sentence, before[-1]), _kind(sentence, sentence.starts[i + 1])
+    still = ("", "place", "picture", "idea", "part", "body", "fixture", "furniture", "vehicle")
+    if not kind or _matches(mover, still):
+        return False
+    _, _, _, ahead, behind = sentence.contexts[i]
+    if behind != sentence.tokens[sentence.starts[i + 1].head].word:
+        return False
+    rows = slots.tables[3].get(ahead, NO_COUNTS), slots.tables[4].get(behind, NO_COUNTS)
+    return min(row.get(new, 0) for row in rows) > 1
 
 
 def _may_turn(tokens: list[Token], i: int) -> bool:
@@ -1107,9 +1308,13 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
         t.tag == "E" and t.word not in SETS["placed"] for t in tokens[max(i - 3, 0) : i]
     ):
         return False  # ridden by a man
+    if relation == "to":
+        return before.tag in "GZB" and before.lemma in MOVES - {"move", "come"}
     if relation == "of":
         return KINDS.get(before.lemma, "").startswith("container")
-    if relation == "from":
+    if relation == "together":
+        return before.lemma in POSTURES
+    if relation in ("from", "out of", "into"):
         return before.tag in "GZB"
     if relation == "with" and before.tag in "GZB":
         return before.lemma not in SETS["fixed with"]
@@ -1119,9 +1324,15 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
 
 
 def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
-    """Whether "without" and the like can stand before a phrase."""
-    first = sentence.tokens[phrase.first] if phrase else None
-    return first is not None and first.tag != "M" and first.word not in SETS["not lacked"]
+    """Whether "without" and the like can stand before a phrase: a plain thing, and no list."""
+    if phrase is None or phrase.stop - phrase.first > 3:
+        return False
+    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    if not kind or kind in ("body", "idea", "part") or first.tag == "M":
+        return False
+    return first.word not in SETS["not lacked"] and _word(sentence, phrase.stop) not in (
+        *("and", ",", "of", "in", "on", "that", "background"),
+    )
 
 
 def _swaps(sentence: Sentence) -> list[Candidate]:
@@ -1153,25 +1364,27 @@ def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
     if not (_movable(sentence, one) and _movable(sentence, two)):
         return False
     kinds = [_kind(sentence, phrase) for phrase in (one, two)]
-    if kinds[0].startswith("place") != kinds[1].startswith("place"):
-        return False  # a mountain does not walk
     acts = [t for t in middle if t.tag in "GZBEU" and t.lemma not in POSTURES]
     governed = one.first > 0 and tokens[one.first - 1].tag in "PGZB"
-    if acts and (len(acts) > 1 or governed or not all(_matches(k, MOVERS) for k in kinds)):
-        return False  # nor does a hat wear a man
-    last = middle[-1]
-    if last.tag in "GZB":
-        return last.lemma not in SETS["symmetric"] | POSTURES
-    return last.word in SETS["swapping"] or any(t.lemma in SETS["looks"] for t in middle)
+    if len(acts) > 1 or (acts and governed):
+        return False
+    rows = SWAPPED_ACTS if acts else SWAPPED_PLACES
+    relation = acts[0].lemma if acts else middle[-1].word.replace(" ", "_")
+    if acts and acts[0] != middle[-1] and acts[0].lemma not in SETS["looks"]:
+        return False
+    return any(
+        relation in words.split() and all(_matches(k, alike) for k in kinds)
+        for alike, words in rows.items()
+    )
 
 
 def _movable(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a phrase names a thing, stands alone, and says "his" of nobody."""
     around = sentence.tokens[max(phrase.first - 1, 0) : phrase.stop + 1]
-    return (
-        _matches(_kind(sentence, phrase), SWAP_KINDS)
-        and sentence.tokens[phrase.first].word not in SETS["possessive"]
-        and not any(t.word in ("and", ",") for t in around)
+    if around[-1].tag in "EA" and phrase.stop < len(sentence.tokens):
+        return False  # snow covered
+    return sentence.tokens[phrase.first].word not in SETS["possessive"] and not any(
+        t.word in ("and", ",") for t in around
     )
 
 
@@ -1217,7 +1430,46 @@ def _attribute(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         for j in sites[k + 1 :]:
             if _exchangeable(sentence, i, j):
                 found.append(_put(i, i, tokens[j].word) + _put(j, j, tokens[i].word))
-    return found
+    counted = _recounted(sentence)
+    return found + counted if tokens and tokens[0].word == "two" else found or counted
+
+
+def _recounted(sentence: Sentence) -> list[Candidate]:
+    """Two of what the caption is about instead of one, or one of two."""
+    tokens, phrase = sentence.tokens, sentence.starts.get(0)
+    words = {t.word for t in tokens}
+    if phrase is None or phrase.head == 0 or words & (SETS["counting"] | PRONOUNS):
+        return []
+    first, noun, stop = tokens[0], tokens[phrase.head], phrase.stop
+    one = first.word in ("a", "an") and noun.tag == "N"
+    two = first.word == "two" and noun.tag == "S" and noun.lemma not in SETS["plural only"]
+    verbs = [
+        i for i, t in enumerate(tokens) if (t.tag in "IZB" or t.word in AGREEMENT) and i >= stop
+    ]
+    near = stop + (_word(sentence, stop) in SETS["links"])
+    counted = _matches(_kind(sentence, phrase), COUNTED) and noun.lemma in SENSES
+    if not counted or not (one or two) or _word(sentence, stop) in ("and", ",", "of", "or"):
+        return []
+    if any(i != near for i in verbs):
+        return []
+    number = "two" if one else _article(tokens[1].word)
+    edits = _put(0, 0, number)
+    edits += _put(phrase.head, phrase.head, _plural(noun.lemma) if one else noun.lemma)
+    for i in verbs:
+        form = "B" if tokens[i].tag == "Z" else "Z"
+        new = AGREEMENT.get(tokens[i].word)
+        if not new and (tokens[i].tag == "I" or (tokens[i].tag == "B") == one):
+            return []
+        new = new or _inflect(tokens[i].lemma, form)
+        edits += _put(i, i, new)
+    told = {"two", _plural(noun.lemma)} if one else {"one"}
+    return [] if told & sentence.named else [edits]
+
+
+def _article(word: str) -> str:
+    """The article before a word."""
+    vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", word)
+    return "an" if vowel else "a"
 
 
 def _exchangeable(sentence: Sentence, i: int, j: int) -> bool:
@@ -1229,6 +1481,9 @@ def _exchangeable(sentence: Sentence, i: int, j: int) -> bool:
     if any(tokens[k + 1].tag in "AC" or tokens[k - 1].tag in "AC" for k in (i, j) if k):
         return False
     heads = {tokens[p.head].lemma for p in owners if p}
+    first = {w for sense in VALUE_SENSES.get(tokens[i].word, ()) for w, _ in sense.choices}
+    if first and tokens[j].word not in first:
+        return False  # big and large
     same = DIMENSIONS.get(tokens[i].word) == DIMENSIONS.get(tokens[j].word)
     return len(heads) == 2 and same and tokens[i].word != tokens[j].word
 
@@ -1241,15 +1496,27 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     if phrase is None and (tokens[i - 1].tag == "D" or word[-2:] + following == "edP"):
         return []  # in the wild, baked into a loaf
     head = tokens[phrase.head] if phrase else tokens[i]
+    if head.lemma in SETS["plural only"] and word in (*NUMBERS, "several", "multiple", "few"):
+        return []
     if word in NUMBERS:
-        wanted = (*NUMBERS[:4], "several") if word in ("two", "three") else NUMBERS[:4]
+        wanted = (*NUMBERS[:4], "several") if word == "two" else NUMBERS[:4]
         return [n for n in wanted if n not in sentence.named] if head.tag == "S" else []
     if word in ("several", "many", "multiple", "few"):
         fits = head.tag == "S" and tokens[i - 1].tag != "D"
         return [n for n in NUMBERS[:2] if n not in sentence.named] if fits else []
+    if word in ("old", "older", "elderly", "young") and head.lemma in ("baby", "infant", "toddler"):
+        return []
     if head.lemma in ("boy", "girl", "child", "kid") and word in YOUNGER:
         fits = head.lemma in ("boy", "girl") and YOUNGER[word] not in sentence.named
         return [YOUNGER[word]] if fits else []
+    around = [t.word for t in tokens[max(i - 2, 0) : i]], [t.word for t in tokens[i + 1 : i + 3]]
+    photo = ["and", "white"] in around or ["and", "black"] in around or ["black", "and"] in around
+    idiom = (word == "french") or photo or (phrase is None and word in ("high", "low"))
+    idiom = idiom or (i > 0 and tokens[i - 1].word in SETS["almost"])
+    idiom = idiom or _word(sentence, i + 1) in SETS["particles"]  # lit up
+    sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
+    if idiom or sexed or KINDS.get(head.lemma) in ("measure", "idea"):
+        return []
     for sense in VALUE_SENSES.get(word, ()):
         if not sense.kind or _matches(_kind(sentence, phrase), sense.kind.split()):
             near = SETS.get(f"near {word}", ())
@@ -1265,16 +1532,43 @@ def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         while first > phrase.first and tokens[first - 1].tag == "N":
             first -= 1  # a kitchen counter becomes a table
         for new in _things(sentence, phrase):
-            plural = tokens[phrase.head].tag == "S"
+            plural = tokens[phrase.head].tag == "S" or _many(sentence, phrase)
             found += [_put(first, phrase.head, _plural(new) if plural else new)]
     return found
+
+
+def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
+    """Whether the words around a noun need it: on her phone, a game of frisbee, and watches."""
+    tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
+    kind = KINDS.get(noun.lemma, "")
+    if before == "on" and kind == "device.hand":
+        return True
+    if before == "of" and tokens[phrase.first - 2].lemma in ("game", "set", "slope", "flight"):
+        return True
+    if kind == "person.group" and any(t.word in ("its", "their") for t in tokens):
+        return True
+    return before == "and" and noun.lemma in ("watch", "fly", "ride", "look")
+
+
+def _many(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a noun like sheep is a plural here."""
+    noun = sentence.tokens[phrase.head]
+    first = sentence.tokens[phrase.first]
+    same = _plural(noun.lemma) == noun.lemma
+    return same and not (first.tag == "D" and first.word not in ("some", "these", "the"))
 
 
 def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     """Things that can stand in the place of the head of a phrase."""
     noun, first = sentence.tokens[phrase.head], sentence.tokens[phrase.first].word
-    measures = _word(sentence, phrase.head + 1) == "of" and KINDS.get(noun.lemma) in HOLDERS[:2]
-    if noun.lemma not in SENSES or measures or first in ("another", "other"):
+    named = _word(sentence, phrase.head + 1) == "of"
+    if noun.lemma not in SENSES or named or first in ("another", "other"):
+        return []
+    before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
+    tags = [t.tag for t in sentence.tokens[phrase.first : phrase.head + 1]]
+    if "X" in tags or "U" in tags or before in ("play", "playing", "take", "up", "travel"):
+        return []  # file shelves; to take home
+    if f"{before} {noun.lemma}" in SETS["set phrases"] or _kept(sentence, phrase, before):
         return []
     counted = noun.tag == "S" or first in ("a", "an", "one", "each", "every")
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
@@ -1284,13 +1578,15 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         return []  # a baseball is a ball
     sexes = {SEXES[t.word] for t in sentence.tokens if t.word in PRONOUNS}
     ages = {t.word for t in sentence.tokens[phrase.first : phrase.head]} & SETS["ages"]
-    before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
+    housed = any(_matches(KINDS.get(t.lemma, ""), HOUSES) for t in sentence.tokens)
     return [
         word
         for word in _unnamed(sense, sentence)
         if word not in NEVER.get(before, ())
+        and not (word in SETS["built in"] and housed)
         and (noun.tag == "S" or word not in SETS["plural only"])
         and (word not in SEXES or not sexes or sexes == {SEXES[word]})
+        and (word not in SEXES or not SETS[f"sex {SEXES[word]}"] & sentence.named)
         and (word not in SEXES or not ages or (word in CHILDREN) == (noun.lemma in CHILDREN))
     ]
 
@@ -1300,40 +1596,93 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     found: list[Candidate] = []
     for i, verb in enumerate(sentence.tokens):
         if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
-            found += [_put(i, i, new) for new in PARTICIPLE_ACTS[verb.word]]
-        elif verb.word in IMPLIED and verb.word not in LACKS:
+            new = PARTICIPLE_ACTS[verb.word]
+            path = _word(sentence, i + 1) in SETS["paths"] | {"at"}
+            if verb.word in ("parked", "stopped") and SETS["wheeled"] & sentence.named:
+                continue  # a bicycle does not drive
+            found += _paired(sentence, i)
+            found += [_put(i, i, w) for w in new if not path and not _said(sentence, w)]
+        elif verb.word in ("on", "with"):
             found += [_put(i, i, act) for act in _implied(sentence, i)]
-        elif verb.word in LACKS and _can_lack(sentence, sentence.starts.get(i + 1)):
-            found.append(_put(i, i, LACKS[verb.word]))
         elif verb.tag == "A" and verb.word in ACT_VALUES:
             found += [_put(i, i, new) for new in _values(sentence, i)]
-        elif verb.tag in "GZB":
+        elif verb.tag in "GZB" and not _noun_like(sentence, i):
+            found += _paired(sentence, i)
             last, acts = _acts(sentence, i)
-            if slots and last == i:
-                acts = [*acts, *slots.acts(sentence.contexts[i], verb)]
             groups = PARTNERS.get(verb.lemma, set())
             found += [
-                _put(i, last, _inflect(act, verb.tag))
+                _put_act(i, last, _inflect(act, verb.tag))
                 for act in dict.fromkeys(acts)
-                if act not in sentence.named and not groups & PARTNERS.get(act, set())
+                if not sentence.named & {act, *SAME_ACTS.get(act, ())}
+                and not groups & PARTNERS.get(act, set())
             ]
     return found
 
 
+def _noun_like(sentence: Sentence, i: int) -> bool:
+    """Whether verb i is rather a part of a noun: skate boarding, it's head."""
+    before = sentence.tokens[i - 1].word if i else ""
+    following = sentence.tokens[i + 1].tag if i + 1 < len(sentence.tokens) else ""
+    return following == "G" or (sentence.tokens[i].tag == "B" and before in ("it's", "that's"))
+
+
+def _paired(sentence: Sentence, i: int) -> list[Candidate]:
+    """Acts in the place of verb i and the relation after it: next to a horse, riding it."""
+    verb, tokens, found = sentence.tokens[i], sentence.tokens, []
+    for last, relation in ((i, ""), (i + 1, _word(sentence, i + 1))):
+        phrase = sentence.starts.get(last + 1)
+        if phrase is None or (
+            tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
+        ):
+            continue
+        kind, noun = _kind(sentence, phrase), tokens[phrase.head].lemma
+        path = _word(sentence, phrase.stop) in SETS["paths"] | {"at", "for"}
+        for who, kinds, acts in PAIRED_ACTS.get((verb.lemma, relation), ()):
+            fits = noun in kinds or _matches(kind, kinds)
+            if fits and not path and _does(sentence, i, who):
+                found += [
+                    _put_act(i, last, _inflect(act, "G" if verb.tag == "E" else verb.tag))
+                    for act in acts
+                    if not _said(sentence, act.partition(" ")[0])
+                ]
+    return found
+
+
+def _does(sentence: Sentence, i: int, who: Sequence[str]) -> bool:
+    """Whether the phrase before verb i, which does it, is of one of some kinds."""
+    phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
+    if phrase is None or any(t.tag not in "IQR" for t in sentence.tokens[phrase.stop : i]):
+        return False
+    return _matches(_kind(sentence, phrase), who)
+
+
 def _implied(sentence: Sentence, i: int) -> list[str]:
-    """What somebody on, near or with a thing might do to it: a man on a horse, feeding a horse."""
+    """What somebody on or with a thing might do to it: a man on a horse, feeding a horse."""
     before = next((p for p in sentence.phrases if p.stop == i), None)
     after = sentence.starts.get(i + 1)
-    word = sentence.tokens[i].word
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
         return []
-    kind, subject = _kind(sentence, after), _kind(sentence, before).split(".")[0]
-    if not kind or subject not in ("person", "animal"):
+    kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
+    if kind == "device.hand":
+        return []  # on a phone
+    if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
         return []
-    acts: Sequence[str] = DONE.get(kind, DONE.get(kind.split(".")[0], ()))
-    acts = acts if subject == "person" else DONE_BY["animal"]
-    common = SETS["often on"] if word == "on" else SETS["often near"]
-    return [_inflect(act, "G") for act in acts if act in common]
+    done = () if _held(sentence, after) else _done(sentence, i, after, kind)
+    return [_inflect(act, "G") for act in done if act in acts and not _said(sentence, act)]
+
+
+def _held(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a part of a body follows: a ball in his hand."""
+    after = sentence.tokens[phrase.stop : phrase.stop + 4]
+    return any(KINDS.get(t.lemma) == "body" for t in after)
+
+
+def _said(sentence: Sentence, word: str) -> bool:
+    """Whether a caption of the image has an act, or another word for it."""
+    lemma = LEMMAS.get(word, word)
+    if word.startswith("park") and sentence.named & {"parked", "stopped", "stop"}:
+        return True
+    return bool(sentence.named & {word, lemma, *SAME_ACTS.get(lemma, ())})
 
 
 def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
@@ -1350,16 +1699,81 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     last = i + (particle and verb.lemma not in MOVES)  # sitting down, holding up a sign
     phrase = sentence.starts.get(last + 1)
     if phrase is None:
-        return last, () if following in ("to", "like") else free
+        return last, [] if following in ("to", "like") else _placed(sentence, i, last, free)
     kind = _kind(sentence, phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
-    if lifeless and verb.lemma in ("hold", "contain", "include", "feature", "have"):
-        return last, ("lack",)
+    if kind == "body":
+        return last, ()  # making faces
+    if _held(sentence, phrase):
+        return last, ()
     nameless = not kind and sentence.tokens[phrase.first].tag not in "DM" and subject != "person"
     if nameless or lifeless or verb.lemma in POSTURES or kind in ("idea", "part", "measure"):
         return last, ()
+    if subject in ("person", ""):
+        return last, _done(sentence, i, phrase, kind)
+    fits = (acts for who, kinds, acts in DONE_BY if who == subject and _matches(kind, kinds))
+    return last, next(fits, ())
+
+
+def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str]:
+    """What people can do to a thing, there and in that form."""
+    tokens = sentence.tokens
+    bare = tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
+    sense = SENSES.get(tokens[phrase.head].lemma, [NO_SENSE])[0]
+    after = tokens[phrase.stop : phrase.stop + 3]
+    if (bare and not sense.mass) or (after and after[0].tag in "DM"):
+        return ()
     acts = next(DONE[k] for k in (kind, kind.split(".")[0], "any") if k in DONE)
-    return last, DONE_BY.get(subject, acts)
+    if kind == "feat" and sentence.tokens[i].lemma in SETS["done feats"]:
+        acts = ["watch", "film"]
+    if tokens[phrase.head].lemma in SETS["weather"]:
+        acts = ["watch", "photograph"]
+    if sentence.tokens[i].lemma in ("put", "place", "mix", "work"):
+        return ()
+    if after and after[0].word == "to":
+        return ()
+    if after and after[0].word in SETS["paths"]:
+        return [act for act in acts if act in SETS["along"]]
+    return acts
+
+
+def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Sequence[str]:
+    """Those of free acts that can be done where verb i is done."""
+    verb, relation = sentence.tokens[i], _word(sentence, last + 1)
+    ground = _kind(sentence, sentence.starts.get(last + 2))
+    after = {t.word for t in sentence.tokens[i : i + 12]}
+    if after & SETS["airy"] or verb.lemma in ("ride", "drive", "go", "get"):
+        return []
+    if relation not in SETS["after acts"] | SETS["paths"] | {"and", "as"}:
+        return []  # up high, digging in to
+    if after & SETS["ways"]:
+        acts = [act for act in acts if act in MOVES]
+    if SETS["seated"] & {t.word for t in sentence.tokens}:
+        acts = [act for act in acts if act in POSTURES]  # a laptop on her lap
+    if _on_gear(sentence):
+        acts = [act for act in acts if act in ("sit", "stand", "kneel", "lie", "crouch", "jump")]
+    if relation in SETS["leading"]:
+        return []  # posing for, running after
+    if relation in SETS["paths"]:
+        led = last + 2 in sentence.starts  # down a street, not up and down
+        return [act for act in acts if led and act in MOVES and act not in ("fly", "slide")]
+    if relation in ("at", "from"):
+        return [act for act in acts if act in ("sit", "stand", "sleep") and relation == "at"]
+    if relation in ("on", "on top of", "in", "inside") and _matches(
+        ground, ("furniture", "vehicle", "animal", "gear", "container", "fixture", "body")
+    ):
+        return [act for act in acts if act in ("sit", "stand", "sleep", "lie", "kneel", "jump")]
+    return acts
+
+
+def _on_gear(sentence: Sentence) -> bool:
+    """Whether somebody is on skis, a surfboard ..."""
+    tokens = sentence.tokens
+    return any(
+        t.word in ("on", "on top of")
+        and _kind(sentence, sentence.starts.get(i + 1)) in ("gear.board", "gear.ski")
+        for i, t in enumerate(tokens)
+    )
 
 
 def _subject(sentence: Sentence, i: int) -> str:
@@ -1375,7 +1789,7 @@ def _subject(sentence: Sentence, i: int) -> str:
         inside = inside[::-1]  # a kitchen with a man cooking
     for phrase in [*inside, *reversed(before)]:
         kind = _kind(sentence, phrase).split(".")[0]
-        if kind not in ("picture", "part", "body", "idea"):
+        if kind not in ("picture", "part", "body", "idea", "clothing"):
             return kind if kind in MOVERS or not kind else "thing"
     return ""
 
@@ -1397,9 +1811,9 @@ def _kind(sentence: Sentence, phrase: Phrase | None) -> str:
     return kind
 
 
-def _matches(kind: str, wanted: Iterable[str]) -> bool:
+def _matches(kind: str, wanted: Collection[str]) -> bool:
     """Whether a kind such as place.room is one of the wanted, which may be as wide as place."""
-    return any(kind == w or kind.startswith(w + ".") for w in wanted)
+    return kind in wanted or kind.partition(".")[0] in wanted
 
 
 def _unnamed(sense: Sense, sentence: Sentence) -> list[str]:
@@ -1419,6 +1833,7 @@ BALANCED = 10_000  # of these, that the balance is found on
 ROUNDS = 12
 STRENGTH = (0.6, 0.3)  # of a step of the balance, for words and for pairs of words
 LIMIT = 6.0  # of a balance, in nats
+REFINED = 13.0  # nats that a negative may lose to the balance before none is made
 NO_COUNTS: dict[str, int] = {}
 NO_WEIGHTS: dict[str, float] = {}
 
@@ -1438,12 +1853,12 @@ class Slots:
     words next to it, both together, and the nearest words of content on either side.
     """
 
-    def __init__(self) -> None:
-        """Start without a caption."""
+    def __init__(self, refined: bool = False) -> None:
+        """Start without a caption; ``refined`` slots leave out what the words give away."""
+        self.refined = refined
         self.count: Counter[str] = Counter()
         self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
         self.inverse: dict[str, float] = {}
-        self.known_acts: dict[tuple[Any, ...], list[str]] = {}
         self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
 
     def learn(self, sentence: Sentence) -> None:
@@ -1487,34 +1902,15 @@ class Slots:
             total += w4 * log(1 + c * h)
         return total
 
-    def acts(self, context: Context, verb: Token) -> list[str]:
-        """Other acts that the captions have between the same neighbours."""
-        _, right, between, ahead, behind = context
-        takes = FUNCTION.get(right, "")
-        if verb.lemma not in PARTNERS or not (takes in ("P", "D") or right == "."):
-            return []
-        key = between, ahead, behind if takes == "D" else "", verb.tag
-        if key not in self.known_acts:
-            rows = [self.tables[2].get(between, NO_COUNTS), self.tables[3].get(ahead, NO_COUNTS)]
-            rows += [self.tables[4].get(behind, NO_COUNTS)] if takes == "D" else []
-            found = {w: VERB_FORMS[w] for w in sorted(rows[0]) if w in VERB_FORMS}
-            self.known_acts[key] = [
-                lemma
-                for word, (lemma, form) in found.items()
-                if form == verb.tag
-                and lemma in PARTNERS
-                and (takes != "D" or lemma != "play")
-                and all(row.get(word, 0) > 1 for row in rows)
-            ]
-        return self.known_acts[key]
 
-
-def learn_slots(sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES) -> Slots:
+def learn_slots(
+    sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES, *, refined: bool = False
+) -> Slots:
     """Learn from captions that have been read what stands where, and balance each type.
 
     The order of the captions does not matter.
     """
-    slots, some = Slots(), []
+    slots, some = Slots(refined), []
     gc.disable()  # nothing here is ever garbage, and there is much of it
     for sentence in sentences:
         slots.learn(sentence)
@@ -1555,9 +1951,12 @@ def _weigh(
     words, score = balance.words, slots.score
     weights = []
     for k, candidate in enumerate(candidates):
+        if not candidate:
+            weights.append(-REFINED)
+            continue
         gain = weight = 0.0
         for part in candidate:
-            first, last, new, (one, two, _), moved = part
+            first, last, _, (one, two, _), moved = part
             site = sites.get((first, last, moved))
             if site is None:
                 site = sites[first, last, moved] = _site(sentence, part, balance, slots)
@@ -1569,7 +1968,8 @@ def _weigh(
             if right:
                 weight += right.get(two, 0.0)
             if not moved:
-                weight += words.get(new, 0.0)
+                weight += words.get(one, 0.0)
+                weight += words.get(two, 0.0) if two != one else 0.0
         known = gains[k] if gains else None
         gain = gain if known is None else known
         weights.append(round(weight - abs(gain - AIM) / WIDTH, 4))
@@ -1585,7 +1985,8 @@ def _site(sentence: Sentence, part: Part, balance: Balance, slots: Slots) -> Sit
     first, last = tokens[part.first].word, tokens[part.last].word
     left, right = balance.left.get(before, NO_WEIGHTS), balance.right.get(after, NO_WEIGHTS)
     weight = left.get(first, 0.0) + right.get(last, 0.0)
-    weight += 0.0 if part.moved else balance.words.get(last, 0.0)
+    if not part.moved:
+        weight += sum(balance.words.get(w, 0.0) for w in _words_out(sentence, part))
     return Site(rows, left, right, slots.score(rows, (first, last, last), own=1), weight)
 
 
@@ -1612,6 +2013,8 @@ def _balanced(sentences: Sequence[Sentence], name: str, slots: Slots) -> Balance
     logs: list[float] = []
     for owner, sentence in enumerate(sentences):
         candidates = EDITORS[name](sentence, slots)
+        if slots.refined and candidates:
+            candidates.append(NONE)
         logs += _weigh(sentence, candidates, name, slots)
         for candidate in candidates:
             for feature, sign in _moves(sentence, candidate):
@@ -1638,13 +2041,18 @@ def _moves(sentence: Sentence, candidate: Candidate) -> Iterator[tuple[tuple[int
         before = tokens[part.first - 1].word if part.first else "^"
         after = tokens[part.last + 1].word if part.last + 1 < len(tokens) else "$"
         first, last = tokens[part.first].word, tokens[part.last].word
+        one, two, _ = part.words
         if not part.moved:
-            yield (0, "", part.new), 1
-            yield (0, "", last), -1
-        yield (1, before, part.words[0]), 1
+            yield from (((0, "", word), 1) for word in {one, two})
+            yield from (((0, "", word), -1) for word in _words_out(sentence, part))
+        yield (1, before, one), 1
         yield (1, before, first), -1
-        yield (2, after, part.words[1]), 1
+        yield (2, after, two), 1
         yield (2, after, last), -1
+
+
+def _words_out(sentence: Sentence, part: Part) -> set[str]:
+    return {t.word for t in sentence.tokens[part.first : part.last + 1]}
 
 
 def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
@@ -1679,14 +2087,14 @@ def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
 def _written(sentence: Sentence, candidate: Candidate) -> list[Edit]:
     """The edits of a candidate as offsets and text; an article before them is mended."""
     caption, tokens, edits = sentence.caption, sentence.tokens, []
+    edited = {part.last for part in candidate}
     for part in candidate:
         start, end = tokens[part.first].start, tokens[part.last].end
         new = part.new if part.moved else _cased(part.new, caption[start:end])
         before = tokens[part.first - 1] if part.first else None
-        if before and before.word in ("a", "an") and not part.moved:
-            vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", new)
-            old = caption[before.start : before.end]
-            article = "an" if vowel else "a"
+        fixed = part.moved or part.first - 1 in edited
+        if before and before.word in ("a", "an") and not fixed:
+            old, article = caption[before.start : before.end], _article(new)
             if article != before.word:
                 new = _cased(article, old) + caption[before.end : start] + new
                 start = before.start
@@ -1958,6 +2366,9 @@ def _masked_gains(
     """How much likelier than its own word the model finds each one-word candidate."""
     gains: list[float | None] = []
     for candidate in candidates:
+        if not candidate:
+            gains.append(None)
+            continue
         part = candidate[0]
         text = _masked_text(sentence, part, model.tokenizer.mask_token)
         own = " ".join(t.word for t in sentence.tokens[part.first : part.last + 1])
@@ -2040,6 +2451,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="ngram",
         help="who chooses among edits",
     )
+    add("--refine", action="store_true", help="leave out what a reader of words alone would tell")
     add("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="masked language model")
     add("--spacy-model", metavar="NAME", default="en_core_web_sm", help="English pipeline")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the masked model")
@@ -2063,6 +2475,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("several CAPTIONS must all be .tar shards")
     if any(shards) and (args.limit or args.engine == "released"):
         parser.error("--limit and --engine released do not go with shards")
+    if args.refine and (args.engine == "released" or args.filler == "none"):
+        parser.error("--refine needs the statistics of --filler ngram or mlm")
     args.types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
     return args
 
@@ -2129,7 +2543,9 @@ def _engine(args: argparse.Namespace, captions: Iterable[str]) -> Engine:
     if released or args.filler == "none":
         return engine
     read = (_known(caption)[0] for caption in itertools.islice(captions, LEARNED))
-    engine = engine._replace(slots=learn_slots((s for s in read if s), args.types))
+    engine = engine._replace(
+        slots=learn_slots((s for s in read if s), args.types, refined=args.refine)
+    )
     _start(engine)
     return engine
 
@@ -2223,7 +2639,10 @@ def _reason(caption: str, name: str) -> str:
         return "empty"
     if sentence is None:
         return "not English"
-    if EDITORS[name](sentence, ENGINE[0].slots):
+    slots = ENGINE[0].slots
+    if slots and slots.refined and EDITORS[name](sentence, slots):
+        return "its words would give it away, or are used by other captions of the image"
+    if EDITORS[name](sentence, slots):
         return "the other captions of the image use the words that would do"
     return "no word that can be replaced"
 
@@ -2276,6 +2695,8 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
 def _header(args: argparse.Namespace, captions: int) -> dict[str, Any]:
     filler = "none" if args.engine == "released" else args.filler
     header = {"manifest": 1, "engine": args.engine, "filler": filler, "seed": args.seed}
+    if args.refine:
+        header["refined"] = True
     if args.engine != "lexicon":
         header["spacy"] = args.spacy_model
     if args.engine == "released" or filler == "mlm":

@@ -22,6 +22,7 @@ import argparse
 import ast
 import csv
 import difflib
+import itertools
 import json
 import random
 import re
@@ -189,25 +190,41 @@ WANTED = {"relation": "ADP", "attribute": "ADJ", "object": "NOUN", "action": "VE
 def right_speech(name: str, pairs: list[Pair], parse: Any) -> float:
     """How often spaCy finds a new word of the type's or of the old word's part of speech, in %.
 
-    The last word of edits of one span counts; nouns and names are one class, as are verbs and
-    auxiliaries, adjectives, numbers and determiners, and all words that say where.
+    Edits of one span count.  Nouns and names are one class, as are verbs and auxiliaries, all words
+    that say where, and adjectives, numbers, determiners and nouns before a noun (a metal fence).
     """
     right = total = 0
     for _, caption, negative in pairs:
         spans = changed(caption, negative)
         if len(spans) == 1 and all(spans[0]):
+            first = next(
+                k
+                for k, (old, new) in enumerate(
+                    itertools.zip_longest(caption.split(), negative.split())
+                )
+                if old != new
+            )
             old, new = spans[0]
-            tag = speech(negative, new, parse)
+            found = speech(negative, first, len(new), parse)
             total += 1
-            right += tag == WANTED.get(name) or tag == speech(caption, old, parse)
+            right += (
+                WANTED.get(name) in found
+                or found[-1] == speech(caption, first, len(old), parse)[-1]
+            )
     return 100 * right / max(total, 1)
 
 
-def speech(text: str, words: list[str], parse: Any) -> str:
-    """Class of the last of some words in a text."""
-    at = text.find(" ".join(words)) + len(" ".join(words))
-    last = [t for t in parse(text) if t.idx < at and t.text[0].isalnum()][-1]
-    return CLASSES.get(last.pos_, last.pos_)
+def speech(text: str, first: int, count: int, parse: Any) -> list[str]:
+    """Classes of some words of a text, told by their number."""
+    words = list(re.finditer(r"\S+", text))[first : first + count]
+    doc = parse(text)
+    classes = []
+    for token in doc:
+        if words[0].start() <= token.idx < words[-1].end() and token.text[0].isalnum():
+            modifies = token.pos_ == "NOUN" and doc[token.i + 1 : token.i + 2].text.isalpha()
+            modifies = modifies and doc[token.i + 1].pos_ == "NOUN"
+            classes.append("ADJ" if modifies else CLASSES.get(token.pos_, token.pos_))
+    return classes or [""]
 
 
 def speed(captions: list[str], parse: Any) -> dict[str, float]:
