@@ -1076,11 +1076,19 @@ def _read_voc(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
     bases = [folder / "VOCdevkit/VOC2007", folder / "test/VOCdevkit/VOC2007", folder]
     base = next((path for path in bases if (path / "ImageSets").is_dir()), bases[0])
     shown: dict[str, list[int]] = {}
+    named: dict[str, int] = {}
     for label, name in enumerate(names):
         for line in (base / f"ImageSets/Main/{name}_test.txt").read_text("utf-8").splitlines():
             number, flag = line.split()
             here = shown.setdefault(str(base / f"JPEGImages/{number}.jpg"), [])
             here += [label] if int(flag) == 1 else []
+            named[name] = named.get(name, 0) + 1
+    short = min(names, key=lambda name: named.get(name, 0))
+    if named.get(short, 0) < len(shown):
+        raise DataError(
+            f"{base}/ImageSets/Main/{short}_test.txt: names {named.get(short, 0)} of the "
+            f"{len(shown)} photos; every class lists all of them, download it again"
+        )
     return shown
 
 
@@ -1255,6 +1263,9 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
     if not loaded:
         raise DataError(f"{', '.join(source.read)}: no item counts; get them: {info['where']}")
     items, kept = keep_found(items, costs, partial, info["where"])
+    if name in ("zeroshot", "probe"):
+        kind = "probe" if name == "probe" else "zero-shot"
+        source.expected.update({f"{kind} {cost.name}": len(cost.images) for cost in costs})
     for cost in kept:
         full = next(x for x in costs if x.name == cost.name)
         if len(cost.images) < len(full.images):
@@ -2214,7 +2225,10 @@ NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}
 
 
 def _stem(row: str, part: str) -> str:
-    return row.rsplit(" ", 1)[0] if _verdict(row) or part == "costs" else row
+    """What counts the items of a row: verdicts and recalls share theirs."""
+    if part == "costs":
+        return re.sub(r" R@\d+$", "", row)
+    return row.rsplit(" ", 1)[0] if _verdict(row) else row
 
 
 def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:

@@ -477,12 +477,17 @@ def test_voc_and_memes_are_read_as_elevater_does(tmp_path):
     assert [Path(x).name for x in one.images] == ["000001.jpg", "000002.jpg"]
     assert (two.shown, two.prompts) == ([[0], [1]], [["a meme."], ["a hatespeech meme."]])
     Path(one.images[0]).unlink()
-    left = evaluate.load_suite("zeroshot", tmp_path, True).costs[1]
+    suite = evaluate.load_suite("zeroshot", tmp_path, True)
+    assert suite.expected["zero-shot voc2007"] == 2
+    left = suite.costs[1]
     assert (len(left.images), left.shown) == (1, [[]])
     with pytest.raises(data.DataError, match="no class has pictures"):
         evaluate.score_suite(suite_of("zeroshot", [], [left]), Random(0))
     (main / "sofa_test.txt").unlink()
     with pytest.raises(data.DataError, match=r"voc2007: cannot be read .*sofa_test.txt"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+    write(main / "sofa_test.txt", "000001 -1\n")
+    with pytest.raises(data.DataError, match=r"sofa_test\.txt: names 1 of the 2 photos"):
         evaluate.load_suite("zeroshot", tmp_path, False)
     write(main / "sofa_test.txt", "000001\n")
     with pytest.raises(data.DataError, match="voc2007: its labels are not as published"):
