@@ -1026,6 +1026,10 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
     if source.root is None or not base.is_dir():
         raise DataError(f"--root: {base} is missing; put one folder for each set into it")
     for folder in sorted(path for path in base.iterdir() if path.is_dir()):
+        if folder.name.startswith("."):
+            continue
+        if not re.fullmatch(r"[\w .+-]+", folder.name):
+            raise DataError(f"{folder}: name it with letters, digits, spaces and . + - _ only")
         known = read_table("classes").get(folder.name, {})
         if "metric" in known:
             if probe:
@@ -1553,6 +1557,9 @@ class _Pictures(torch.utils.data.Dataset[torch.Tensor]):
 def load_picture(name: str | Crop, width: int) -> Image.Image:
     """Open a file as RGB, cut out its box, take one of torchvision, or draw a test scene."""
     if isinstance(name, Crop):
+        left, top, right, bottom = name.box
+        if right <= left or bottom <= top:
+            raise DataError(f"{name.path}: box {name.box} is empty; download the rows again")
         return open_image(name.path).crop(name.box)
     if name.startswith("shapes:"):
         return draw_scene(make_scene("test", EVAL_SEED, int(name.removeprefix("shapes:"))), width)
@@ -2514,7 +2521,9 @@ def _tex_row(cells: Sequence[str]) -> str:
 
 
 def _tex(text: str) -> str:
-    return re.sub(r"([_&%#$])", r"\\\1", text)
+    """Text with LaTeX's own characters escaped."""
+    marks = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    return re.sub(r"[_&%#${}\\^~]", lambda m: marks.get(m[0], "\\" + m[0]), text)
 
 
 def long_csv(results: dict[str, dict[str, Any]]) -> str:

@@ -72,9 +72,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="the median counts (default 3)")
     parser.add_argument("--out", type=Path, help="json to write")
     own = parser.parse_args()
+    if own.repeats < 1:
+        raise DataError("--repeats must be 1 or more")
+    if not own.ckpt and not own.model:
+        raise DataError("give --ckpt, or --model for random weights")
+    if own.out and (own.out.exists() or not own.out.absolute().parent.is_dir()):
+        raise DataError(f"--out {own.out}: is there already, or its folder is not; name another")
+    if own.suite not in evaluate.SUITES:
+        raise DataError(f"--suite {own.suite}: is one of {', '.join(evaluate.SUITES)}")
     args = evaluate.parse_args([])
     args.device = "cpu"
     suite = evaluate.load_suite(own.suite, own.root, partial=True)
+    if not suite.items or any(len(x.images) != 1 or x.true != 1 for x in suite.items):
+        raise DataError(f"--suite {own.suite}: want items of one picture and one true caption")
     model = evaluate.load_model(own.model, own.ckpt)
     model.net.eval()
     transform = evaluate.Encoder(model, args).transform
@@ -96,6 +106,7 @@ def main() -> None:
         **{
             "suite": own.suite,
             "items": len(suite.items),
+            "expected": sum(suite.expected.values()),
             "model": Path(own.model or own.ckpt).name,
         },
         "pictures": len({image for item in suite.items for image in item.images}),

@@ -30,6 +30,8 @@ def draw_run(folder: Path, plt: Any) -> None:
 def draw_results(folder: Path, plt: Any) -> None:
     """Draw one picture for each suite of results.json: accuracies with 95 % intervals."""
     results = json.loads((folder / "results.json").read_text())
+    if not results:
+        raise ValueError("no results in it")
     width = 0.8 / len(results)
     for suite in next(iter(results.values()))["suites"]:
         figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
@@ -81,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     for folder in folders:
         for name, draw in readers.items():
             if (folder / name).is_file():
-                draw(folder, plt)
+                try:
+                    draw(folder, plt)
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    stop(f"{folder / name}: is torn or empty ({error!r}); run again")
 
 
 def stop(why: str) -> None:

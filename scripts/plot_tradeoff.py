@@ -38,6 +38,8 @@ def read_results(
     for path in paths:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
+            if not results:
+                raise DataError(f"{path}: holds no results; run evaluate.py --out again")
             for label, result in results.items():
                 if label in read:
                     raise DataError(f"{path}: the label {label} is taken; score with --ckpt LABEL=")
@@ -142,7 +144,7 @@ def check_out(out: Path) -> None:
         raise DataError("matplotlib is missing; pip install matplotlib")
     from matplotlib.backend_bases import FigureCanvasBase
 
-    kinds = FigureCanvasBase.get_supported_filetypes()
+    kinds = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
     if out.suffix[1:] not in kinds:
         raise DataError(f"--out {out}: ends in none of .{', .'.join(sorted(kinds))}")
     if not out.parent.is_dir():

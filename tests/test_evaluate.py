@@ -1941,3 +1941,22 @@ def test_a_failed_run_leaves_nothing_and_says_whose_it_was(tmp_path):
     (out / "results.md").write_text("mine")
     with pytest.raises(evaluate.DataError, match="in the way"):
         evaluate.check_out(out, False)
+
+
+def test_latex_escapes_its_own_characters():
+    assert evaluate._tex("a_b {c}^2 ~") == r"a\_b \{c\}\textasciicircum{}2 \textasciitilde{}"
+
+
+def test_odd_folders_of_zero_shot_sets(tmp_path):
+    photo(tmp_path / "zeroshot/a/test/cat/1.png")
+    photo(tmp_path / "zeroshot/.ipynb_checkpoints/x.png")
+    assert len(evaluate.load_suite("zeroshot", tmp_path, False).costs) == 1
+    photo(tmp_path / "zeroshot/a|b/test/cat/1.png")
+    with pytest.raises(evaluate.DataError, match="letters, digits"):
+        evaluate.load_suite("zeroshot", tmp_path, False)
+
+
+def test_an_empty_box_is_told(tmp_path):
+    photo(tmp_path / "a.png")
+    with pytest.raises(evaluate.DataError, match="is empty"):
+        evaluate.load_picture(evaluate.Crop(str(tmp_path / "a.png"), (1, 1, 1, 5)), 8)
