@@ -2475,8 +2475,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("several CAPTIONS must all be .tar shards")
     if any(shards) and (args.limit or args.engine == "released"):
         parser.error("--limit and --engine released do not go with shards")
-    if args.refine and (args.engine == "released" or args.filler == "none"):
-        parser.error("--refine needs the statistics of --filler ngram or mlm")
+    counted = args.text is None and args.engine != "released" and args.filler != "none"
+    if args.refine and not counted:
+        parser.error("--refine needs a file's statistics: CAPTIONS, with --filler ngram or mlm")
     args.types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
     return args
 

@@ -569,6 +569,8 @@ def test_refining_needs_statistics(manifest, tmp_path, capsys):
         main([str(manifest), "--out", str(tmp_path / "o"), "--refine", "--filler", "none"])
     assert stop.value.code == 2
     assert "--refine needs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--text", "A dog on a mat", "--refine"])
 
 
 def shard(path, samples):
