@@ -1330,9 +1330,8 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
     if not kind or kind in ("body", "idea", "part") or first.tag == "M":
         return False
-    return first.word not in SETS["not lacked"] and _word(sentence, phrase.stop) not in (
-        *("and", ",", "of", "in", "on", "that", "background"),
-    )
+    goes_on = ("and", ",", "of", "in", "on", "that", "background")
+    return first.word not in SETS["not lacked"] and _word(sentence, phrase.stop) not in goes_on
 
 
 def _swaps(sentence: Sentence) -> list[Candidate]:
@@ -2043,7 +2042,7 @@ def _moves(sentence: Sentence, candidate: Candidate) -> Iterator[tuple[tuple[int
         first, last = tokens[part.first].word, tokens[part.last].word
         one, two, _ = part.words
         if not part.moved:
-            yield from (((0, "", word), 1) for word in {one, two})
+            yield from (((0, "", word), 1) for word in dict.fromkeys((one, two)))
             yield from (((0, "", word), -1) for word in _words_out(sentence, part))
         yield (1, before, one), 1
         yield (1, before, first), -1
@@ -2051,8 +2050,9 @@ def _moves(sentence: Sentence, candidate: Candidate) -> Iterator[tuple[tuple[int
         yield (2, after, last), -1
 
 
-def _words_out(sentence: Sentence, part: Part) -> set[str]:
-    return {t.word for t in sentence.tokens[part.first : part.last + 1]}
+def _words_out(sentence: Sentence, part: Part) -> list[str]:
+    """The words that go out, each once, in their order: sums must not hang on that of a set."""
+    return list(dict.fromkeys(t.word for t in sentence.tokens[part.first : part.last + 1]))
 
 
 def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
