@@ -44,7 +44,7 @@ import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from math import exp, log
+from math import exp, inf, log
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ __all__ = [
 
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 MAX_WORDS = 60  # CLIP reads 77 subwords; an edit behind them would not be seen
-MAX_CANDIDATES = 24  # of one type that are weighed; of more every second, third ... one
+MAX_CANDIDATES = 16  # of one type that are weighed; of more every second, third ... one
 CHUNK = 256  # captions handed to a worker at once
 
 # Things.  "class.kind: a/b, c > d; ...": a and b mean the same, words before > become those after
@@ -75,7 +75,7 @@ person.adult: man, guy, gentleman, male, dude, fellow > woman, girl; woman, lady
 person.child: child, kid, toddler, infant, youngster > man, woman
 person.baby: baby, newborn > dog, monkey, robot
 person.any: person, human > dog, monkey, robot
-person.group: couple, family, crowd, team, audience > orchestra, choir
+person.group: couple, family, crowd, audience > orchestra, choir
 person.young: teenager, teen, adult, youth, student, friend, tourist > toddler, soldier, clown
 person.sport: surfer, skier, skateboarder/skater/~skate boarder, snowboarder/~snow boarder,
   cyclist/bicyclist/~biker/~bike rider, swimmer, motorcyclist, jogger/runner, boxer, horseback
@@ -92,7 +92,7 @@ animal.farm: horse/pony, cow/~bull/~cattle/~ox/~calf/~steer, sheep/~lamb/~ram, g
   donkey/mule, camel
 animal.wild: elephant, giraffe, zebra, lion, tiger, rhino, deer, monkey, bear/~polar bear/~brown
   bear, kangaroo, wolf, fox
-animal.any: animal > bird, vehicle, robot
+animal.any: animal > bird, robot
 animal.bird: duck, goose, seagull/gull, pigeon, parrot, owl, swan, eagle, flamingo, penguin; bird >
   squirrel, lizard, monkey, rabbit
 animal.other: squirrel, mouse, turtle, frog, lizard, snake
@@ -101,9 +101,9 @@ vehicle.road: car/sedan, truck/~pickup/~pickup truck/~lorry, bus/~double decker 
   bike, scooter/moped, bicycle, trolley/tram, ambulance, fire truck, carriage, ~wagon, jeep; bike >
   horse, car, tractor; vehicle, traffic, automobile > boat, horse, airplane
 vehicle.road: shopping cart/cart > sled, tractor
-vehicle.air: airplane/plane/jet/~airliner/~jetliner/~aeroplane/~jumbo jet/~biplane, helicopter, hot
-  air balloon; aircraft > helicopter, hot air balloon
-vehicle.water: boat/ship/~ferry/~sailboat/~sail boat/~speedboat/~yacht > truck, raft, tractor;
+vehicle.air: airplane/plane/jet/~airliner/~jetliner/~aeroplane/~jumbo jet/~biplane, helicopter,
+  ~hot air balloon; aircraft > helicopter, hot air balloon
+vehicle.water: boat/ship/~ferry/~sailboat/~sail boat/~speedboat/~yacht > raft, airplane;
   canoe/kayak, raft, paddle boat
 gear.board: skateboard/~skate board, surfboard/~surf board, snowboard/~snow board, sled, scooter;
   board > sled, bicycle
@@ -126,18 +126,18 @@ device.desk: laptop/computer/laptop computer/~pc/~desktop/~desktop computer/~not
 device.kitchen: refrigerator/fridge/~freezer, oven/stove/~stove top, microwave/~microwave oven,
   toaster, dishwasher, washing machine, blender, coffee maker
 fixture.bath: toilet/~toilet seat/~toilet bowl/commode, sink/~basin, bathtub/tub/~bath tub/~bath,
-  shower, urinal; faucet, toilet paper, shower curtain > towel, soap dish
+  ~shower, urinal; faucet, toilet paper, shower curtain > towel, soap dish
 furniture.seat: couch/sofa/~loveseat, chair/armchair/recliner/~seat/~rocking chair, bench, stool
 furniture.top: table/~table top/~dining table/~coffee table/~dining room table/~kitchen
-  table/~tabletop/desk, counter/countertop/~kitchen counter/~counter top, shelf, dresser,
-  nightstand; bookshelf/bookcase, cabinet/cupboard, wardrobe, drawer
+  table/~tabletop/desk/~nightstand, counter/countertop/~kitchen counter/~counter top, shelf,
+  dresser; bookshelf/bookcase, cabinet/cupboard, wardrobe, drawer
 furniture.top: rack > shelf, stool
 furniture.bed: bed, crib, hammock, couch; mattress, bunk bed > couch, hammock
 container.plate: plate/dish/platter/tray, bowl, napkin, paper plate, cutting board/~chopping board
 container.cup: cup/mug, ~coffee cup, glass/~wine glass, bottle/~wine bottle/~water bottle, vase,
-  pitcher, jar, pot
+  pitcher, jar, ~pot
 container.pan: pan/~frying pan/skillet, wok, pot
-container.box: box, basket, bucket, bag, suitcase/~luggage, crate, barrel
+container.box: box, basket, bucket, bag/suitcase/~luggage, crate, barrel
 container.bin: container > basket, suitcase, bucket; trash can/garbage can/~trash bin, mailbox,
   cage
 tool.eat: fork, knife, spoon, spatula, ladle, chopstick, whisk; utensil, silverware > screwdriver,
@@ -162,10 +162,11 @@ food.mass*: fruit > bread, soup, cheese; bread/~toast, rice, pasta/spaghetti/~ma
   ~pizza, ~cake, ~salad; food > wine, paint, laundry
 food.green*: broccoli, lettuce/spinach, corn, cauliflower, cabbage, celery, asparagus
 food.sauce*: ketchup, mustard, butter, cream, chocolate, honey, jam, mayonnaise; sauce, gravy,
-  syrup, icing, frosting, cheese sauce, sugar > snow, mustard
+  syrup, cheese sauce, sugar > snow, mustard
 drink.mass*: wine/~red wine/~white wine, beer, coffee, tea, milk, juice/~orange juice, lemonade,
   ~soda; beverage, drink, alcohol, liquor > sandwich, cookie
-clothing.top: shirt/~t-shirt/~tee shirt/~t shirt/~jersey, jacket/coat/~hoodie, sweater, dress,
+clothing.top: jacket/coat/~hoodie, sweater > dress, robe, apron, kimono;
+  shirt/~t-shirt/~tee shirt/~t shirt/~jersey > jacket, sweater, dress, robe, apron, kimono; dress,
   vest, robe/bathrobe, ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
   outfit, costume > kimono, robe, wetsuit
 clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajamas, overalls
@@ -174,22 +175,21 @@ clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie, helmet, crown, wig, 
 clothing.face: glasses/eyeglasses/~goggles, sunglasses, headphones, earrings
 clothing.foot: shoe/sneaker, boot, sandal/~flip flop, sock, slipper
 clothing.neck: tie/necktie/~neck tie/~bow tie/~bowtie, scarf, necklace, badge
-clothing.hand: purse/handbag/~bag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase,
-  umbrella, guitar; mask, watch, collar, ribbon, leash > scarf, bell
+clothing.hand: purse/handbag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase,
+  umbrella, guitar; bag > umbrella, guitar, box; mask, watch, collar, ribbon, leash > scarf, bell
 home.soft: pillow/cushion, blanket/quilt/comforter/sheet/~bedspread, towel, curtain/~drape,
   rug/carpet/~mat, tablecloth
-home.wall: door/doorway > window, gate, curtain; mirror, painting/~artwork, window, clock, poster,
-  fireplace, bookcase; photograph, picture frame, vent, outlet, blind > mirror, clock; wall >
+home.wall: door/doorway > window, gate, curtain; mirror, painting/~artwork, ~window, clock, poster,
+  ~fireplace, ~bookcase; photograph, picture frame, vent, outlet, blind > mirror, clock; wall >
   fence, window, door
 home.light: lamp/~light fixture, chandelier, ceiling fan, candle; floor, ceiling, tile, sill,
   window sill > wall, roof, door
-home.toy: teddy bear/stuffed animal/~teddy/~stuffed bear/~stuffed toy, doll, robot, puppet; toy,
-  figurine, statue/sculpture > balloon, lamp, candle
+home.toy: teddy bear/stuffed animal/~teddy/~stuffed bear/~stuffed toy, doll, robot, puppet; toy >
+  balloon, candle; figurine, statue/sculpture > lamp, clock
 home.read: book, newspaper, magazine, letter, map, envelope; paper, card, note, document > book,
   blanket; menu, notebook > book, newspaper
 structure.house: house, church/cathedral, castle, skyscraper, barn, tent, lighthouse, hotel,
-  factory, windmill; building, home, tower, steeple, shed, cabin, clock tower > tree, tent,
-  mountain
+  factory, windmill; building, home, tower, steeple, shed, cabin, clock tower > bridge, tent
 structure.pole: pole, post, column > tree, wall, ladder
 structure.fence: fence/~railing/~rail/~chain link fence, hedge, gate, ladder, staircase/~stair;
   bridge, tunnel, archway; roof, balcony, porch, patio, deck > garden, staircase
@@ -197,9 +197,10 @@ structure.street: traffic light/~stop light/~stoplight/~traffic signal/~street l
   sign/~street sign/~sign/~traffic sign/~road sign, parking meter/~meter, fire hydrant/hydrant,
   mailbox, telephone booth, fountain, billboard, bench, flagpole; cone, curb, sculpture > mailbox,
   fountain; street lamp, telephone pole, lamp post > flagpole, fountain
-structure.dock: pier/dock, bridge, lighthouse
-place.road: street/road/~roadway/~highway/~lane/~avenue/~freeway, ~sidewalk/~walkway/~pavement,
-  path/~trail/~pathway, driveway, railroad track/~track/~train track/~railway/~railroad, river;
+structure.dock: pier/dock, bridge
+place.road: street/~road/~roadway/~highway/~lane/~avenue/~freeway,
+  path/~trail/~pathway/~sidewalk/~walkway/~pavement, driveway,
+  railroad track/~track/~train track/~railway/~railroad, river;
   corner, street corner, intersection, crosswalk, crossing > bridge, beach, rooftop; parking
   lot/~lot, runway/~tarmac, bridge, rooftop
 place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland/~lawn/~yard/~park,
@@ -218,7 +219,7 @@ place.water*: water, surf > sand, snow, mud; rain > snow, fog
 sky.any: cloud, rainbow, star > mountain, balloon
 place.room: kitchen, bathroom/restroom/washroom/~rest room/~bath room, bedroom/~bed room, living
   room/~family room, dining room, office/~cubicle, garage, classroom, hallway, hotel room, waiting
-  room, ~room, conference room
+  room, conference room; room > garden, barn
 place.shop: restaurant/~cafe/~diner, store/shop/~grocery store/supermarket, bakery, museum,
   library, hospital, barber shop, market
 place.venue: airport/~terminal, train station/~station/~subway station/~bus station, zoo, school,
@@ -233,34 +234,50 @@ nature.fire*: fire, smoke, steam > water, snow
 """
 # Nouns that are never replaced, by kind.
 OTHER_THINGS = """
-part: side top bottom back front edge end middle center part distance background foreground left
-right rest half base tip point section; body: head hand arm leg foot mouth face hair neck ear eye
-tail nose tusk horn tongue tooth finger lap paw beard chest shoulder knee body; feat: trick jump
-stunt flip swing turn pitch break; idea: sky air
-way time day night afternoon morning evening sunset winter
-summer wedding party event walk flight show parade race contest competition motion action style
-position something thing stuff item object everything anything nothing fun conversation smile
-reflection shade shadow shape colour color name number word letter pattern life world display look
-stop bite catch hit serve decoration center equipment electronics object light accessory appliance
-supplies ingredient condiment dining parking birthday christmas police flat steel teddy size love
-sale sun graffiti power case cover lid hole sports engine wheel wing propeller wire rope pipe frame
-tape net stall booth island vanity block straw neon design furniture snack produce attire space
-weather direction construction; picture: picture photo photograph image view shot selfie portrait
-painting drawing closeup scene close-up; measure: group bunch pile stack row line pair herd flock
-variety assortment lot set piece collection array selection series load bouquet bundle handful pack
-dozen loaf kind type sort number slice"""
+person.group: team; part: side top bottom back front edge end middle center part distance background
+foreground left right rest half base tip point section step; body: head hand arm leg foot mouth face
+hair neck ear eye tail nose tusk horn tongue tooth finger lap paw beard chest shoulder knee body;
+feat: trick jump stunt flip swing pitch; idea: land sky air turn break way time day night afternoon
+morning evening sunset winter summer wedding party event walk flight show parade race contest
+competition motion action style position something thing stuff item object everything anything
+nothing fun conversation smile reflection shade shadow shape colour color name number word letter
+pattern life world display look stop bite catch hit serve decoration center equipment electronics
+object light accessory appliance supplies ingredient condiment dining parking birthday christmas
+police flat steel teddy size love sale sun graffiti power case cover lid hole sports engine wheel
+wing propeller wire rope pipe frame tape net stall booth island vanity block straw neon design
+furniture snack produce attire space weather direction construction; picture: picture photo
+photograph image view shot selfie portrait painting drawing closeup scene close-up; measure: group
+bunch pile stack row line pair herd flock variety assortment lot set piece collection array
+selection series load bouquet bundle handful pack dozen loaf kind type sort number slice"""
 HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "container.box")  # of ...
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
+SPORTS = ("person.player", "person.sport", "sport.event", "sport.game", "gear.board")
+HELD = ("food", "tool", "device.hand", "container.cup", "container.plate", "drink")  # in a hand
 HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container")
-COUNTED = ("animal", "vehicle", "gear", "device.desk", "food.meal", "food.sweet", "home.toy")
+COUNTED = (
+    "animal",
+    "person.child",
+    "fixture.bath",
+    "person.sport",
+    "person.work",
+    "vehicle",
+    "gear",
+    "device.desk",
+    "food.meal",
+    "food.sweet",
+    "home.toy",
+)
 MOVERS = ("person", "animal", "vehicle")
 HOUSES = ("place.room", "place.shop", "structure.house")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
 SEXES |= dict.fromkeys(("she", "her", "hers", "herself"), "F")
 CHILDREN = ("boy", "girl")
+OTHER_AGE = {"man": "boy", "woman": "girl", "boy": "man", "girl": "woman"}
+OTHER_SEX = {"man": "woman", "woman": "man", "boy": "girl", "girl": "boy", "he": "she", "she": "he"}
+OTHER_SEX |= {"his": "her", "her": "his", "him": "her", "himself": "herself", "herself": "himself"}
 PRONOUNS = set(SEXES) - {"man", "woman", *CHILDREN}
 
 # Values.  Groups end with ;, in a group | parts what excludes each other, its first word is chosen.
@@ -269,7 +286,8 @@ VALUES = """
 age@person animal: elderly old ~aging older ~aged | young younger
 open@home device container structure.house structure.fence fixture furniture clothing tool food
   vehicle: open ~opened | closed shut
-stood@person animal: standing | sitting lying
+stood@person animal: standing | sitting lying; seated | standing; sleeping ~resting ~sleepy |
+  running jumping playing; grazing | running sleeping
 tame@animal: domestic ~tame | wild
 use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
@@ -292,20 +310,19 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat; cooked baked grilled
   roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country | urban; fancy ornate
   elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty ~rusted | shiny
-  ~polished; beautiful pretty cute adorable lovely ~attractive nice gorgeous | ugly ~hideous; calm |
+  ~polished; beautiful pretty cute adorable lovely ~attractive gorgeous | ugly ~hideous; calm |
   rough choppy; soft | hard; illuminated ~lit | unlit; low | high; professional | amateur; different
   various assorted | identical matching; asian chinese japanese | american | italian mexican |
   french; commercial | military; public | private; front | back rear; top | bottom; healthy |
   unhealthy ~sickly; delicious tasty yummy | disgusting burnt; blurry blurred | sharp; adult | baby;
-  bald | bearded long-haired; blonde blond | brunette dark-haired redheaded; electric | manual;
-  homemade | store-bought; funny silly | serious; sleeping ~resting ~sleepy | running jumping
-  playing ; grazing | running sleeping; residential | industrial; christmas | halloween easter;
-  alive | dead ; stuffed | real live ; real | fake toy ; larger bigger | smaller; taller | shorter;
-  leafy | leafless; wooded forested | barren sandy; partial | full; stacked | scattered ; standing |
-  sitting lying; seated | standing
+  bald | long-haired; blonde blond | brunette dark-haired redheaded; electric | manual;
+  homemade | store-bought; funny silly | serious; residential | industrial;
+  christmas | halloween easter; alive | dead ; stuffed | real live ; real | fake toy ;
+  larger bigger | smaller; taller | shorter;
+  leafy | leafless; wooded forested | barren sandy; partial | full; stacked | scattered
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
-YOUNGER = {"young": "baby", "little": "teenage", "small": "teenage"}  # of a boy or girl
+YOUNGER = {"little": "teenage", "small": "teenage"}  # of a boy or girl
 OTHER_VALUES = """
 same different various other many several few more asian american commercial stuffed professional
 stainless nearby public delicious adult tasty nice military electric double single next own teenage
@@ -322,105 +339,160 @@ ROLLING = "drive travel move go come head cruise roll"
 ACTS = f"""
 {POSTURE} {MOVING} {ROLLING} dance ride slide sled fly float swim sail soar glide hover smell burn
 explode fall spin crash graze eat feed drink play fight sing cry look stare gaze watch point yell
-laugh wave growl bark bow talk speak chat step draw work smile frown reach search hang balance
-swing hold carry use throw toss catch kick hit wear read cut slice chop cook prepare make serve
-wash clean brush pet hug kiss chase push pull tow lead repair fix paint drop fold iron sew tear
-break pour spill peel photograph cross leave enter grab show display lick sniff bite chew shear
-bake grill fry buy sell board load unload sweep wipe scrub film lift pick take put get have give
-do try perform touch follow surround cover contain enjoy share practice approach blow stop turn
-bend tie shave type text dig guard row paddle dry return taste gather cuddle scratch climb peek
-roam wander dine wade wrestle milk herd coach examine swat fill seat face pass include feature
-squat pitch travel stick overlook crouch hike dangle grow celebrate land park sunbathe lack
-display bat pitch stretch enter exit rise sip cycle"""
+laugh wave growl bark bow talk speak chat step draw work smile frown reach search hang balance swing
+hold carry use throw toss catch kick hit wear read cut slice chop cook prepare make serve wash clean
+brush pet hug kiss chase push pull tow lead repair fix paint drop fold iron sew tear break pour
+spill peel photograph cross leave enter grab show display lick sniff bite chew shear bake grill fry
+buy sell board load unload sweep wipe scrub film lift pick take put get have give do try perform
+touch follow surround cover contain enjoy share practice approach blow stop turn bend tie shave type
+text dig row paddle dry return taste gather cuddle scratch climb peek roam wander dine wade wrestle
+milk herd coach examine swat fill seat face pass include feature squat pitch travel stick overlook
+crouch hike dangle grow celebrate land park sunbathe lack display bat pitch stretch enter exit rise
+sip cycle"""
 # "kind of thing: what can be done to it"
 DONE_TO = """
 animal.pet: feed wash pet chase hug carry brush hold kiss watch; animal: ride feed wash pet chase
 hug brush photograph lead kiss watch; person: hug chase push carry kiss photograph lift follow hold
-feed watch; vehicle: drive ride push wash repair paint board load pull watch pass; gear.board: ride
-hold carry throw kick wash repair paint use; gear.ski: wear hold carry ; gear.ball: hold throw carry
-kick catch hit chase watch; gear.bat: swing hold carry throw; gear: hold wear carry throw repair
-paint; food: eat cut hold throw cook drop prepare serve make buy; drink: drink pour spill throw
-serve hold; clothing: wear hold wash fold; device: hold use repair throw paint watch carry; fixture:
-clean paint repair use; furniture: carry paint clean push repair; container: hold wash carry throw
-paint fill; tool: hold carry throw drop use; home.read: read hold tear burn throw fold carry;
-home.toy: hold hug carry throw kick; home: carry throw paint hold; feat: perform do watch film;
-structure: watch paint climb photograph clean pass; place.road: cross clean paint sweep photograph;
-place: watch photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut
-paint carry photograph hold climb; picture: paint draw hold take; food.sauce: pour spill taste;
-any: paint carry"""
+feed watch; car truck van taxi jeep tractor: drive push wash repair paint pull watch pass;
+motorcycle bike bicycle scooter: ride push wash repair paint pull watch pass; kite: buy; vehicle:
+drive ride push wash repair paint board load pull watch pass; gear.board: ride hold carry throw kick
+wash repair paint; gear.ski: wear hold carry ; gear.ball: hold throw carry kick catch hit chase
+watch; gear.bat: swing hold carry throw; gear: hold wear carry throw repair paint; food: eat cut
+hold throw cook drop prepare serve make; drink: drink pour spill throw serve hold; clothing: wear
+hold wash fold; device: hold use repair throw paint watch carry; fixture: clean paint repair use;
+furniture: carry paint clean push repair; container: hold wash carry throw paint fill; tool: hold
+carry throw drop use; device.hand: hold use repair throw; photo photograph selfie picture: hold;
+home.read: read hold tear burn throw fold carry; home.toy: hold hug carry throw kick; home: carry
+throw paint hold; feat: perform do watch film; structure: watch paint climb photograph clean pass;
+place.road: cross clean paint sweep photograph; place: watch photograph leave paint enter cross;
+sport: play watch coach practice; nature: watch cut paint carry photograph hold climb; food.sauce:
+pour spill taste; any: paint carry"""
 # "who is no person, kinds of thing: what they can do to it"
 DOES = """
 animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
-lick sniff smell; animal gear.ball home.toy clothing device container tool gear.board: carry drop
-lick sniff chase kick push; vehicle vehicle: push pull follow hit pass tow"""
+lick sniff smell; animal gear.ball home.toy clothing device.hand container tool gear.board: carry
+drop lick sniff chase kick push; vehicle vehicle: push pull follow hit pass tow"""
 # Acts of one group can go together, so that one never replaces another.
 TOGETHER = """
 hold carry lift take use eat drink read show swing fly cut catch grab pick have get display; hold
-throw toss serve hit return swing catch; hold pet hug feed brush peel drop kiss lead walk
-photograph fold sniff touch cuddle push pull row; carry hug use push pull lead row paddle fly put
-load; ride drive use board wear surf lead race sail enjoy row paddle do perform balance walk; cook
-make prepare cut serve eat chop bake peel fry grill slice hold get enjoy share; eat drink taste
-bite chew lick sniff enjoy share feed take touch; wash clean brush scrub wipe dry sweep; push pull
-move lead hit kick tow; kick hit throw toss catch chase play serve swing swat return drop use; feed
-pet hug kiss watch touch lick follow photograph; chase herd follow lead watch walk; use repair fix
-paint type text cut fly read watch; pour drink serve fill spill; wear have put use show display try
-take get; play use practice enjoy; photograph watch film face show pass cross leave approach enjoy
-enter climb; climb cross enter leave pass; paint draw make; break cut slice; stand surf ski skate
-skateboard snowboard ride eat talk play fly sing wait pose drink graze feed perform work cook swing
-hit throw; sit ride eat talk drive fly play swing work read drink feed perch float; lie lay surf
-rest relax sunbathe float; walk ski climb talk eat cross graze play feed; jump ski snowboard
-skateboard skate surf ride dance run fly swim play fall climb; run play jump chase race fight swim;
-kneel surf play work; crouch squat bend kneel ski surf skateboard snowboard skate ride play swing;
-dance play perform sing; crawl climb play; fall jump fly slide; ski snowboard skateboard skate surf
-ride slide glide race; float sail travel move sit drive go swim; fly travel move go come float hang
-soar; play fight wrestle swim wade float; eat graze feed drink; hang fall balance; smile laugh
-wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
+throw toss serve hit return swing catch; hold pet hug feed brush peel drop kiss lead walk photograph
+fold sniff touch cuddle push pull row; carry hug use push pull lead row paddle fly put load; ride
+drive use board wear surf lead race sail enjoy row paddle do perform balance walk; cook make prepare
+cut serve eat chop bake peel fry grill slice hold get enjoy share; eat drink taste bite chew lick
+sniff enjoy share feed take touch; wash clean brush scrub wipe dry sweep; push pull move lead hit
+kick tow; kick hit throw toss catch chase play serve swing swat return drop use; feed pet hug kiss
+watch touch lick follow photograph; chase herd follow lead watch walk; use repair fix paint type
+text cut fly read watch; pour drink serve fill spill; wear have put use show display try take get;
+play use practice enjoy; take do perform practice have; photograph watch film face show pass cross
+leave approach enjoy enter climb; climb cross enter leave pass; paint draw make; break cut slice;
+stand surf ski skate skateboard snowboard ride eat talk play fly sing wait pose drink graze feed
+perform work cook swing hit throw; sit ride eat talk drive fly play swing work read drink feed perch
+float; lie lay surf rest relax sunbathe float; ride grab jump; hit serve swing carry; hit serve kick
+throw catch watch; pose sit; pose lie lay; pose kneel; walk ski climb talk eat cross graze play
+feed; jump ski snowboard skateboard skate surf ride dance run fly swim play fall climb; run play
+jump chase race fight swim; kneel surf play work; crouch squat bend kneel ski surf skateboard
+snowboard skate ride play swing; dance play perform sing; crawl climb play; fall jump fly slide; ski
+snowboard skateboard skate surf ride slide glide race; float sail travel move sit drive go swim; fly
+travel move go come float hang soar; play fight wrestle swim wade float; eat graze feed drink; hang
+fall balance; smile laugh wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
 # "subject: acts | acts ...", all without an object: what stands apart by | excludes each other; an
 # act with ~ is never chosen.
 FREE = """
-person: sit ~relax ~lounge ~rest ~perch | stand ~wait ~pose lean ~balance | lie lay sleep ~nap |
-walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap
-~hop ~flip | kneel crouch squat ~bend | dance | crawl | ~swim ~wade | ~ski ~glide ~slide |
-~snowboard | ~skateboard ~skate | ~surf | ~ride ~drive ~cruise ~roll | ~climb | ~fly ~soar
-~float | ~fall | ~play | eat ~dine | ~talk ~speak ~chat | ~work; animal: sit ~rest ~perch ~relax
-~lounge ~lie ~lay ~sleep ~nap | stand ~wait ~pose ~lean | walk ~stroll ~roam ~wander ~go ~move
-~travel ~come ~head ~march | run ~race | jump ~leap ~hop | ~swim ~wade ~float | ~fly ~soar
-~hover ~glide | eat ~feed ~graze ~drink | ~fight | ~play | ~crawl | ~climb; vehicle: park sit
-~stand ~stop ~rest ~wait ~lean ~lie ~lay | drive ~travel move ~go ~come ~roll ~cruise ~head ~run
-~race | ~fly ~soar ~glide ~hover | ~float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie
-~lay ~wait"""
+person: sit ~relax ~lounge ~rest ~perch | stand ~wait ~pose ~lean ~balance | lie lay sleep ~nap |
+walk ~stroll ~march ~wander ~go ~move ~travel ~come ~head ~hike | run jog ~race | jump ~leap ~hop
+~flip | kneel crouch squat ~bend | dance | crawl | ~swim ~wade | ~ski ~glide ~slide | ~snowboard |
+~skateboard ~skate | ~surf | ~ride ~drive ~cruise ~roll | ~climb | ~fly ~soar ~float | ~fall | ~play
+| eat ~dine | ~talk ~speak ~chat | ~work; animal: sit ~rest ~perch ~relax ~lounge ~lie ~lay ~sleep
+~nap | stand ~wait ~pose ~lean | walk ~stroll ~roam ~wander ~go ~move ~travel ~come ~head ~march |
+run ~race | jump ~leap ~hop | ~swim ~wade ~float | ~fly ~soar ~hover ~glide | eat ~feed ~graze
+~drink | ~fight | ~play | ~crawl | ~climb; vehicle: park sit ~stand ~stop ~rest ~wait ~lean ~lie
+~lay | drive ~travel move ~go ~come ~roll ~cruise ~head ~run ~race | ~fly ~soar ~glide ~hover |
+~float ~sail | ~crash | ~burn; thing: ~sit ~rest ~stand ~lie ~lay ~wait"""
 ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "jump")}
 # "acts preposition > acts that take it too"
 WITH_PREPOSITION = """
-look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile
-for > cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; wait for >
-search; search look for > wait; talk speak chat text type on > step sit stand draw; talk speak
-chat to > wave point bow; talk speak chat with > dance wrestle sing;
-look stare gaze out > climb jump fall; look stare gaze peek into > fall climb jump; look stare
-gaze over > jump climb; play with > sleep wrestle sit; jump leap over > crawl fly walk; ride on
-> stand sleep kneel dance; ride in > sleep dance kneel"""
-# "who: acts, relations or -, kinds of thing after them > acts in the place of both"
+look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile for >
+cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; search look for >
+wait; talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk
+speak chat with > dance wrestle sing; look stare gaze out > climb jump fall; look stare gaze peek
+into > fall climb jump; look stare gaze over > jump climb; play with > sleep wrestle sit; jump leap
+over > crawl fly walk; ride on > stand kneel; ride in > sleep dance kneel"""
+# "who: acts, relations or -, things or kinds after them > acts in the place of both".  The act none
+# is for captions that tell no act; ? is a thing that the tables do not know, . no thing at all.
 PAIRS = """
 person: stand sit lean wait pose walk, next_to near beside by in_front_of behind, bicycle bike
 motorcycle scooter horse elephant camel skateboard surfboard snowboard > ride; person: stand sit
 lean wait pose walk, next_to near beside by in_front_of behind, car truck bus van tractor > drive;
 person: ride, -, bicycle bike motorcycle scooter horse elephant camel skateboard surfboard snowboard
-> stand_next_to look_at; person: drive, -, car truck bus van tractor > stand_next_to look_at;
-person: eat feed push pull wash cut kick throw cook, -, food animal vehicle gear > look_at; person:
-hold carry eat wear use read drink cut throw swing, -, food tool container device home gear clothing
-animal.pet > reach_for point_at; home.wall home.light clothing gear tool structure: hang, on,
-home.wall structure > lean_against fall_off; food container device tool home gear clothing: sit lie
-lay rest, on on_top_of, furniture container device > fall_off; vehicle: parked sit stopped stand, on
-along, road street highway > drive_down travel_down; vehicle: drive travel move go come ride head,
-down along up through, place.road > park_beside; vehicle.air: parked sit stopped, on, place.road
-place.land > fly_over; animal.bird: sit stand perch walk, on on_top_of, place structure furniture >
-fly_over"""
+> stand_next_to look_at; person: ride sit, on on_the_back_of on_top_of, horse elephant camel donkey
+motorcycle bicycle bike scooter > stand_next_to walk_beside; person: drive, -, car truck bus van
+tractor > stand_next_to look_at; person: eat feed push pull wash cut cook, -, food animal vehicle >
+point_at; person: hold carry, -, ? > point_at reach_for; person: hold carry eat wear use read drink
+cut throw swing, -, food tool container device home gear clothing animal.pet > reach_for point_at;
+person: hold carry use, -, umbrella parasol > throw repair; person: swing, -, gear.bat > drop;
+person: brush, -, tooth > point_at; person: talk speak chat text type, on, device.hand > point_at
+reach_for; person: use type work, on -, laptop computer > carry point_at; person: pose, for, picture
+> look_at; person: pose smile look, for at into, camera > look_away_from; person: go come ride ski
+snowboard slide skate skateboard travel walk run head move race fly glide sled, down, hill hillside
+mountain slope ramp staircase > walk_up climb; person: walk climb hike go, up, hill hillside
+mountain slope ramp staircase > run_down slide_down; person: jump leap fly soar, in_the_air
+through_the_air, . > stand_on_the_ground sit_on_the_ground; person animal: walk run jog stroll
+march, along down across up, place.road > sit_beside lie_beside; person animal: walk run jog stroll,
+along across, place.ground place.land > lie_on; animal: eat graze feed, - on, grass hay > lie_on
+sleep_on; animal: look stare gaze, at, person animal device picture vehicle structure >
+walk_away_from; animal: drink, from out_of -, place.water > swim_in; animal: stand walk, around, . >
+lie_around; animal: pull, -, vehicle > stand_next_to walk_behind; animal.bird: fly soar glide hover,
+over above across, place.water > swim_in; animal.bird: fly soar glide hover, over above across,
+place.ground place.land place.road > stand_on walk_on; animal.bird: sit stand perch walk, on
+on_top_of, place structure furniture > fly_over; animal.bird: sit stand perch, on on_top_of in,
+nature.tree > fly_past; home.wall home.light clothing gear tool structure: hang, on, home.wall
+structure > lean_against fall_off; home.wall home.light home.toy clothing gear tool structure food:
+hang, from, home structure nature place furniture ? > fall_from; home.wall home.light structure
+tool: hang, over above, furniture place structure fixture > fall_onto lie_on; food container device
+tool home gear clothing: sit lie lay rest placed set arranged laid, on on_top_of, furniture
+container device fixture structure ? > fall_off; food tool home gear device: sit lie lay rest placed
+arranged, in, container > fall_out_of; structure.street: sit stand, on on_the_side_of in, place.road
+place.ground place.land > lie_on; vehicle: parked sit stopped stand, on along on_the_side_of in,
+road street highway sidewalk > drive_down travel_down; vehicle: parked sit stopped stand, in,
+parking_lot city town village > drive_through; vehicle: parked sit stopped stand rest, on on_top_of,
+track train_track railroad_track > travel_down move_along; vehicle.road: parked sit stopped stand
+wait, at outside outside_of in_front_of next_to by near beside, structure place.shop place.venue >
+drive_past pass; vehicle.road: drive travel move go come ride head, down along up through,
+place.road > park_beside; vehicle.road: drive travel move go roll come, down along on, track
+train_track railroad_track > park_on; vehicle.road: drive travel move go, on, street road highway >
+park_on; vehicle.road: drive travel move go come pass, through, intersection city town village
+crossing > park_in; vehicle.water: drive travel move go come head, down along up through, river >
+park_beside; vehicle.water: sit float sail move travel, in on through across, place.water > sink_in;
+vehicle.air: parked sit stopped stand, on on_top_of, place.road place.land > fly_over take_off_from;
+vehicle.air: fly soar glide, in through across, sky > fall_from; vehicle.air gear.ball: fly soar
+glide float, in_the_sky in_the_air through_the_air, . > fall_from_the_sky; vehicle.air: fly, over
+above, runway tarmac airport > park_on; food container device tool home gear clothing: none, on
+on_top_of, furniture container device fixture structure.pole > fall_off; food tool home gear: none,
+in, container.plate container.box container.pan container.bin > fall_out_of; vehicle.water: none, in
+on, place.water > sink_in; vehicle.air: none, on, place.road > fly_over; vehicle.air gear.ball:
+none, in, sky > fall_from; vehicle.air gear.ball: none, in_the_sky in_the_air, . >
+fall_from_the_sky; structure.street: none, on on_the_side_of, place.road place.ground place.land >
+lie_on; home.wall home.light: none, on, home.wall structure > fall_off; animal: none, in,
+place.ground place.land place.water place.cage > sleep_in jump_in run_in; animal: none, on,
+place.ground place.land place.road furniture structure > sleep_on run_on; animal: none, by near
+next_to behind in_front_of under beside, place structure nature vehicle > sleep_by sleep_near
+run_near; person: none, in, place vehicle > sleep_in dance_in kneel_in; person: none, on, place
+furniture > sleep_on dance_on kneel_on; person: none, by near next_to behind in_front_of under
+beside, place structure nature vehicle > sleep_near dance_near kneel_near"""
+# What stands in the place of an act when its two sides have nothing to do with each other.
+APART = {
+    "wear": ("without",),
+    "ride": ("next to", "behind", "in front of"),
+    "push": ("in front of",),
+    "pull": ("behind", "next to"),
+    **dict.fromkeys(("hold", "carry", "swing", "fly"), ("next to", "without")),
+    **dict.fromkeys(("use", "read", "eat", "drink"), ("without",)),
+}
 PARTICIPLES = """
 parked, stopped: driving, moving, traveling; seated: standing, kneeling, sleeping, walking;
-gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping, curled: running,
-jumping; crying: smiling; perched: sleeping, running; held, carried: thrown, dropped; pulled:
-pushed, chased; topped with: surrounded by; stacked, piled, lined up: scattered; scattered:
-stacked, lined up"""
+gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping, curled: standing,
+jumping; crying: smiling; perched: sleeping; held, carried: thrown, dropped; pulled: pushed, chased;
+topped with: surrounded by; stacked, piled, lined up: scattered; scattered: stacked, lined up"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
@@ -429,50 +501,55 @@ RELATIONS = f"""
 on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
 under, next to, behind, beside, in front of, by | food tool home gear = next to, behind, beside |
 place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
-beside | place.water = next to, beside | it = next to, behind, beside | ? = behind, next to; in:
+beside | place.water = next to, beside | other = next to, behind, beside | ? = behind, next to; in:
 sport.event = after | place.room = outside | {INDOORS} = outside, in front of, behind | place.water
 = next to, beside | place.ground place.cage place.court = next to, outside, beside, far from |
 place.city = outside, far from | place.road = next to, beside | place.land = next to, far from,
 beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} =
 next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
-under, beneath: {SOLID} = on top of, on, next to, beside, behind, in front of, far from | it = next
-to, behind, on | ? = next to, behind; over: {SOLID} = under, next to, behind, beside | place.road
-place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below, under, next
-to, behind | sky = below; below: {SOLID} = above, on, behind; inside, inside of: {INDOORS} =
-outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on,
-under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in,
-inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water
-place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in,
-inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of; next to, beside:
-{INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
-place.water place.ground place.court place.road place.land = in, on, far from | person it ? = far
-from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of,
-inside, far from | place.water place.ground place.court place.road place.land = in, on, far from |
-person it ? = far from; of: food = next to, without; at: furniture.top = under, on, far from, on top
-of | {INDOORS} = far from, outside | place structure fixture ? = far from | sport.event = before,
-after; around: {SOLID} = far from, on, under | place ? = far from; surrounded by: = far from;
-between: = behind, in front of; along: place.road place.water = far from, across | place.ground =
-far from; through: place.ground place.cage place.city structure = past | place.water = past, along;
-down, up: place.road = across, beside | place.ground structure = up, down; across: place.road =
-along, down, beside | place.ground place.court place.water = past, beside; from: {SOLID} = behind,
-near, next to, beside; into: place vehicle structure container fixture ? = out of, past, away from;
-out of: place vehicle structure fixture container = into, past, away from; towards, toward: person
-{SOLID} place ? = away from, past; to: person {SOLID} place = away from, past; against: {SOLID} =
-away from, behind, far from; away from: = towards, near; past: = towards, into; onto: {SOLID} place
-= off of; off, off of: furniture vehicle structure gear.board place = onto; with: gear.board vehicle
-animal person = without, on, in, under, behind, in front of | device furniture = without, on, under,
-behind | = without; without: = with; to the left of: = to the right of; to the right of: = to the
-left of; on the side of, on the edge of: = in the middle of, far from; in the middle of: = on the
-edge of, far from; during: sport.event = before; in the distance, in the background: = in the
-foreground; at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of:
-= at the top of; on the back of, in the back of: = in front of, next to, under, near; in the
-foreground: = in the background; full of, filled with: = next to, without, beside; topped with: =
-without, next to, beside; covered with, covered in, decorated with, lined with, loaded with: =
-without, beside, next to; has: = lacks; have: = lack; containing: = lacking, beside, next to;
-outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
-ground; on the ground: = in the air; on the wall: = on the floor; attached to: = detached from,
-behind, near; side by side: = far apart; together: = apart; among, amongst: = far from, behind;
-within: = outside; on top: = underneath"""
+under, beneath: nature.tree tool = far from | {SOLID} = on top of, on, next to, beside, behind, in
+front of, far from | it other = next to, behind, on | ? = next to, behind; over: {SOLID} = under |
+place.road place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below,
+under | sky ? = below; below: {SOLID} = above, on, behind | ? it = above; inside, inside of:
+{INDOORS} = outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of,
+beside, on, under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} =
+behind, in, inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind |
+place.water place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in
+front of, in, inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of;
+next to, beside: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far
+from | place.water place.ground place.court place.road place.land = in, on, far from | person other
+? = far from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top
+of, inside, far from | place.water place.ground place.court place.road place.land = in, on, far from
+| person other ? = far from; of: food = without; at: furniture.top = under, on, far from, on top of
+| {INDOORS} = far from, outside | place structure fixture ? = far from | sport.event = before,
+after; around: {SOLID} place = far from; surrounded by: = far from; between: = behind, in front of;
+along: place.road place.water = far from, across | place.ground = far from; through: place.ground
+place.cage place.city place.road structure = past | place.water = past, along; down, up: place.road
+= across, beside | place.ground structure = up, down; across: place.road = along, down, beside |
+place.ground place.court place.water = past, beside; from: {SOLID} = behind, next to, beside; into:
+place vehicle structure container fixture ? = out of, past, away from; out of: place vehicle
+structure fixture container = into, past, away from; towards, toward: person {SOLID} place ? = away
+from, past; to, up to: person {SOLID} place = away from, past; on the front of: {SOLID} = on the
+back of, behind; on the left side of: = on the right side of; on the right side of: = on the left
+side of; on the left of: = on the right of; on the right of: = on the left of; on the inside of: =
+on the outside of; on the outside of: = on the inside of; at the base of, at the foot of: = at the
+top of; the top of: = the bottom of; the bottom of: = the top of; the inside of: = the outside of;
+the outside of: = the inside of; the front of: = the back of; the back of: = the front of; the edge
+of: = the middle of; at the end of: place.road structure = in the middle of; against: {SOLID} = away
+from, behind, far from; away from: = towards, near; past: place structure = into; onto: {SOLID}
+place = off of; off, off of: furniture vehicle structure gear.board place = onto; with: = without;
+without: = with; to the left of: = to the right of; to the right of: = to the left of; on the side
+of, on the edge of: place furniture = in the middle of, far from; in the middle of: place.road
+place.ground place.court place.land place.water furniture = on the edge of, far from; during:
+sport.event = before; in the distance, in the background: = in the foreground; at night: = at noon;
+at the top of, on the top of: = at the bottom of; at the bottom of: = at the top of; on the back of,
+in the back of: = in front of, next to, under, near; in the foreground: = in the background; full
+of, filled with, topped with, covered with, covered in, decorated with, lined with, loaded with: =
+without; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: = indoors;
+indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the ground: = on
+the roof; on the wall: = on the floor; attached to: = detached from, behind; side by side: = far
+apart; together: = apart; among, amongst: = far from, behind; within: = outside; on top: =
+underneath"""
 # "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
 GROUNDED = """
 on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
@@ -482,30 +559,29 @@ snow | animal.pet animal.bird = furniture gear.board car truck boat motorcycle b
 plate tray rug blanket towel pillow book newspaper laptop keyboard printer television rock log roof
 fence balcony porch deck bridge rooftop dock pier windowsill place.road beach hill grass sand snow
 refrigerator toilet sink | animal = rock hill place.road bridge beach grass sand snow truck boat
-blanket rug | vehicle = place.road bridge runway beach grass sand snow hill dock truck boat |
-structure fixture = place.road grass hill beach bridge sand | food container tool gear device home
-clothing = furniture plate tray napkin cutting_board towel rug blanket pillow book newspaper box
-suitcase refrigerator oven microwave stool laptop keyboard car motorcycle bicycle boat rock log roof
-porch dock bench grass sand beach sidewalk street toilet sink windowsill | furniture = rug grass
-sidewalk street beach porch balcony deck roof dock boat truck | nature.flower = furniture plate book
-windowsill; in: person = place.room place.shop structure.house car truck bus van taxi train boat
-lake river swimming_pool fountain ocean field forest park garden airport train_station school bed
-bathtub hammock tree box snow | animal.pet = place.room place.shop structure.house container.box
-container.bin car truck bus van boat lake river swimming_pool ocean field forest park garden bed
-sink bathtub toilet drawer tree suitcase refrigerator bowl | animal = river lake field forest truck
-boat cage garden barn structure.house | vehicle = river lake field forest garage barn water snow |
-food tool container device home gear clothing = container.box container.bin container.cup bowl pan
-refrigerator oven microwave sink bathtub bed car truck boat drawer cabinet suitcase tree
-swimming_pool river lake toilet ; under: person animal = nature.tree umbrella bridge tent table desk
-bench roof truck bus car structure.street kite airplane balcony blanket bed clock | vehicle =
-nature.tree bridge roof structure.street airplane balcony | food tool container device home gear
-clothing = furniture.top furniture.seat furniture.bed tree umbrella bridge car truck blanket towel
-pillow book laptop plate box | structure furniture fixture = nature.tree bridge roof balcony
-umbrella tent clock window shelf mirror"""
+blanket rug | vehicle.road vehicle.air = place.road bridge runway beach grass sand snow hill dock
+truck boat | structure fixture = place.road grass hill beach bridge sand | food container tool gear
+device home clothing = furniture plate tray napkin cutting_board towel rug blanket pillow book
+newspaper box suitcase refrigerator oven microwave stool laptop keyboard car motorcycle bicycle boat
+rock log roof porch dock bench grass sand beach sidewalk street toilet sink windowsill | furniture =
+rug grass sidewalk street beach porch balcony deck roof dock boat truck | nature.flower = furniture
+plate book windowsill; in: person = place.room place.shop structure.house car truck bus van taxi
+train boat lake river swimming_pool fountain ocean field forest park garden airport train_station
+school bed bathtub hammock tree box snow | animal.pet = place.room place.shop structure.house
+container.box container.bin car truck bus van boat lake river swimming_pool ocean field forest park
+garden bed sink bathtub toilet drawer tree suitcase refrigerator bowl | animal = river lake field
+forest truck boat cage garden barn structure.house | vehicle = river lake field forest garage barn
+water snow | food tool container device home gear clothing = container.box container.bin
+container.cup bowl pan refrigerator oven microwave sink bathtub bed car truck boat drawer cabinet
+suitcase tree swimming_pool river lake toilet ; under: person animal = nature.tree umbrella bridge
+tent table desk bench roof truck bus car structure.street kite airplane balcony blanket bed clock |
+vehicle = nature.tree bridge roof structure.street airplane balcony | food tool container device
+home gear clothing = furniture.top furniture.seat furniture.bed tree umbrella bridge car truck
+blanket towel pillow book laptop plate box | structure furniture fixture = nature.tree bridge roof
+balcony umbrella tent clock shelf mirror"""
 # What of any kind they can be behind, far from, outside.
 AROUND = {
-    "far from": "person animal vehicle structure place nature.tree furniture fixture food "
-    "container device home gear ?",
+    "far from": "person animal vehicle structure place nature.tree furniture fixture ?",
     "outside": "place.room place.shop place.venue structure.house vehicle place.court place.cage",
     "in front of": "person animal vehicle structure furniture fixture device container nature "
     "home.toy home.soft home.light home.read "
@@ -513,33 +589,25 @@ AROUND = {
 }
 AROUND["behind"] = AROUND["in front of"]
 # Who can do an act to whom, and who can be where the other was: kinds whose things change places.
-SWAPPED_ACTS = {
-    ("person", "animal"): "chase follow watch approach lead push pull lick kiss look stare gaze "
-    "feed",
-    ("vehicle",): "follow pull tow push pass hit approach",
-}
-SWAPPED_PLACES = {
-    ("person", "animal"): "behind in_front_of on under",
-    ("vehicle",): "behind in_front_of",
-    ("food",): "on under behind in_front_of on_top_of over",
-    ("container", "device", "tool", "home", "gear"): "on under behind in_front_of "
-    "on_top_of in above below over inside",
-    ("structure",): "behind in_front_of",
-}
+SWAPPED = """
+person animal = chase follow approach lead push pull lick feed | behind in_front_of; vehicle =
+follow pull tow push pass hit approach | behind in_front_of; food = | on under behind in_front_of
+on_top_of over; container device tool home gear = | on under behind in_front_of on_top_of in inside;
+structure = | behind in_front_of"""
 AGREEMENT = {"is": "are", "are": "is", "was": "were", "were": "was", "has": "have", "have": "has"}
 
 # Words by tag, see Token; and words with a quirk.
 FUNCTION_WORDS = """
 D: a an the this these those some his her their its my our your each every another both all no any;
-M: one nine ten twelve dozens hundreds; I: is are was were be been being am has have had can will
-do did not it's there's that's could should would; E: ridden worn blown driven broken written made
+M: one nine ten twelve dozens hundreds; I: is are was were be been being am has have had can will do
+did not it's there's that's could should would; E: ridden worn blown driven broken written made
 shown seen held eaten taken used built tied thrown drawn flown laid kept caught hung; P: of to from
 for after before as like off than past thru onto upon during within including consisting featuring
 missing via among amongst about; C: as and or but while when because if that's so & where then; Q:
 he she it they we you i him them me us someone somebody who which that what himself herself itself
-themselves there everyone another's one's others; R: very just also not away together alone
-outdoors indoors here too down up out about ahead almost still only nearly partially sideways
-upside else over back well"""
+themselves there everyone another's one's others each_other one_another; R: very just also not away
+together alone outdoors indoors here too down up out about ahead almost still only nearly partially
+sideways upside else over back well"""
 WORD_SETS = """
 plural only: scissors, pants, shorts, pajamas, overalls, glasses, sunglasses, headphones, earrings,
 electronics, supplies, clothes, traffic, eyeglasses, luggage, cattle, silverware, clothing, stairs;
@@ -547,51 +615,89 @@ doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin
 step, squat, drop, flip, chop, skip, slip, snap, trim, wrap, sip, bat; lonely: outside, inside,
 together, outdoors, indoors, side by side, on top, on display, in the sky, in the air, through the
 air, on the ground, on the floor, on the wall, in the background, in the foreground, in the
-distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: home, leash,
-way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with, topped
-with, covered with, covered in, decorated with, lined with, loaded with; possessive: his, her, its,
-their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens, different, lot,
-variety, more, multiple, just, assorted, many, several, some, few, various, other, no, both, all,
-each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, after, to, by, like,
-from, as, of, onto, against; wheeled: bicycle, bike, scooter, cart, carriage, wagon, bicycles,
-bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try, make, attempt;
-airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf, float, wade;
-almost: wide, cross, half, partially, partly, almost, nearly; ways: through, down, along, across,
-past, towards, toward; boarded: surf, surfing, surfs, surfer, ski, skiing, skate, skateboarding,
-skating, snowboarding, snowboard, skateboarder; either: boat, canoe, raft, ship, sink, tub, bathtub,
-bed, grass, chair, couch, sofa, street, plate, corner; set phrases: at bat, to bat, to plate, around
-corner, at corner, on corner, in corner; built in: window, door, wall, floor, roof, doorway;
-counting: each, other, another, both, together, alone, its, their, it, they, them, itself, one,
-single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
-often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw,
-wash, push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that,
-who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
+distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: area, home,
+leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with,
+topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: it's,
+his, her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
+different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
+no, both, all, each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, after,
+to, by, like, from, as, of, onto, against; wheeled: traffic, bicycle, bike, scooter, cart, carriage,
+wagon, bicycles, bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try,
+make, attempt; airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf,
+float, wade; almost: multi, fully, well, stainless, freshly, brightly, dimly, wide, cross, half,
+partially, partly, almost, nearly; ways: through, down, along, across, past, towards, toward;
+boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski, skiing,
+skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: window, doorway, boat,
+canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set
+phrases: at bat, to bat, to plate, around corner, at corner, on corner, in corner; built in: window,
+door, wall, floor, roof, doorway; counting: lone, solitary, each, other, each other, one another,
+another, both, together, alone, its, their, it, they, them, itself, one, single, whole, pair, side
+by side, his, her, different; looks: look, stare, gaze, point, watch; aged: bearded, bald, beard,
+child, kid, young, teenager, teen, youth, adult, old, older, elderly, little, small; steered: row,
+paddle, sail, ride, drive, fly, travel; haste: fast, quickly, speed, speeding; desks: keyboard,
+computer, laptop, desk, monitor; afloat: float, sail, water, lake, river, ocean, sea, dock, harbor,
+pier, row; portions: piece, slice, plate; loose: wine, paint, laundry, water, juice, milk, coffee,
+tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butter, cream, honey, jam;
+mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare, make,
+get, take, have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad,
+father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue,
+open; plurals: few, couple, lot, dozen, bunch; vague: slope, ski slope, hillside, mountain,
+mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank, riverbank; of
+leg: short, long, tall; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark,
+bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy
+bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of
+infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray,
+plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches:
+tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack,
+bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore,
+shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
+street, road, highway, intersection, track, train track, railroad track, bridge, field, parking lot,
+lot, freeway, avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski
+slope, ramp, staircase, stair, ladder, tree, pole, street, road; can be down: hill, hillside,
+mountain, mountainside, slope, ski slope, ramp, staircase, stair, ladder, tree, pole, street, road;
+surfaces: pole, post, counter top, countertop, table top, tabletop, tablecloth, table cloth, cloth,
+mat, floor; materials: brick, stone, wooden, wood, metal, steel, glass, concrete, leather, plastic;
+geared: skateboard, ski, snowboard, surf, skate; unnatural: blue, navy, turquoise, teal, green,
+purple, pink, red, maroon, burgundy, yellow; owners: game, set, slope, flight, sill, ledge, frame,
+shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc, pcs; metals: silver, gold;
+shades: silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load,
+blow, put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: motorcycle, bike,
+bicycle, skateboard, surfboard, snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave,
+slope, ski; aims: above, on, on top of, from, off, out of, with, to, at, for, over, up, down, as,
+while, around, through, along, across; floors: floor, ceiling, tile, sill, window sill, wall; often
+on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash,
+push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that, who,
+which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
 carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
 particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
 baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
-top of, outside, inside, ., together, between, around; fixed on: surf, lean, talk, work, speak,
-chat, display, put; fixed in: bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed,
-covered, wrapped; placed: parked, seated, stopped, docked, gathered, located; fixed at: point, yell,
-laugh, wave, swing, throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off
-of: sit, stand, lie, lay, hang; fixed on the ground: sit, stand, lie, lay, sleep, kneel, crouch;
-fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed up:
-close, lined, dressed, set; fixed over: all, look; fixed with: fill, cover, top, decorate, mix,
-prepare, load, make, cook, cut, board; fixed into: look, cut, turn, made; fixed out of: made, make;
-near few: many; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple;
-near purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black:
-gray, grey, silver; near gray: white, black; near silver: white, black; near grey: white, black;
-near yellow: orange; near blue: purple; paths: through the air, down, up, through, along, across,
-past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry,
-push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman,
-dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid,
-child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: wall,
-fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle,
-bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river,
-plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at:
+top of, outside, inside, ., together, between, around; fixed next to: right, directly, close; fixed
+in front of: right, directly; fixed on: focus, emphasis, attention, concentrate, stacked, piled,
+stack, pile, surf, lean, talk, work, speak, chat, display, put; fixed in: hide, docked, anchored,
+bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed:
+parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
+throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie,
+lay, hang; fixed covered with: partially, half, partly; fixed covered in: partially, half, partly;
+fixed up: close, lined, dressed, set; fixed behind: hide, right, directly, close; fixed down:
+descent, descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit,
+play, walk, pose, lie, lay, run, eat, travel, jump; fixed into: look, cut, turn, made; fixed out of:
+made, make; near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange:
+red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan:
+white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near
+silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off
+of, through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
+walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
+woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
+air, wave, surf, ground, smoke, fire; never in: group, door, wall, fence, beach, cliff, hill,
+rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool,
+skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin,
+cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest, desert,
 shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
-mirror, tree, forest, desert, garden, valley, swamp, castle, church, village, city, office, hallway,
-kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market,
-lake, pond, ocean"""
+window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup, glass, mug, bottle, jar,
+basket, bucket, mirror, tree, forest, desert, garden, valley, swamp, castle, church, village, city,
+office, field, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library,
+hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -662,13 +768,14 @@ def edit_sentence(
         return negatives
     seen = {_plain(sentence.caption)}
     start = f"{seed}:{key}:{sentence.caption}".encode("utf-8", "surrogatepass")
+    bits = hashlib.blake2b(start, digest_size=32).digest()
     for name in negatives:
-        digest = hashlib.blake2b(start, digest_size=8, key=name.encode()).digest()
-        draw = int.from_bytes(digest, "big")
+        place = 8 * NEGATIVE_TYPES.index(name)
+        draw = int.from_bytes(bits[place : place + 8], "big")
         candidates = EDITORS[name](sentence, slots)
         step = 1 + len(candidates) // MAX_CANDIDATES
         candidates = candidates[draw % step :: step]
-        if slots and slots.refined:
+        if slots and slots.refine < inf:
             candidates.append(NONE)
         logs = [0.0] * len(candidates)
         if slots and candidates:
@@ -830,14 +937,26 @@ def _inflected(verb: str, form: str) -> str:
     return verb
 
 
+# By kind: the kinds that a thing changes places with, and across which acts and relations.
+SWAPS: dict[str, tuple[str, set[str], set[str]]] = {}
+for _kinds, _words in _entries(SWAPPED, "="):
+    _doing, _being = (set(_names(words)) for words in _words.split("|"))
+    SWAPS |= dict.fromkeys(_kinds.split(), (_kinds, _doing, _being))
+PRONOUN_KINDS = {"each other": "other", "one another": "other"}
+PRONOUN_KINDS |= dict.fromkeys(("it", "them", "him", "her"), "it")
 NO_SENSE = Sense("", False, ())
 SETS = {name: frozenset(_items(words)) for name, words in _entries(WORD_SETS)}
 NEVER = {name: SETS[f"never {name}"] for name in ("in", "on", "at")}
 NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
+PARTICULAR = {*SEXES, *SETS["built in"], *SETS["plural only"]}.union(*NEVER.values())
+SETS["after free acts"] = SETS["after acts"] | SETS["paths"] | {"and", "as"}
+SETS["goes on"] = SETS["paths"] | {"at", "for", "as"}
+SETS["owned"] = SETS["possessive"] | {"one", "each", "both", "right", "left"}
+SETS["never beside"] = SETS["weather"] | SETS["floors"]
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
 GROUNDS = _read_grounds()
-DONE = {kind: acts.split() for kind, acts in _entries(DONE_TO)}
+DONE = {kind: acts.split() for kinds, acts in _entries(DONE_TO) for kind in kinds.split()}
 DONE_BY = [
     (subject, kinds.split(), acts.split())
     for left, acts in _entries(DOES)
@@ -864,15 +983,23 @@ PARTNERS = {  # numbers of the groups that an act stands in
 SAME_ACTS: dict[str, set[str]] = defaultdict(set)  # the other words of an act, by act
 for _who, _groups in _entries(FREE):
     for _group in _groups.split("|") if _who in MOVERS else ():
-        _alike = {act.lstrip("~") for act in _group.split()} if "park" not in _group else set()
-        for _act in _alike:
-            SAME_ACTS[_act] |= _alike
+        _acts_of = {act.lstrip("~") for act in _group.split()} if "park" not in _group else set()
+        for _act in _acts_of:
+            SAME_ACTS[_act] |= _acts_of
 ACT_VALUES = {
     w
     for group in ("sleeping", "flying", "grazing", "parked", "standing", "seated", "smiling")
     for w in [group]
 }
 POSTURES, MOVES = set(POSTURE.split()), {*MOVING.split(), *ROLLING.split(), "fly", "ride", "slide"}
+STILL = {*POSTURE.split(), "eat", "work", "play", "talk", "dine"}
+LED: dict[str, set[str]] = {  # acts that these relations must follow, any if none
+    "to": MOVES - {"move", "come"},
+    "up to": MOVES | {"pull"},
+    "onto": MOVES,
+    **{relation: set() for relation in ("from", "out of", "into")},
+}
+LAID = {"lie", "sleep", "sit", "stand", "kneel", "swim", "walk"}  # not while sitting, standing ...
 KINDS = {word: kind for kind, words in _entries(OTHER_THINGS) for word in words.split()}
 KINDS |= dict.fromkeys(SETS["names"], "idea")
 KINDS |= {word: senses[0].kind for word, senses in SENSES.items() if word not in KINDS}
@@ -892,12 +1019,13 @@ for _senses in (*SENSES.values(), *VALUE_SENSES.values()):
             SAME[_name].add(_new)
 VALUE_WORDS = {*VALUE_SENSES, *NUMBERS, *YOUNGER, "several", "multiple"}
 ADJECTIVES = {*VALUE_SENSES, *YOUNGER, *OTHER_VALUES.split()}
-FUNCTION = {word: tag for tag, words in _entries(FUNCTION_WORDS) for word in words.split()}
+FUNCTION = {word: tag for tag, words in _entries(FUNCTION_WORDS) for word in _names(words)}
 FUNCTION |= dict.fromkeys(RELATION_ROWS, "P") | dict.fromkeys(NUMBERS, "M")
-COMPOUNDS: dict[str, list[list[str]]] = defaultdict(list)  # by first word, the longest first
+COMPOUNDS: dict[str, dict[str, list[list[str]]]] = defaultdict(dict)  # by their first two words
 for _name in sorted({*NOUN_FORMS, *FUNCTION}, key=lambda name: (-len(name), name)):
     if " " in _name:
-        COMPOUNDS[_name.split()[0]].append(_name.split())
+        _first, _second = _name.split()[:2]
+        COMPOUNDS[_first].setdefault(_second, []).append(_name.split())
 
 
 # Reading a caption
@@ -926,7 +1054,7 @@ class Phrase(NamedTuple):
     head: int
 
 
-Context = tuple[str, str, tuple[str, str], str, str]
+Context = tuple[str, str, str, str]
 
 
 class Sentence(NamedTuple):
@@ -936,6 +1064,7 @@ class Sentence(NamedTuple):
     tokens: list[Token]
     phrases: list[Phrase]
     starts: dict[int, Phrase]  # phrases by first token
+    own: frozenset[str]  # its words, as they are and in dictionary form
     named: frozenset[str]
     barred: frozenset[str]  # these, and what means the same
     contexts: list[Context]  # of each token its neighbours, see Slots
@@ -950,7 +1079,13 @@ def _read(caption: str, forbidden: frozenset[str] = frozenset()) -> Sentence | N
     tokens: list[Token] = []
     for i, (word, start, end) in enumerate(words):
         following = words[i + 1][0] if i + 1 < len(words) else ""
-        tag, lemma = _tag(word, tokens[-1] if tokens else None, following)
+        if following == "and" and i + 2 < len(words) and _alike(word, words[i + 2][0]):
+            following = words[i + 2][0]  # an orange and red train
+        tag, lemma = FUNCTION.get(word), word
+        if tag is None:
+            tag, lemma = _tag(word, tokens[-1] if tokens else None, following)
+        if tag in "EA" and tokens and _joined(tokens[-1], word, following):
+            tokens[-1], tag = tokens[-1]._replace(tag="A"), "A"
         tokens.append(Token(word, start, end, tag, lemma))
     return _sentence(caption, tokens, _chunk(tokens), forbidden)
 
@@ -959,17 +1094,19 @@ def _sentence(
     caption: str, tokens: list[Token], phrases: list[Phrase], forbidden: frozenset[str]
 ) -> Sentence | None:
     """A caption that has been tagged and chunked; None if it is not English."""
-    spoken = [t.tag for t in tokens if t.tag != "."]
-    if 2 * sum(tag not in "XUE" for tag in spoken) <= len(spoken):
+    tags = "".join([t.tag for t in tokens])
+    spoken = len(tags) - tags.count(".")
+    if 2 * (spoken - len(re.findall("[XUE]", tags))) <= spoken:
         return None
     starts = {p.first: p for p in phrases}
     none: frozenset[str] = frozenset()
-    sentence = Sentence(caption, tokens, phrases, starts, none, none, _contexts(tokens))
+    own = frozenset([t.word for t in tokens] + [t.lemma for t in tokens])
+    sentence = Sentence(caption, tokens, phrases, starts, own, none, none, _contexts(tokens))
     return _forbid(sentence, forbidden)
 
 
 def _contexts(tokens: Sequence[Token]) -> list[Context]:
-    """Of each token the keys of the five tables."""
+    """Of each token the keys of the four tables."""
     n = len(tokens)
     words = ["^", *(t.word for t in tokens), "$"]
     content = [t.tag not in "DMIRA." for t in tokens]
@@ -977,19 +1114,14 @@ def _contexts(tokens: Sequence[Token]) -> list[Context]:
     for i in range(1, n):
         ahead[i] = words[i] if content[i - 1] else ahead[i - 1]
         behind[n - 1 - i] = words[n + 1 - i] if content[n - i] else behind[n - i]
-    return [
-        (words[i], words[i + 2], (words[i], words[i + 2]), ahead[i], behind[i]) for i in range(n)
-    ]
+    return list(zip(words, words[2:], ahead, behind, strict=False))
 
 
 def _forbid(sentence: Sentence, words: Iterable[str]) -> Sentence:
     """The same caption, with more words that no negative may bring in."""
-    named = {*words, *sentence.named}
-    named.update(LEMMAS[w] for w in words if w in LEMMAS)
-    for token in sentence.tokens:
-        named.add(token.word)
-        named.add(token.lemma)
-    barred = named.union(*(SAME[w] for w in named if w in SAME))
+    named = {*words, *sentence.named, *sentence.own}
+    named.update([LEMMAS[w] for w in named if w in LEMMAS])
+    barred = named.union(*[SAME[w] for w in named if w in SAME])
     return sentence._replace(named=frozenset(named), barred=frozenset(barred))
 
 
@@ -1008,25 +1140,24 @@ def _facts(sentence: Sentence) -> set[str]:
 def _split(caption: str) -> list[tuple[str, int, int]]:
     """Words and marks with their offsets; a compound of the tables is one word."""
     found = itertools.islice(WORD.finditer(caption), MAX_WORDS)
-    marks = [(m.group().lower(), m.start(), m.end()) for m in found]
+    marks = [(m[0].lower(), *m.span()) for m in found]
     words, i = [], 0
     while i < len(marks):
+        word, start, end = marks[i]
         size = 1
-        for name in COMPOUNDS.get(marks[i][0], ()):
-            run = marks[i : i + len(name)]
-            if [w for w, _, _ in run] == name and run[-1][2] - run[0][1] == len(" ".join(name)):
-                size = len(name)
-                break
-        last = marks[i + size - 1]
-        words.append((" ".join(w for w, _, _ in marks[i : i + size]), marks[i][1], last[2]))
+        if word in COMPOUNDS and i + 1 < len(marks):
+            for name in COMPOUNDS[word].get(marks[i + 1][0], ()):
+                run, whole = marks[i : i + len(name)], " ".join(name)
+                if [w for w, _, _ in run] == name and run[-1][2] - start == len(whole):
+                    word, end, size = whole, run[-1][2], len(name)
+                    break
+        words.append((word, start, end))
         i += size
     return words
 
 
 def _tag(word: str, previous: Token | None, following: str) -> tuple[str, str]:
     """Part of speech and dictionary form of a word between its neighbours."""
-    if word in FUNCTION:
-        return FUNCTION[word], word
     before = previous.tag if previous else ""
     nounish = following in NOUN_FORMS or following in ADJECTIVES
     if word in PARTICIPLE_ACTS and not nounish:
@@ -1047,6 +1178,17 @@ def _tag(word: str, previous: Token | None, following: str) -> tuple[str, str]:
     return _guess(word, before), word
 
 
+def _alike(one: str, two: str) -> bool:
+    """Whether two words are values of one dimension, such as colours."""
+    return one in DIMENSIONS and DIMENSIONS[one] == DIMENSIONS.get(two)
+
+
+def _joined(previous: Token, word: str, following: str) -> bool:
+    """Whether a noun and a participle describe the next noun: a snow covered slope."""
+    joined = previous.tag == "N" and word.endswith(("ed", "eaten")) and word not in PARTICIPLE_ACTS
+    return joined and (following in NOUN_FORMS or following in ADJECTIVES)
+
+
 def _acts_here(word: str, previous: Token | None, following: str, nounish: bool) -> bool:
     """Whether a word that can be a verb is one here."""
     lemma, form = VERB_FORMS[word]
@@ -1057,16 +1199,21 @@ def _acts_here(word: str, previous: Token | None, following: str, nounish: bool)
         return False  # a tasty looking cake
     if form == "G":
         modifies = before in ("D", "M", "A") or (
-            previous and previous.word in ("with", "of", "for")
+            previous and previous.word in ("with", "of", "for", "on", "in", "near", "next to")
         )
         return not (modifies and nounish)
     if before in ("Q", "I") or (previous and previous.word == "to"):
         return form == "B" or before == "Q"
     if word not in NOUN_FORMS:
         return before in (
-            ("S", "X", "R", "C", "E") if form == "B" else ("N", "S", "X", "R", "C", "E")
-        )
-    if form == "Z" and lemma not in SENSES and following in SETS["after acts"]:
+            ("S", "R", "C", "E") if form == "B" else ("N", "S", "X", "R", "C", "E")
+        ) or (before == "X" and previous is not None and previous.word.endswith("s"))
+    if (
+        form == "Z"
+        and lemma not in SENSES
+        and KINDS.get(lemma) != "measure"
+        and following in SETS["after acts"]
+    ):
         return before in ("N", "X")
     moves = previous is not None and _matches(KINDS.get(previous.lemma, ""), MOVERS)
     return moves and before == ("S" if form == "B" else "N")
@@ -1132,15 +1279,77 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
             found += [_put(i, i, new) for new in _contradictions(sentence, i, slots)]
-            found += _but_no(sentence, i)
-    for i, token in enumerate(sentence.tokens if not found else ()):
+            found += _but_no(sentence, i) + _neither(sentence, i)
+    return found or _apart(sentence)
+
+
+def _apart(sentence: Sentence) -> list[Candidate]:
+    """Somebody without or next to what the caption lets them hold, wear, ride ..."""
+    tokens, found = sentence.tokens, []
+    for i, token in enumerate(tokens):
         phrase = sentence.starts.get(i + 1)
-        if token.tag == "G" and phrase and (not i or sentence.tokens[i - 1].tag in "NSXI"):
-            if token.lemma == "wear" and _can_lack(sentence, phrase):
-                found.append(_put(i, i, "without"))
-            elif token.lemma in ("hold", "carry") and not _held(sentence, phrase):
-                found.append(_put(i, i, "next to"))
+        before = tokens[i - 1].tag if i else "I"
+        if token.lemma not in APART or token.tag not in "GZB" or not phrase:
+            continue
+        free = before in "NSX" or (before == "I" and token.tag == "G")
+        after = tokens[phrase.stop] if phrase.stop < len(tokens) else token
+        aims = after.word in SETS["aims"] or after.tag in "EA" or _held(sentence, phrase)
+        if free and not aims and _subject(sentence, i) in MOVERS[:2]:
+            found += [
+                _put(i, i, new)
+                for new in APART[token.lemma]
+                if new not in sentence.named
+                and (new != "without" or _can_lack(sentence, phrase))
+                and (new != "next to" or not _matches(_kind(sentence, phrase), HELD))
+                and _kind(sentence, phrase) not in ("body", "idea", "part", "feat")
+                and tokens[phrase.head].lemma not in SETS["weather"]
+                and (_kind(sentence, phrase) or tokens[phrase.first].tag in "DM")
+            ]
+        found += _neither(sentence, i) if token.lemma == "wear" else []
     return found
+
+
+def _neither(sentence: Sentence, i: int) -> list[Candidate]:
+    """All the things of a list are missing: without a sink, window or door."""
+    tokens, verb = sentence.tokens, sentence.tokens[i]
+    worn = verb.lemma == "wear" or verb.word == "in"
+    if not (worn or verb.word == "with") or not _may_turn(tokens, i) or "without" in sentence.named:
+        return []
+    things, last = _listed(sentence, i + 1)
+    if not last or not all(_missed(sentence, phrase, worn) for phrase in things):
+        return []
+    after = tokens[things[-1].stop] if things[-1].stop < len(tokens) else None
+    if after and (after.tag not in ".P" or after.word in (",", "of")):
+        return []
+    return [_put(i, i, "without") + _put(last, last, "or")]
+
+
+def _listed(sentence: Sentence, k: int) -> tuple[list[Phrase], int]:
+    """The phrases of a list from token k on, and where its "and" is; 0 if it has none."""
+    things: list[Phrase] = []
+    last = 0
+    while phrase := sentence.starts.get(k):
+        things.append(phrase)
+        k = phrase.stop
+        if last:
+            return things, last
+        k += _word(sentence, k) == "," and _word(sentence, k + 1) == "and"
+        last = k if _word(sentence, k) == "and" else 0
+        if not last and _word(sentence, k) != ",":
+            break
+        k += 1
+    return things, 0
+
+
+def _missed(sentence: Sentence, phrase: Phrase, worn: bool) -> bool:
+    """Whether a thing of a list can be said to be missing, or not to be worn."""
+    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    if not kind or phrase.stop - phrase.first > 3 or first.word in SETS["not lacked"]:
+        return False
+    if first.tag == "M" or kind in ("body", "idea", "part") or (worn and kind[:8] != "clothing"):
+        return False
+    mass = SENSES.get(sentence.tokens[phrase.head].lemma, [NO_SENSE])[0].mass
+    return first.word not in ("a", "an") or not mass  # a cheese and meat sandwich
 
 
 def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
@@ -1149,10 +1358,13 @@ def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
     held = i > 0 and tokens[i].word == "of" and KINDS.get(tokens[i - 1].lemma) in HOLDERS
     if i >= 0 and not held and tokens[i].word not in SETS["lacking"]:
         return []
-    if i < 0 and _matches(_kind(sentence, phrase), MOVERS):
-        return []  # a man but no woman sitting
+    other = sentence.starts.get(phrase.stop + 1) if phrase else None
+    if phrase and other:
+        shared = tokens[phrase.first].word == "the" and tokens[other.first].tag not in "DM"
+        if shared or tokens[other.head].lemma == tokens[phrase.head].lemma:
+            return []  # the tv and video remotes
     if phrase and _word(sentence, phrase.stop) == "and":
-        return _no(sentence, phrase.stop, sentence.starts.get(phrase.stop + 1))
+        return _no(sentence, phrase.stop, other)
     return []
 
 
@@ -1171,43 +1383,89 @@ def _no(sentence: Sentence, k: int, phrase: Phrase | None) -> list[Candidate]:
 
 def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str]:
     """What contradicts relation i, as far as its neighbours allow."""
-    relation, following = sentence.tokens[i].word, _word(sentence, i + 1)
-    phrase = sentence.starts.get(i + 1)
-    kind = "it" if following in ("it", "them") else _kind(sentence, phrase)
-    if phrase and not kind and sentence.tokens[phrase.first].tag in "DM":
-        kind = "?" if _word(sentence, phrase.stop) != "of" else ""
-    lacking = relation in SETS["lacking"]
-    if not _may_turn(sentence.tokens, i):
-        return []
-    rained = {"rain", "snow"} & sentence.named and relation.startswith(("out", "in"))
-    if rained or (i and sentence.tokens[i - 1].lemma == "pass"):
+    relation, phrase = sentence.tokens[i].word, sentence.starts.get(i + 1)
+    if not _may_turn(sentence.tokens, i) or _stuck(sentence, i, phrase):
         return []
     if i and sentence.tokens[i - 1].lemma in SETS["looks"]:
         return ["away from"] if relation == "at" and phrase else []
-    barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
-    noun = sentence.tokens[phrase.head].lemma if phrase else ""
-    if noun in SETS["idioms"] or _needed(sentence, i, kind, noun):
+    kind, noun = _other_side(sentence, i)
+    if _needed(sentence, i, kind, noun):
         return []
-    thing = phrase is not None and (lacking or kind not in ("idea", "picture", "feat"))
-    fits = thing or relation in SETS["lonely"] or following in ("each", "it", "him", "her", "them")
-    named = phrase is not None or following in ("each", "it", "him", "her", "them")
-    for kinds, targets in RELATION_ROWS[relation]:
-        if _matches(kind, kinds) or (fits and not kinds):
-            if relation in SETS["lacking"] and _has(sentence, i):
-                targets = ["without"]
-            elif relation == "with" and _serves(sentence, i, kind):
-                targets = ["without", "next to"] if kind != "food.sauce" else ["without"]
-            return [
-                t
-                for t in targets
-                if t not in sentence.named
-                and t not in barred
-                and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
-                and f"{t} {noun}" not in sentence.named
-                and f"{t} {kind}" not in sentence.named
-                and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
-            ]
-    return []
+    its = _word(sentence, i + 1) in PRONOUN_KINDS
+    named = phrase is not None or its
+    again = phrase and [t.lemma for t in sentence.tokens].count(noun) > 1
+    if relation == "of" and phrase and (again or phrase.stop - phrase.first > 1):
+        return []  # a plate without foreign food
+    thing = relation in SETS["lacking"] or kind not in ("idea", "picture", "feat")
+    fits = (thing and phrase is not None) or its or relation in SETS["lonely"]
+    rows = RELATION_ROWS[relation]
+    targets = next((t for kinds, t in rows if _matches(kind, kinds) or (fits and not kinds)), [])
+    if targets and relation in SETS["lacking"] and _has(sentence, i):
+        targets = ["without"]
+    elif targets and relation == "with" and _serves(sentence, i, kind):
+        targets = ["without", "next to"] if kind != "food.sauce" else ["without"]
+    barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
+    return [
+        t
+        for t in targets
+        if t not in sentence.named
+        and t not in barred
+        and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
+        and f"{t} {noun}" not in sentence.named
+        and f"{t} {kind}" not in sentence.named
+        and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
+    ]
+
+
+def _other_side(sentence: Sentence, i: int) -> tuple[str, str]:
+    """Kind and noun of what stands after relation i; "it" for a pronoun, "?" for the unknown."""
+    phrase = sentence.starts.get(i + 1)
+    if phrase is None:
+        return PRONOUN_KINDS.get(_word(sentence, i + 1), ""), ""
+    kind = _kind(sentence, phrase)
+    if not kind and sentence.tokens[phrase.first].tag in "DM":
+        kind = "?" if _word(sentence, phrase.stop) != "of" else ""
+    return kind, sentence.tokens[phrase.head].lemma
+
+
+def _stuck(sentence: Sentence, i: int, phrase: Phrase | None) -> bool:
+    """Whether what stands around relation i holds it: out in the rain, the sun over a city."""
+    tokens, relation = sentence.tokens, sentence.tokens[i].word
+    before, mover = tokens[i - 1].lemma if i else "", _mover(sentence, i)[0]
+    if {"sun", "moon"} & sentence.own or before == "pass":
+        return True
+    if {"rain", "snow"} & sentence.own and relation.startswith(("out", "in")):
+        return True
+    if relation == "on the ground" and mover.startswith("vehicle"):
+        return True
+    if relation in SETS["lonely"] and relation in SETS["airy"]:
+        raised = i > 0 and tokens[i - 1].tag == "P"  # chin up in the air
+        return raised or (i + 1 < len(tokens) and tokens[i + 1].tag in "PC")  # in the sky over
+    if phrase:
+        return _stuck_to(sentence, i, phrase)
+    owned = {"has", "have"} & {t.word for t in tokens[:i]}  # has windows on it
+    return _word(sentence, i + 1) == "it" and (
+        bool(owned) or mover in ("", "picture", "idea", "part")
+    )
+
+
+def _stuck_to(sentence: Sentence, i: int, phrase: Phrase) -> bool:
+    """Whether relation i and the thing after it belong together."""
+    tokens, relation, noun = sentence.tokens, sentence.tokens[i].word, sentence.tokens[phrase.head]
+    before = tokens[i - 1] if i else Token("", 0, 0, "", "")
+    if _kind(sentence, phrase) == "body" or (relation == "in" and "another" in sentence.own):
+        return True  # hands on his hips, in one pan and in another
+    if relation == "in" and _kind(sentence, phrase).startswith("clothing"):
+        described = phrase.stop - phrase.first > 2 or tokens[phrase.first].word == "the"
+        person = _mover(sentence, i)[0].startswith("person")
+        return described or not person or before.tag in ("G", "Z", "B")  # standing in a shirt
+    if phrase.stop < len(tokens):
+        following = tokens[phrase.stop]
+        if relation == "across" and following.word == "from":
+            return True
+        if before.lemma in SETS["looks"] and following.tag == "B":
+            return True  # looking at a boat cross a river
+    return noun.lemma in SETS["idioms"] or (relation == "in" and noun.lemma == "mirror")
 
 
 def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
@@ -1215,6 +1473,8 @@ def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
     tokens, relation = sentence.tokens, sentence.tokens[i].word
     if relation not in ("on", "in", "at", "outside", "inside", "down"):
         return False
+    if i and tokens[i - 1].lemma in SETS["steered"] and _matches(kind, ("vehicle", "gear")):
+        return True
     if kind in ("device.hand", "gear.ski") or noun in ("track", "train track", "railroad track"):
         return True
     if relation in ("outside", "inside") and i + 1 < len(tokens) and tokens[i + 1].tag == "P":
@@ -1222,7 +1482,8 @@ def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
     if i > 1 and tokens[i - 2].lemma in SETS["looks"] and tokens[i - 1].tag in "RP":
         return True
     owned = _word(sentence, i + 1) in SETS["possessive"] and _matches(kind, ("vehicle", "gear"))
-    return owned or (kind == "gear.board" and bool(SETS["boarded"] & sentence.named))
+    moves = any(t.tag in "GZBEU" and t.lemma not in POSTURES for t in tokens)
+    return owned or (kind == "gear.board" and moves)
 
 
 def _has(sentence: Sentence, i: int) -> bool:
@@ -1237,8 +1498,7 @@ def _serves(sentence: Sentence, i: int, kind: str) -> bool:
     phrase = sentence.starts.get(i + 1)
     if phrase is None:
         return False
-    ends = phrase.stop == len(sentence.tokens) or sentence.tokens[phrase.stop].tag in ".P"
-    ends = ends and _word(sentence, phrase.stop + 1) != "it"
+    ends = phrase.stop == len(sentence.tokens) or sentence.tokens[phrase.stop].tag == "."
     return ends and _matches(before, ("container", "food")) and _matches(kind, ("food", "drink"))
 
 
@@ -1247,34 +1507,81 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
     if new in ("without", "lacking", "free of") or phrase is None:
         return True
-    counted = tokens[phrase.first].tag in "DM" or tokens[phrase.head].tag == "S"
-    if not counted and not SENSES.get(noun, [NO_SENSE])[0].mass:
+    first, plural = tokens[phrase.first], tokens[phrase.head].tag == "S"
+    if first.tag not in "DM" and not plural and not SENSES.get(noun, [NO_SENSE])[0].mass:
         return False  # on television
-    known = tokens[phrase.first].word == "the" or kind in (
-        "?",
-        "it",
-        "person.adult",
-        "person.group",
-    )
-    if new == "far from" and not known:
+    known = first.word == "the" or plural or kind in ("person.adult", "person.group")
+    far = known and first.word != "some" and kind != "place.land"
+    if (new == "far from" and not far) or noun not in SETS.get(f"can be {new}", {noun}):
         return False  # nobody writes "far from a hill"
-    rows = GROUNDS.get(new)
-    if rows and noun in SETS["either"] and tokens[i].word in GROUNDS:
+    if new not in GROUNDS:
+        return _around(sentence, i, new, kind, noun)
+    if _word(sentence, phrase.stop) in ("and", ",") and tokens[i].word not in GROUNDS:
+        return False  # in a tree and a lake
+    return _grounded(sentence, i, new, kind, noun)
+
+
+def _grounded(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
+    """Whether something can be on, in or under this thing, and do there what it does."""
+    old, (mover, act) = sentence.tokens[i].word, _mover(sentence, i)
+    if (noun in SETS["either"] and old in GROUNDS) or (new == "under" and noun in SETS["low"]):
         return False  # on a boat, in a boat
-    if rows is None and kind == "place.water" and tokens[i - 1].lemma in SETS["swum"]:
-        return False  # swimming next to a pond
-    if rows is None:
-        return noun not in SETS["weather"] and _matches(kind, AROUND.get(new, kind).split())
-    before = [p for p in sentence.phrases if p.stop <= i]
-    mover = _kind(sentence, before[-1] if before else None)
-    verb = next((t for t in tokens[before[-1].stop if before else 0 : i] if t.tag in "GZB"), None)
-    if verb and verb.lemma in MOVES and not kind.startswith("place"):
+    person = mover.startswith("person")
+    if (old == "at" and not person) or (old == "over" and person):
+        return False  # what is at a table is on it
+    if act in SETS["swum"] and kind != "place.water":
+        return False
+    if act in MOVES and not kind.startswith("place"):
         return False  # walking on a chair
-    if verb and verb.lemma == "stand" and kind.startswith("animal"):
+    if act == "stand" and kind.startswith("animal"):
         return False
     return any(
-        _matches(mover, who) and (noun in what or _matches(kind, what)) for who, what in rows
+        _matches(mover, who) and (noun in what or _matches(kind, what))
+        for who, what in GROUNDS[new]
     )
+
+
+def _handled(sentence: Sentence, i: int) -> bool:
+    """Whether what stands before relation i is the object of a verb."""
+    phrase = next((p for p in reversed(sentence.phrases) if p.stop == i), None)
+    return bool(phrase and phrase.first and sentence.tokens[phrase.first - 1].tag in "GZB")
+
+
+def _mover(sentence: Sentence, i: int) -> tuple[str, str]:
+    """Kind of what stands before relation i, and what it does there."""
+    phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
+    between = sentence.tokens[phrase.stop if phrase else 0 : i]
+    return _kind(sentence, phrase), next((t.lemma for t in between if t.tag in "GZB"), "")
+
+
+def _around(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
+    """Whether something can be next to, behind, far from ... this thing, and not as well be so."""
+    tokens, (mover, act) = sentence.tokens, _mover(sentence, i)
+    if kind == "place.water" and (
+        tokens[i - 1].lemma in SETS["swum"] or SETS["boarded"] & sentence.own
+    ):
+        return False  # swimming next to a pond
+    close = new in ("next to", "beside", "by", "near")
+    if close and tokens[i].word in GROUNDS and noun in SETS["vague"]:
+        return False  # who is in the woods is next to them
+    still = new == "far from" or (close and (act not in MOVES or mover.startswith("vehicle")))
+    if tokens[i].word in GROUNDS and kind == "place.road" and still:
+        return False  # what stands on a street may well be beside it
+    if tokens[i].word in GROUNDS and kind == "place.land" and mover.startswith("animal") and close:
+        return False
+    if kind == "place.ground" and mover.startswith("structure") and tokens[i].word in GROUNDS:
+        return False  # a fence in a field is next to it
+    eats = act == "eat" and mover.startswith("person")
+    if kind.startswith("furniture") and (eats or _handled(sentence, i)):
+        return False  # cutting a cake on a table, behind a table
+    if new in ("behind", "in front of"):
+        seated = mover.startswith("person") and (kind == "device.desk" or noun == "podium")
+        if seated or noun in SETS["surfaces"] or (not mover and tokens[i].word in GROUNDS):
+            return False
+    if noun == "water" and tokens[i + 1].word == "the":
+        return new in ("next to", "beside", "far from")
+    fixed = noun in SETS["never beside"]
+    return not fixed and _matches(kind, AROUND.get(new, kind).split())
 
 
 def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
@@ -1284,16 +1591,18 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if slots is None or not before or not noun or noun in NEVER.get(new, ()):
         return False
     first = sentence.tokens[i + 1]
+    if noun in SETS["perches"] or _kind(sentence, sentence.starts[i + 1]).startswith("clothing"):
+        return False  # birds may sit in trees and on fences, cows not
     if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
         return False
     mover, kind = _kind(sentence, before[-1]), _kind(sentence, sentence.starts[i + 1])
     still = ("", "place", "picture", "idea", "part", "body", "fixture", "furniture", "vehicle")
     if not kind or _matches(mover, still):
         return False
-    _, _, _, ahead, behind = sentence.contexts[i]
+    _, _, ahead, behind = sentence.contexts[i]
     if behind != sentence.tokens[sentence.starts[i + 1].head].word:
         return False
-    rows = slots.tables[3].get(ahead, NO_COUNTS), slots.tables[4].get(behind, NO_COUNTS)
+    rows = slots.tables[2].get(ahead, NO_COUNTS), slots.tables[3].get(behind, NO_COUNTS)
     return min(row.get(new, 0) for row in rows) > 1
 
 
@@ -1304,22 +1613,22 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
     before, relation = tokens[i - 1], tokens[i].word
     if before.lemma in SETS.get(f"fixed {relation}", ()) or before.tag == "D":
         return False
+    if relation.startswith("the "):
+        return True
     if relation == "by" and any(
         t.tag == "E" and t.word not in SETS["placed"] for t in tokens[max(i - 3, 0) : i]
     ):
         return False  # ridden by a man
-    if relation == "to":
-        return before.tag in "GZB" and before.lemma in MOVES - {"move", "come"}
+    if relation in LED:
+        return before.tag in "GZB" and (not LED[relation] or before.lemma in LED[relation])
     if relation == "of":
         return KINDS.get(before.lemma, "").startswith("container")
     if relation == "together":
         return before.lemma in POSTURES
-    if relation in ("from", "out of", "into"):
-        return before.tag in "GZB"
     if relation == "with" and before.tag in "GZB":
-        return before.lemma not in SETS["fixed with"]
+        return before.lemma in SETS["alone"]
     if relation in ("with", "by", "without", "between"):
-        return before.tag in "NSX" or before.lemma in POSTURES
+        return before.tag in "NSX" or before.lemma in POSTURES or before.word in SETS["placed"]
     return before.tag != "P" or before.word in ("around", "down", "up", "over", "outside", "off")
 
 
@@ -1328,9 +1637,15 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     if phrase is None or phrase.stop - phrase.first > 3:
         return False
     first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
-    if not kind or kind in ("body", "idea", "part") or first.tag == "M":
+    counted = any(t.tag == "M" for t in sentence.tokens[phrase.first : phrase.stop])
+    if not kind or kind in ("body", "idea", "part") or counted:
+        return False
+    if sentence.tokens[phrase.head].lemma in SETS["floors"]:
         return False
     goes_on = ("and", ",", "of", "in", "on", "that", "background")
+    after = sentence.tokens[phrase.stop :]
+    if after and (after[0].tag in "AD" or (after[0].tag == "G" and kind[:8] != "clothing")):
+        return False  # with the door open, with a couch a table, with a man swinging
     return first.word not in SETS["not lacked"] and _word(sentence, phrase.stop) not in goes_on
 
 
@@ -1345,14 +1660,18 @@ def _swaps(sentence: Sentence) -> list[Candidate]:
         else:
             whole.append(phrase)
     found = []
+    kinds = [_kind(sentence, phrase).partition(".")[0] for phrase in whole]
     for k, one in enumerate(whole):
-        for two in whole[k + 1 : k + 4]:
-            if _asymmetric(sentence, one, two):
+        for two, kind in zip(whole[k + 1 : k + 4], kinds[k + 1 :], strict=False):
+            alike = kinds[k] in SWAPS and kind in SWAPS[kinds[k]][0].split()
+            if alike and _asymmetric(sentence, one, two, *SWAPS[kind][1:]):
                 found.append(_swap(sentence, one, two))
     return [swap for swap in found if swap]
 
 
-def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
+def _asymmetric(
+    sentence: Sentence, one: Phrase, two: Phrase, acts: set[str], places: set[str]
+) -> bool:
     """Whether the words between two phrases make a sentence false once these change places."""
     tokens = sentence.tokens
     middle = tokens[one.stop : two.first]
@@ -1360,21 +1679,14 @@ def _asymmetric(sentence: Sentence, one: Phrase, two: Phrase) -> bool:
         return False
     if any(t.tag in "CQ." and t.word not in SETS["links"] for t in middle):
         return False  # never across "and"
-    if not (_movable(sentence, one) and _movable(sentence, two)):
-        return False
-    kinds = [_kind(sentence, phrase) for phrase in (one, two)]
-    acts = [t for t in middle if t.tag in "GZBEU" and t.lemma not in POSTURES]
+    verbs = [t for t in middle if t.tag in "GZBEU" and t.lemma not in POSTURES]
     governed = one.first > 0 and tokens[one.first - 1].tag in "PGZB"
-    if len(acts) > 1 or (acts and governed):
+    if len(verbs) > 1 or governed:
         return False
-    rows = SWAPPED_ACTS if acts else SWAPPED_PLACES
-    relation = acts[0].lemma if acts else middle[-1].word.replace(" ", "_")
-    if acts and acts[0] != middle[-1] and acts[0].lemma not in SETS["looks"]:
+    if verbs and verbs[0] != middle[-1] and verbs[0].lemma not in SETS["looks"]:
         return False
-    return any(
-        relation in words.split() and all(_matches(k, alike) for k in kinds)
-        for alike, words in rows.items()
-    )
+    fits = verbs[0].lemma in acts if verbs else middle[-1].word in places
+    return fits and _movable(sentence, one) and _movable(sentence, two)
 
 
 def _movable(sentence: Sentence, phrase: Phrase) -> bool:
@@ -1382,6 +1694,8 @@ def _movable(sentence: Sentence, phrase: Phrase) -> bool:
     around = sentence.tokens[max(phrase.first - 1, 0) : phrase.stop + 1]
     if around[-1].tag in "EA" and phrase.stop < len(sentence.tokens):
         return False  # snow covered
+    if sentence.tokens[phrase.head].lemma in SETS["floors"]:
+        return False
     return sentence.tokens[phrase.first].word not in SETS["possessive"] and not any(
         t.word in ("and", ",") for t in around
     )
@@ -1429,40 +1743,48 @@ def _attribute(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
         for j in sites[k + 1 :]:
             if _exchangeable(sentence, i, j):
                 found.append(_put(i, i, tokens[j].word) + _put(j, j, tokens[i].word))
-    counted = _recounted(sentence)
-    return found + counted if tokens and tokens[0].word == "two" else found or counted
+    return found + _aged(sentence, sites) or _recounted(sentence)
+
+
+def _aged(sentence: Sentence, sites: list[int]) -> list[Candidate]:
+    """An elderly man instead of a young boy."""
+    found: list[Candidate] = []
+    for i in sites:
+        noun = sentence.tokens[i + 1] if i + 1 < len(sentence.tokens) else sentence.tokens[i]
+        if sentence.tokens[i].word == "young" and noun.lemma in CHILDREN:
+            new = f"elderly {OTHER_AGE[noun.lemma]}"
+            new = _plural(new) if noun.tag == "S" else new
+            if not sentence.named & {"old", "older", *SETS["parents"], *new.split()}:
+                found.append((Part(i, i + 1, new, ("elderly", new.split()[1], new.split()[1])),))
+    return found
 
 
 def _recounted(sentence: Sentence) -> list[Candidate]:
-    """Two of what the caption is about instead of one, or one of two."""
+    """Two of what the caption is about instead of one."""
     tokens, phrase = sentence.tokens, sentence.starts.get(0)
     words = {t.word for t in tokens}
     if phrase is None or phrase.head == 0 or words & (SETS["counting"] | PRONOUNS):
         return []
-    first, noun, stop = tokens[0], tokens[phrase.head], phrase.stop
-    one = first.word in ("a", "an") and noun.tag == "N"
-    two = first.word == "two" and noun.tag == "S" and noun.lemma not in SETS["plural only"]
+    noun, stop = tokens[phrase.head], phrase.stop
     verbs = [
         i for i, t in enumerate(tokens) if (t.tag in "IZB" or t.word in AGREEMENT) and i >= stop
     ]
     near = stop + (_word(sentence, stop) in SETS["links"])
     counted = _matches(_kind(sentence, phrase), COUNTED) and noun.lemma in SENSES
-    if not counted or not (one or two) or _word(sentence, stop) in ("and", ",", "of", "or"):
+    one = tokens[0].word in ("a", "an") and noun.tag == "N"
+    if not counted or not one or _word(sentence, stop) in ("and", ",", "of", "or"):
         return []
     if any(i != near for i in verbs):
         return []
-    number = "two" if one else _article(tokens[1].word)
-    edits = _put(0, 0, number)
-    edits += _put(phrase.head, phrase.head, _plural(noun.lemma) if one else noun.lemma)
+    plural = _plural(noun.lemma)
+    edits = _put(0, 0, "two") + _put(phrase.head, phrase.head, plural)
     for i in verbs:
-        form = "B" if tokens[i].tag == "Z" else "Z"
         new = AGREEMENT.get(tokens[i].word)
-        if not new and (tokens[i].tag == "I" or (tokens[i].tag == "B") == one):
+        if not new and tokens[i].tag in "IB":
             return []
-        new = new or _inflect(tokens[i].lemma, form)
+        new = new or _inflect(tokens[i].lemma, "B")
         edits += _put(i, i, new)
-    told = {"two", _plural(noun.lemma)} if one else {"one"}
-    return [] if told & sentence.named else [edits]
+    return [] if {"two", plural} & sentence.named else [edits]
 
 
 def _article(word: str) -> str:
@@ -1491,58 +1813,180 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     """Values that exclude that of token i."""
     tokens, word = sentence.tokens, sentence.tokens[i].word
     phrase = next((p for p in sentence.phrases if p.first <= i < p.stop), None)
-    following = tokens[i + 1].tag if i + 1 < len(tokens) else ""
-    if phrase is None and (tokens[i - 1].tag == "D" or word[-2:] + following == "edP"):
-        return []  # in the wild, baked into a loaf
     head = tokens[phrase.head] if phrase else tokens[i]
-    if head.lemma in SETS["plural only"] and word in (*NUMBERS, "several", "multiple", "few"):
+    if word in (*NUMBERS, "several", "many", "multiple", "few"):
+        return _numbers(sentence, i, head)
+    if head.lemma in ("boy", "girl", "child", "kid") and word in (*YOUNGER, "young"):
+        fits = head.lemma in CHILDREN and word in YOUNGER
+        return [YOUNGER[word]] if fits and YOUNGER[word] not in sentence.named else []
+    if _idiom(sentence, i, phrase, head):
         return []
-    if word in NUMBERS:
-        wanted = (*NUMBERS[:4], "several") if word == "two" else NUMBERS[:4]
-        return [n for n in wanted if n not in sentence.named] if head.tag == "S" else []
-    if word in ("several", "many", "multiple", "few"):
-        fits = head.tag == "S" and tokens[i - 1].tag != "D"
-        return [n for n in NUMBERS[:2] if n not in sentence.named] if fits else []
-    if word in ("old", "older", "elderly", "young") and head.lemma in ("baby", "infant", "toddler"):
-        return []
-    if head.lemma in ("boy", "girl", "child", "kid") and word in YOUNGER:
-        fits = head.lemma in ("boy", "girl") and YOUNGER[word] not in sentence.named
-        return [YOUNGER[word]] if fits else []
-    around = [t.word for t in tokens[max(i - 2, 0) : i]], [t.word for t in tokens[i + 1 : i + 3]]
-    photo = ["and", "white"] in around or ["and", "black"] in around or ["black", "and"] in around
-    idiom = (word == "french") or photo or (phrase is None and word in ("high", "low"))
-    idiom = idiom or (i > 0 and tokens[i - 1].word in SETS["almost"])
-    idiom = idiom or _word(sentence, i + 1) in SETS["particles"]  # lit up
-    sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
-    if idiom or sexed or KINDS.get(head.lemma) in ("measure", "idea"):
-        return []
+    kind = _kind(sentence, phrase)
     for sense in VALUE_SENSES.get(word, ()):
-        if not sense.kind or _matches(_kind(sentence, phrase), sense.kind.split()):
-            near = SETS.get(f"near {word}", ())
+        if not sense.kind or _matches(kind, sense.kind.split()):
+            near = SETS.get(f"near {word}", frozenset()) | _misfits(sentence, i, phrase, kind)
             return [w for w in _unnamed(sense, sentence) if w not in near]
     return []
 
 
+def _misfits(sentence: Sentence, i: int, phrase: Phrase | None, kind: str) -> frozenset[str]:
+    """Values that nobody writes of this thing, or between these words."""
+    misfits: frozenset[str] = frozenset()
+    if i and sentence.tokens[i - 1].word in ("light", "dark", "bright", "pale", "neon"):
+        misfits |= SETS["shades"]
+    if phrase is None or kind.startswith("food"):
+        misfits |= {"various", "assorted", "identical", "matching"}
+    if phrase and sentence.tokens[phrase.head].lemma == "beach":
+        misfits |= {"dirt", "gravel"}
+    if _matches(kind, ("place", "nature", "food", "animal")):
+        misfits |= SETS["metals"]
+    return misfits | SETS["unnatural"] if kind.startswith("animal") else misfits
+
+
+def _numbers(sentence: Sentence, i: int, head: Token) -> list[str]:
+    """Other numbers of a noun; several is three or more, but never two."""
+    word = sentence.tokens[i].word
+    wanted: tuple[str, ...] = NUMBERS[: 1 + (word == "many")]
+    if word in NUMBERS:
+        wanted = (*NUMBERS[:4], "several") if word == "two" else NUMBERS[:4]
+    elif sentence.tokens[i - 1].tag == "D" or sentence.tokens[i - 1].word in ("very", "so", "too"):
+        return []
+    counted = head.tag == "S" and head.lemma not in SETS["plural only"]
+    if any(t.word in NUMBERS and k != i for k, t in enumerate(sentence.tokens)) and "," in {
+        t.word for t in sentence.tokens
+    }:
+        return []  # four elephants, two babies and two adults
+    return [n for n in wanted if n not in sentence.named] if counted else []
+
+
+def _idiom(sentence: Sentence, i: int, phrase: Phrase | None, head: Token) -> bool:
+    """Whether value i is no value here: in the wild, black and white, lit up, the town square."""
+    tokens, word = sentence.tokens, sentence.tokens[i].word
+    following = tokens[i + 1].tag if i + 1 < len(tokens) else ""
+    before = tokens[i - 1] if i else Token("", 0, 0, "", "")
+    if phrase is None and (before.tag in ("D", "N", "S") or word in ("high", "low")):
+        return True
+    if phrase is None and word[-2:] + following == "edP":
+        return True
+    if before.word == "to" and word in VERB_FORMS:
+        return True  # about to cut
+    if before.word == "lush" or word == "french" or word in SETS.get(f"of {head.lemma}", ()):
+        return True
+    around = [t.word for t in tokens[max(i - 2, 0) : i]], [t.word for t in tokens[i + 1 : i + 3]]
+    if any(photo in around for photo in (["and", "white"], ["and", "black"], ["black", "and"])):
+        return True
+    if word in SETS["compared"] and sum(t.lemma == head.lemma for t in tokens) > 1:
+        return True  # a vase next to a smaller vase
+    following = _word(sentence, i + 1)
+    if before.word in SETS["almost"] or following in SETS["particles"]:
+        return True
+    if word in SETS["materials"] and following.endswith("ed"):
+        return True  # a brick paved street
+    if word in ("open", "closed", "shut") and phrase and phrase.first:
+        return tokens[phrase.first - 1].word in SETS["reached"]  # into an open box
+    sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
+    return sexed or KINDS.get(head.lemma) in ("measure", "idea")
+
+
 def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Name another thing of the same kind."""
+    sporty = bool(sentence.own & SETS["sporty"])  # a tennis player hits no pitch, if need be
+    found = _renamed(sentence, sporty) + _other_sex(sentence) + _other_age(sentence)
+    return found or (_renamed(sentence, False) if sporty and "wave" not in sentence.own else [])
+
+
+def _renamed(sentence: Sentence, sporty: bool) -> list[Candidate]:
+    """Another thing for each noun; players stay in sporty captions."""
     tokens, found = sentence.tokens, []
     for phrase in sentence.phrases:
+        if sporty and _kind(sentence, phrase) in SPORTS:
+            continue
         first = phrase.head
         while first > phrase.first and tokens[first - 1].tag == "N":
             first -= 1  # a kitchen counter becomes a table
+        inner = tokens[first : phrase.head]
+        if any(KINDS.get(t.lemma) in ("measure", "body", "part") for t in inner):
+            continue  # a lot oranges, a horn steer
+        first -= first > phrase.first and tokens[first - 1].tag == "X"  # a fighter jet
+        plural = tokens[phrase.head].tag == "S" or _many(sentence, phrase)
         for new in _things(sentence, phrase):
-            plural = tokens[phrase.head].tag == "S" or _many(sentence, phrase)
             found += [_put(first, phrase.head, _plural(new) if plural else new)]
     return found
+
+
+def _other_age(sentence: Sentence) -> list[Candidate]:
+    """A boy and a girl instead of a man and a woman, or the other way round."""
+    tokens = sentence.tokens
+    edits: Candidate = ()
+    two = {t.lemma for t in tokens} & set(OTHER_AGE)
+    if two not in ({"man", "woman"}, {"boy", "girl"}) or sentence.named & SETS["aged"]:
+        return []
+    if sentence.named & {OTHER_AGE[word] for word in two}:
+        return []
+    for i, token in enumerate(tokens):
+        if token.lemma in two:
+            new = OTHER_AGE[token.lemma]
+            edits += _put(i, i, _plural(new) if token.tag == "S" else new)
+    return [edits]
+
+
+def _other_sex(sentence: Sentence) -> list[Candidate]:
+    """A woman and her dog instead of a man and his, if nobody else is there."""
+    tokens = sentence.tokens
+    people = [p for p in sentence.phrases if _kind(sentence, p).startswith("person")]
+    told = {t.word for t in tokens if t.word in PRONOUNS}
+    if len(people) != 1 or not told or tokens[people[0].head].lemma not in OTHER_SEX:
+        return []
+    noun = tokens[people[0].head]
+    if {SEXES[noun.lemma]} != {SEXES[w] for w in told}:
+        return []
+    edits: Candidate = ()
+    for i, token in enumerate(tokens):
+        new = OTHER_SEX.get(token.lemma if i == people[0].head else token.word)
+        if token.word == "her" and (i + 1 == len(tokens) or tokens[i + 1].tag in ".PCDIGZBE"):
+            new = "him"
+        if new and (i == people[0].head or token.word in PRONOUNS):
+            edits += _put(i, i, _plural(new) if token.tag == "S" else new)
+    new = OTHER_SEX[noun.lemma]
+    return [] if new in sentence.named or SETS[f"sex {SEXES[new]}"] & sentence.named else [edits]
 
 
 def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
     """Whether the words around a noun need it: on her phone, a game of frisbee, and watches."""
     tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
     kind = KINDS.get(noun.lemma, "")
-    if before == "on" and kind == "device.hand":
+    if before in (
+        "play",
+        "playing",
+        "take",
+        "up",
+        "travel",
+        "winning",
+        "win",
+        "won",
+        "including",
+        "like",
+        "as",
+    ):
+        return True  # to take home
+    if before == "off" and kind.startswith("place"):
         return True
-    if before == "of" and tokens[phrase.first - 2].lemma in ("game", "set", "slope", "flight"):
+    if kind == "place.water" and any(
+        t.word in SETS["watery"] for t in tokens[phrase.first : phrase.head]
+    ):
+        return True
+    if f"{before} {noun.lemma}" in SETS["set phrases"]:
+        return True
+    if (before == "on" and kind == "device.hand") or (before == "in" and noun.lemma == "mirror"):
+        return True
+    holder = tokens[phrase.first - 2].lemma if before == "of" else ""
+    paired = holder == "pair" and noun.lemma in SETS["plural only"]
+    sheet = holder in SETS["portions"] and kind == "home.read"
+    if paired or sheet or holder in SETS["owners"]:
+        return True
+    if noun.lemma == "pen" and before in ("in", "inside", "inside of", "into"):
+        return True
+    if noun.lemma == "mouse" and sentence.own & SETS["desks"]:
         return True
     if kind == "person.group" and any(t.word in ("its", "their") for t in tokens):
         return True
@@ -1559,15 +2003,10 @@ def _many(sentence: Sentence, phrase: Phrase) -> bool:
 
 def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     """Things that can stand in the place of the head of a phrase."""
-    noun, first = sentence.tokens[phrase.head], sentence.tokens[phrase.first].word
-    named = _word(sentence, phrase.head + 1) == "of"
-    if noun.lemma not in SENSES or named or first in ("another", "other"):
-        return []
-    before = sentence.tokens[phrase.first - 1].word if phrase.first else ""
-    tags = [t.tag for t in sentence.tokens[phrase.first : phrase.head + 1]]
-    if "X" in tags or "U" in tags or before in ("play", "playing", "take", "up", "travel"):
-        return []  # file shelves; to take home
-    if f"{before} {noun.lemma}" in SETS["set phrases"] or _kept(sentence, phrase, before):
+    tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
+    first, before = tokens[phrase.first].word, tokens[phrase.first - 1] if phrase.first else None
+    leading = before.word if before else ""
+    if noun.lemma not in SENSES or _stays(sentence, phrase) or _kept(sentence, phrase, leading):
         return []
     counted = noun.tag == "S" or first in ("a", "an", "one", "each", "every")
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
@@ -1575,19 +2014,78 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         return []
     if sense.kind == "sport.game" and counted:
         return []  # a baseball is a ball
-    sexes = {SEXES[t.word] for t in sentence.tokens if t.word in PRONOUNS}
-    ages = {t.word for t in sentence.tokens[phrase.first : phrase.head]} & SETS["ages"]
-    housed = any(_matches(KINDS.get(t.lemma, ""), HOUSES) for t in sentence.tokens)
-    return [
-        word
-        for word in _unnamed(sense, sentence)
-        if word not in NEVER.get(before, ())
-        and not (word in SETS["built in"] and housed)
-        and (noun.tag == "S" or word not in SETS["plural only"])
-        and (word not in SEXES or not sexes or sexes == {SEXES[word]})
-        and (word not in SEXES or not SETS[f"sex {SEXES[word]}"] & sentence.named)
-        and (word not in SEXES or not ages or (word in CHILDREN) == (noun.lemma in CHILDREN))
-    ]
+    words = _unnamed(sense, sentence)
+    if _word(sentence, phrase.stop) == "of":
+        words = [w for w in words if w in SETS["holding"]]
+    if sense.kind == "vehicle.water" and sentence.own & SETS["afloat"]:
+        words = [w for w in words if w != "airplane"]
+    if any(t.word in SETS["materials"] for t in tokens[phrase.first : phrase.head]):
+        words = [w for w in words if KINDS.get(w) == sense.kind]  # a brick tree
+    holder = tokens[phrase.first - 2].lemma if leading == "of" else ""
+    if holder in SETS["portions"]:
+        words = [w for w in words if w not in SETS["loose"]]
+    if holder == "flock":
+        words = [w for w in words if KINDS[w] == "animal.bird" or w in ("sheep", "goat")]
+    return [w for w in words if w not in PARTICULAR or _fits(sentence, phrase, w, leading)]
+
+
+def _stays(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether the head of a phrase can be nothing else: a sheep with other sheep."""
+    tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
+    first, inner = tokens[phrase.first], tokens[phrase.first : phrase.head]
+    holds = KINDS.get(noun.lemma, "").startswith("container")
+    if first.word in ("another", "other") or (_word(sentence, phrase.stop) == "of" and not holds):
+        return True
+    if noun.lemma == "toilet" and {"lid", "seat"} & sentence.own:
+        return True
+    following = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
+    bare = phrase.first == phrase.head > 0 and noun.tag == "N"
+    looks = following.word == "looking" and phrase.stop + 1 in sentence.starts
+    if looks or (bare and following.tag == "G" and tokens[phrase.first - 1].tag == "I"):
+        return True  # pizza looking food, are snow skiing
+    if [t.lemma for t in tokens].count(noun.lemma) > 1:
+        return True  # a sheep with other sheep
+    near = tokens[max(phrase.first - 2, 0) : phrase.first + 1]
+    if SETS["denials"] & sentence.own and any(t.word in SETS["denials"] for t in near):
+        return True  # not wearing a shirt
+    return bool(inner) and _strange(inner, noun)
+
+
+def _strange(inner: Sequence[Token], noun: Token) -> bool:
+    """Whether the words before a noun in its phrase belong to it, or make it a verb."""
+    if noun.word in VERB_FORMS and _matches(KINDS.get(inner[-1].lemma, ""), MOVERS[:2]):
+        return True  # helps her child brush
+    counted = any(t.tag == "M" or t.word in SETS["plurals"] for t in inner)
+    if inner[0].word in ("a", "an") and noun.tag == "S" and not counted:
+        return True  # wearing a helmet skateboards
+    unknown = [k for k, t in enumerate(inner) if t.tag in "XU"]
+    if not unknown:
+        return False
+    word, tag = inner[unknown[0]].word, inner[unknown[0]].tag
+    if len(unknown) > 1 or tag == "U" or word.endswith(("s", "wn", "en")):
+        return True  # file shelves
+    if unknown[0] and inner[unknown[0] - 1].tag == "N":
+        return True  # a leaf free tree
+    return inner[0].tag not in "DMA" or noun.lemma == "player"  # a video player
+
+
+def _fits(sentence: Sentence, phrase: Phrase, word: str, before: str) -> bool:
+    """Whether a word with a quirk can be the head of a phrase, after the word before it."""
+    tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
+    if word in NEVER.get(before, ()) or (noun.tag != "S" and word in SETS["plural only"]):
+        return False
+    if word in SETS["built in"]:
+        return not any(_matches(KINDS.get(t.lemma, ""), HOUSES) for t in tokens)
+    if word not in SEXES:
+        return True
+    sexes = {SEXES[t.word] for t in tokens if t.word in PRONOUNS}
+    ages = {t.word for t in tokens[phrase.first : phrase.head]} & SETS["ages"]
+    if sexes and sexes != {SEXES[word]}:
+        return False
+    if KINDS.get(noun.lemma) == "person.child":
+        return not ages
+    told = SETS[f"sex {SEXES[word]}"] & sentence.named
+    return not told and (not ages or (word in CHILDREN) == (noun.lemma in CHILDREN))
 
 
 def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
@@ -1595,14 +2093,13 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     found: list[Candidate] = []
     for i, verb in enumerate(sentence.tokens):
         if verb.tag in "EP" and verb.word in PARTICIPLE_ACTS:
-            new = PARTICIPLE_ACTS[verb.word]
-            path = _word(sentence, i + 1) in SETS["paths"] | {"at"}
-            if verb.word in ("parked", "stopped") and SETS["wheeled"] & sentence.named:
-                continue  # a bicycle does not drive
+            found += _paired(sentence, i) + _participles(sentence, i)
+        elif verb.tag == "E":
             found += _paired(sentence, i)
-            found += [_put(i, i, w) for w in new if not path and not _said(sentence, w)]
         elif verb.word in ("on", "with"):
-            found += [_put(i, i, act) for act in _implied(sentence, i)]
+            found += [_put(i, i, act) for act in _implied(sentence, i)] + _begun(sentence, i)
+        elif verb.tag == "P":
+            found += _begun(sentence, i)
         elif verb.tag == "A" and verb.word in ACT_VALUES:
             found += [_put(i, i, new) for new in _values(sentence, i)]
         elif verb.tag in "GZB" and not _noun_like(sentence, i):
@@ -1618,39 +2115,73 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     return found
 
 
+def _participles(sentence: Sentence, i: int) -> list[Candidate]:
+    """What else than parked, seated, stacked ... something can be there."""
+    word, following = sentence.tokens[i].word, _word(sentence, i + 1)
+    if i and sentence.tokens[i - 1].lemma in ("sit", "stand"):
+        return []  # sits parked
+    if following in SETS["paths"] | {"at", "together"}:
+        return []
+    if _kind(sentence, sentence.starts.get(i + 2)).startswith("vehicle") and following == "on":
+        return []  # parked on a boat
+    if word in ("stacked", "piled") and following == "on top of":
+        return []
+    if word in ("parked", "stopped") and SETS["wheeled"] & sentence.own:
+        return []  # a bicycle does not drive
+    return [_put(i, i, act) for act in PARTICIPLE_ACTS[word] if not _said(sentence, act)]
+
+
 def _noun_like(sentence: Sentence, i: int) -> bool:
     """Whether verb i is rather a part of a noun: skate boarding, it's head."""
     before = sentence.tokens[i - 1].word if i else ""
     following = sentence.tokens[i + 1].tag if i + 1 < len(sentence.tokens) else ""
+    if before in ("from", "without"):
+        return True
     return following == "G" or (sentence.tokens[i].tag == "B" and before in ("it's", "that's"))
 
 
 def _paired(sentence: Sentence, i: int) -> list[Candidate]:
     """Acts in the place of verb i and the relation after it: next to a horse, riding it."""
     verb, tokens, found = sentence.tokens[i], sentence.tokens, []
+    form = verb.tag if verb.tag in "GZB" else "G"
+    posed = any(t.lemma in POSTURES for t in tokens[:i] + tokens[i + 1 :] if t.tag in "GZB")
     for last, relation in ((i, ""), (i + 1, _word(sentence, i + 1))):
-        phrase = sentence.starts.get(last + 1)
-        if phrase is None or (
-            tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
-        ):
-            continue
-        kind, noun = _kind(sentence, phrase), tokens[phrase.head].lemma
-        path = _word(sentence, phrase.stop) in SETS["paths"] | {"at", "for"}
         for who, kinds, acts in PAIRED_ACTS.get((verb.lemma, relation), ()):
-            fits = noun in kinds or _matches(kind, kinds)
-            if fits and not path and _does(sentence, i, who):
+            if _takes(sentence, last, kinds) and _does(sentence, i, who):
                 found += [
-                    _put_act(i, last, _inflect(act, "G" if verb.tag == "E" else verb.tag))
+                    _put_act(i, last, _inflect(act, form))
                     for act in acts
                     if not _said(sentence, act.partition(" ")[0])
+                    and not (posed and act.split()[0] in LAID)
                 ]
     return found
 
 
+def _takes(sentence: Sentence, last: int, kinds: Sequence[str]) -> bool:
+    """Whether a thing of one of some kinds stands behind token ``last``, and no path goes on."""
+    tokens, phrase = sentence.tokens, sentence.starts.get(last + 1)
+    if kinds == ["."]:
+        return phrase is None
+    if phrase is None:
+        return False
+    first, noun, kind = tokens[phrase.first], tokens[phrase.head], _kind(sentence, phrase)
+    counted = first.tag in "DM" or noun.tag == "S" or kind.startswith("food") or "hay" in kinds
+    after = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
+    if not counted or after.word in SETS["goes on"] or after.tag == "B":
+        return False
+    if _held(sentence, phrase):
+        return False
+    return noun.lemma in kinds or (noun.lemma != "curb" and _matches(kind or "?", kinds))
+
+
 def _does(sentence: Sentence, i: int, who: Sequence[str]) -> bool:
-    """Whether the phrase before verb i, which does it, is of one of some kinds."""
+    """Whether verb i is done by somebody or something of one of some kinds."""
     phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
     if phrase is None or any(t.tag not in "IQR" for t in sentence.tokens[phrase.stop : i]):
+        phrase = _agent(sentence, i)
+    if phrase is None or sentence.tokens[phrase.head].lemma in SETS["wheeled"]:
+        return False  # a bicycle does not drive
+    if _kind(sentence, phrase).startswith("vehicle") and sentence.own & SETS["haste"]:
         return False
     return _matches(_kind(sentence, phrase), who)
 
@@ -1662,18 +2193,45 @@ def _implied(sentence: Sentence, i: int) -> list[str]:
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
         return []
     kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
-    if kind == "device.hand":
-        return []  # on a phone
+    if kind == "device.hand" or any(t.tag in "IZB" for t in sentence.tokens[after.stop :]):
+        return []  # on a phone; with a sandwich is drinking
+    if sentence.own & SETS["airy"]:
+        return []
     if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
         return []
-    done = () if _held(sentence, after) else _done(sentence, i, after, kind)
+    posed = any(t.lemma in POSTURES | MOVES and t.tag in "GZB" for t in sentence.tokens)
+    done = () if posed or _held(sentence, after) else _done(sentence, i, after, kind)
     return [_inflect(act, "G") for act in done if act in acts and not _said(sentence, act)]
+
+
+def _begun(sentence: Sentence, i: int) -> list[Candidate]:
+    """An act where a caption has none: a zebra in a field, running in a field."""
+    tokens, relation = sentence.tokens, sentence.tokens[i].word
+    if ("none", relation) not in PAIRED_ACTS or not sentence.phrases:
+        return []
+    who = sentence.phrases[0]
+    if _word(sentence, who.stop) == "of":
+        who = sentence.starts.get(who.stop + 1, who)
+    if who.stop > i or any(t.tag != "I" for t in tokens[who.stop : i]):
+        return []
+    kind, found = _kind(sentence, who), []
+    acts = any(t.tag in "GZBEU" or t.word in PARTICIPLE_ACTS for t in tokens)
+    for owners, kinds, news in PAIRED_ACTS.get(("none", relation), ()):
+        busy = acts and _matches(kind, MOVERS)
+        if _matches(kind, owners) and _takes(sentence, i, kinds) and not busy:
+            new = [_inflect(act, "G") for act in news if not _said(sentence, act.partition(" ")[0])]
+            found += [_put_act(i, i, act) for act in new]
+    return found
 
 
 def _held(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a part of a body follows: a ball in his hand."""
-    after = sentence.tokens[phrase.stop : phrase.stop + 4]
-    return any(KINDS.get(t.lemma) == "body" for t in after)
+    after = sentence.tokens[phrase.stop : phrase.stop + 5]
+    return any(
+        KINDS.get(t.lemma) == "body" or t.lemma in ("glove", "mitt", "baseball glove")
+        for t, owner in zip(after[1:], after, strict=False)
+        if owner.word in SETS["owned"]
+    )
 
 
 def _said(sentence: Sentence, word: str) -> bool:
@@ -1687,12 +2245,17 @@ def _said(sentence: Sentence, word: str) -> bool:
 def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     """Acts that fit in the place of verb i, and the last token that they replace."""
     verb, following = sentence.tokens[i], _word(sentence, i + 1)
-    if (verb.lemma, following) in PREPOSITIONAL_ACTS:
-        return i, PREPOSITIONAL_ACTS[verb.lemma, following]
     subject = _subject(sentence, i)
+    alive = subject == "person" or (subject == "animal" and following != "at")
+    if (verb.lemma, following) in PREPOSITIONAL_ACTS and alive:
+        return i, PREPOSITIONAL_ACTS[verb.lemma, following]
     who = subject or "thing"
     free: Sequence[str] = FREE_ACTS.get((who, verb.lemma), ())
-    if not free and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
+    agent = _agent(sentence, i)
+    if _kind(sentence, agent) == "animal.bird" and verb.lemma in ("sit", "perch", "stand"):
+        free = [act for act in free if act not in ("sit", "stand")]
+    led = i + 2 in sentence.starts or following not in ("on", "in", "by")  # look on
+    if not free and led and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
         free = ANY_ACT.get(subject, ())
     particle = following in SETS["particles"] and (i + 2 not in sentence.starts or not free)
     last = i + (particle and verb.lemma not in MOVES)  # sitting down, holding up a sign
@@ -1708,7 +2271,7 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     nameless = not kind and sentence.tokens[phrase.first].tag not in "DM" and subject != "person"
     if nameless or lifeless or verb.lemma in POSTURES or kind in ("idea", "part", "measure"):
         return last, ()
-    if subject in ("person", ""):
+    if subject == "person":
         return last, _done(sentence, i, phrase, kind)
     fits = (acts for who, kinds, acts in DONE_BY if who == subject and _matches(kind, kinds))
     return last, next(fits, ())
@@ -1716,81 +2279,156 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
 
 def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str]:
     """What people can do to a thing, there and in that form."""
-    tokens = sentence.tokens
-    bare = tokens[phrase.first].tag not in "DM" and tokens[phrase.head].tag != "S"
-    sense = SENSES.get(tokens[phrase.head].lemma, [NO_SENSE])[0]
-    after = tokens[phrase.stop : phrase.stop + 3]
-    if (bare and not sense.mass) or (after and after[0].tag in "DM"):
+    tokens, noun = sentence.tokens, sentence.tokens[phrase.head].lemma
+    after = _word(sentence, phrase.stop)
+    if _bound(sentence, i, phrase) or (not kind and noun not in SETS["weather"]):
         return ()
-    acts = next(DONE[k] for k in (kind, kind.split(".")[0], "any") if k in DONE)
-    if kind == "feat" and sentence.tokens[i].lemma in SETS["done feats"]:
+    acts = next(DONE[k] for k in (noun, kind, kind.split(".")[0], "any") if k in DONE)
+    if kind == "feat" and tokens[i].lemma in SETS["done feats"]:
         acts = ["watch", "film"]
-    if tokens[phrase.head].lemma in SETS["weather"]:
+    if noun in SETS["weather"]:
         acts = ["watch", "photograph"]
-    if sentence.tokens[i].lemma in ("put", "place", "mix", "work"):
-        return ()
-    if after and after[0].word == "to":
-        return ()
-    if after and after[0].word in SETS["paths"]:
-        return [act for act in acts if act in SETS["along"]]
-    return acts
+    others = {t.lemma for k, t in enumerate(tokens) if t.tag in "GZB" and k != i}
+    if others & (POSTURES | MOVES):
+        acts = [act for act in acts if act != "ride"]  # standing on rocks
+    if after == "and" and phrase.stop + 1 in sentence.starts:
+        too = _kind(sentence, sentence.starts[phrase.stop + 1])  # a child and a phone
+        both = next((DONE[k] for k in (too, too.split(".")[0], "any") if k in DONE), [])
+        acts = [act for act in acts if act in both]
+    if i and tokens[i - 1].word == "to":
+        acts = [
+            act for act in acts if act not in ("watch", "film", "drop", "hold", "carry")
+        ]  # learning to watch
+    led = after in SETS["paths"] or SETS["ways"] & {t.word for t in tokens[phrase.stop :][:8]}
+    return [act for act in acts if act in SETS["along"]] if led else acts
+
+
+def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
+    """Whether verb i and what follows its object belong together: hit a ball with a racket."""
+    tokens, verb, noun = sentence.tokens, sentence.tokens[i], sentence.tokens[phrase.head]
+    bare = tokens[phrase.first].tag not in "DM" and noun.tag != "S"
+    if bare and not SENSES.get(noun.lemma, [NO_SENSE])[0].mass:
+        return True
+    if verb.lemma in SETS["needy"] or verb.word == "pressing":
+        return True
+    if _kind(sentence, phrase) == "feat" and (
+        verb.lemma in SETS["geared"] or _word(sentence, phrase.stop) == "on"
+    ):
+        return True  # skateboarding tricks, a trick on a skateboard
+    if noun.lemma == "kite" and sentence.own & SETS["airy"]:
+        return True
+    after = tokens[phrase.stop] if phrase.stop < len(tokens) else None
+    if after is None:
+        return False
+    if after.tag in "DMBE" or after.word in ("to", "as", "off", "out of"):
+        return True
+    if after.word == "for":
+        return verb.lemma in SETS["made for"]
+    tool = _kind(sentence, sentence.starts.get(phrase.stop + 1))
+    return after.word == "with" and _matches(tool, ("gear", "tool", "body"))
 
 
 def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Sequence[str]:
     """Those of free acts that can be done where verb i is done."""
     verb, relation = sentence.tokens[i], _word(sentence, last + 1)
-    ground = _kind(sentence, sentence.starts.get(last + 2))
-    after = {t.word for t in sentence.tokens[i : i + 12]}
-    if after & SETS["airy"] or verb.lemma in ("ride", "drive", "go", "get"):
-        return []
-    if relation not in SETS["after acts"] | SETS["paths"] | {"and", "as"}:
+    if not acts or relation not in SETS["after free acts"]:
         return []  # up high, digging in to
-    if after & SETS["ways"]:
+    if verb.lemma in MOVES and _on(sentence, SETS["mounted"]):
+        return []
+    if sentence.own & SETS["airy"] or verb.lemma in ("ride", "drive", "go", "get"):
+        return []
+    if SETS["ways"] & {t.word for t in sentence.tokens[last + 1 : i + 12]}:
         acts = [act for act in acts if act in MOVES]
+    if "wave" in sentence.own:
+        return []  # sleeping on a wave
+    busy = {t.lemma for k, t in enumerate(sentence.tokens) if t.tag in "GZB" and k != i}
+    if busy & {"hit", "play", "swing", "throw", "kick", "catch", "serve", "bat"}:
+        acts = [act for act in acts if act != "sit"]
+    if busy - POSTURES - {"hold", "wear", "have", "look", "watch"}:
+        acts = [act for act in acts if act not in ("lie", "lay", "sleep", "crawl", "dance")]
     if SETS["seated"] & {t.word for t in sentence.tokens}:
         acts = [act for act in acts if act in POSTURES]  # a laptop on her lap
-    if _on_gear(sentence):
+    if _on(sentence, ("gear.board", "gear.ski")):
         acts = [act for act in acts if act in ("sit", "stand", "kneel", "lie", "crouch", "jump")]
-    if relation in SETS["leading"]:
-        return []  # posing for, running after
+    return _on_ground(sentence, verb, last, acts)
+
+
+def _on_ground(sentence: Sentence, verb: Token, last: int, acts: Sequence[str]) -> Sequence[str]:
+    """Those of free acts that go with the relation and the place after them."""
+    relation = _word(sentence, last + 1)
+    ground = _kind(sentence, sentence.starts.get(last + 2))
+    if relation in SETS["leading"] or (relation == "over" and not ground.startswith("place")):
+        return []  # posing for, running after, walking over a laptop
     if relation in SETS["paths"]:
         led = last + 2 in sentence.starts  # down a street, not up and down
         return [act for act in acts if led and act in MOVES and act not in ("fly", "slide")]
-    if relation in ("at", "from"):
-        return [act for act in acts if act in ("sit", "stand", "sleep") and relation == "at"]
-    if relation in ("on", "on top of", "in", "inside") and _matches(
+    if relation == "with" or relation == "and":  # sits and reads, runs with a racket
+        acts = [act for act in acts if act in POSTURES or (relation == "with" and act in MOVES)]
+        return [act for act in acts if act not in ("sleep", "lie")]
+    if ground == "body" and relation == "on":
+        return []  # on one leg
+    if relation == "around" and ground:
+        return [act for act in acts if act in MOVES and act != "crawl"]
+    if ground.startswith("sport") or (relation == "at" and verb.lemma not in STILL):
+        return []  # playing in a match, swinging at a ball
+    if relation == "at":
+        return [act for act in acts if act in ("sit", "stand", "sleep")]
+    if relation in ("on", "on top of") and ground == "place.water":
+        return []
+    within = relation in ("on", "on top of", "in", "inside")
+    if within and _matches(
         ground, ("furniture", "vehicle", "animal", "gear", "container", "fixture", "body")
     ):
         return [act for act in acts if act in ("sit", "stand", "sleep", "lie", "kneel", "jump")]
     return acts
 
 
-def _on_gear(sentence: Sentence) -> bool:
-    """Whether somebody is on skis, a surfboard ..."""
+def _on(sentence: Sentence, things: Collection[str]) -> bool:
+    """Whether somebody is on one of some things or kinds, such as a horse or skis."""
     tokens = sentence.tokens
-    return any(
-        t.word in ("on", "on top of")
-        and _kind(sentence, sentence.starts.get(i + 1)) in ("gear.board", "gear.ski")
-        for i, t in enumerate(tokens)
-    )
+    for i, token in enumerate(tokens):
+        phrase = sentence.starts.get(i + 1)
+        if phrase and token.word in ("on", "on top of", "on the back of"):
+            found = tokens[phrase.head].lemma in things or _kind(sentence, phrase) in things
+            if found:
+                return True
+    return False
 
 
 def _subject(sentence: Sentence, i: int) -> str:
     """Who does verb i: person, animal, vehicle or thing, "" for unknown."""
-    before = [p for p in sentence.phrases if p.stop <= i]
+    start = _clause(sentence, i)
+    none = not any(p.stop <= i for p in sentence.phrases)
+    if none or (start and sentence.tokens[start - 1].word in SETS["persons"]):
+        return "person"
+    kind = _kind(sentence, _agent(sentence, i)).split(".")[0]
+    if not kind:
+        agent = _agent(sentence, i)
+        noun = sentence.tokens[agent.head].word if agent else ""
+        return "person" if re.search("(ist|ian|wom[ae]n|m[ae]n|people|folk)s?$", noun) else ""
+    return kind if kind in MOVERS else "thing"
+
+
+def _clause(sentence: Sentence, i: int) -> int:
+    """The first token of the clause that verb i stands in."""
     start = i
     while start and sentence.tokens[start - 1].tag not in "C.Q":
         start -= 1
-    if not before or (start and sentence.tokens[start - 1].word in SETS["persons"]):
-        return "person"
+    return start
+
+
+def _agent(sentence: Sentence, i: int) -> Phrase | None:
+    """The phrase that does verb i."""
+    before = [p for p in sentence.phrases if p.stop <= i]
+    start = _clause(sentence, i)
     inside = [p for p in before if p.first >= start]
     if inside and inside[-1].stop == i and not _matches(_kind(sentence, inside[0]), MOVERS[:2]):
         inside = inside[::-1]  # a kitchen with a man cooking
-    for phrase in [*inside, *reversed(before)]:
-        kind = _kind(sentence, phrase).split(".")[0]
-        if kind not in ("picture", "part", "body", "idea", "clothing"):
-            return kind if kind in MOVERS or not kind else "thing"
-    return ""
+    idle = ("picture", "part", "body", "idea", "clothing", "measure")
+    return next(
+        (p for p in [*inside, *reversed(before)] if _kind(sentence, p).split(".")[0] not in idle),
+        None,
+    )
 
 
 EDITORS = {"relation": _relation, "attribute": _attribute, "object": _object, "action": _action}
@@ -1823,7 +2461,7 @@ def _unnamed(sense: Sense, sentence: Sentence) -> list[str]:
 
 # Choosing a hard one
 
-SLOT_WEIGHTS = (0.7, 0.7, 0.4, 0.5, 0.5)  # of the five tables; their evidence overlaps
+SLOT_WEIGHTS = (0.8, 0.8, 0.5, 0.5)  # of the four tables; their evidence overlaps
 SMOOTH = 20.0  # captions' worth of belief that neighbours do not matter
 RARE = 2e5  # 1 / p of a word that the captions do not have
 AIM, WIDTH = 3.0, 2.0  # log of how much likelier than the caption a negative should be, and spread
@@ -1832,7 +2470,6 @@ BALANCED = 10_000  # of these, that the balance is found on
 ROUNDS = 12
 STRENGTH = (0.6, 0.3)  # of a step of the balance, for words and for pairs of words
 LIMIT = 6.0  # of a balance, in nats
-REFINED = 13.0  # nats that a negative may lose to the balance before none is made
 NO_COUNTS: dict[str, int] = {}
 NO_WEIGHTS: dict[str, float] = {}
 
@@ -1849,14 +2486,14 @@ class Slots:
     """What stands where in a file's captions: counts of words by their neighbours.
 
     A word fits a slot as well as p(word) times what each neighbour says for or against it: the
-    words next to it, both together, and the nearest words of content on either side.
+    words next to it, and the nearest words of content on either side.
     """
 
-    def __init__(self, refined: bool = False) -> None:
-        """Start without a caption; ``refined`` slots leave out what the words give away."""
-        self.refined = refined
+    def __init__(self, refine: float = inf) -> None:
+        """Start without a caption; more nats than ``refine`` lost to the balance, no negative."""
+        self.refine = refine
         self.count: Counter[str] = Counter()
-        self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {}, {})
+        self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {})
         self.inverse: dict[str, float] = {}
         self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
 
@@ -1882,34 +2519,32 @@ class Slots:
     ) -> float:
         """Log of how well words fit; ``own`` is 1 where they are counted there themselves."""
         first, last, head = words
-        left, right, both, ahead, behind = rows
-        w0, w1, w2, w3, w4 = SLOT_WEIGHTS
+        left, right, ahead, behind = rows
+        w0, w1, w2, w3 = SLOT_WEIGHTS
         inverse = self.inverse
         h = a = z = inverse.get(head, RARE)
         if first != last:
             a, z = inverse.get(first, RARE), inverse.get(last, RARE)
         total = -log(h)
-        if (c := left.get(first, 0) - own) > 0:
+        if first in left and (c := left[first] - own):
             total += w0 * log(1 + c * a)
-        if (c := right.get(last, 0) - own) > 0:
+        if last in right and (c := right[last] - own):
             total += w1 * log(1 + c * z)
-        if first == last and (c := both.get(first, 0) - own) > 0:
-            total += w2 * log(1 + c * a)
-        if (c := ahead.get(head, 0) - own) > 0:
+        if head in ahead and (c := ahead[head] - own):
+            total += w2 * log(1 + c * h)
+        if head in behind and (c := behind[head] - own):
             total += w3 * log(1 + c * h)
-        if (c := behind.get(head, 0) - own) > 0:
-            total += w4 * log(1 + c * h)
         return total
 
 
 def learn_slots(
-    sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES, *, refined: bool = False
+    sentences: Iterable[Sentence], types: Sequence[str] = NEGATIVE_TYPES, *, refine: float = inf
 ) -> Slots:
     """Learn from captions that have been read what stands where, and balance each type.
 
     The order of the captions does not matter.
     """
-    slots, some = Slots(refined), []
+    slots, some = Slots(refine), []
     gc.disable()  # nothing here is ever garbage, and there is much of it
     for sentence in sentences:
         slots.learn(sentence)
@@ -1946,46 +2581,47 @@ def _weigh(
     ``gains``, how much likelier than the caption each one is, come from the slots if not given.
     """
     balance = slots.balance[name]
-    sites: dict[tuple[int, int, bool], Site] = {}
     words, score = balance.words, slots.score
+    sites: dict[tuple[int, int, bool], Site] = {}
+    span: tuple[int, int, bool] | None = None  # of the site at hand; most candidates share it
     weights = []
     for k, candidate in enumerate(candidates):
         if not candidate:
-            weights.append(-REFINED)
+            weights.append(-slots.refine)
             continue
         gain = weight = 0.0
         for part in candidate:
-            first, last, _, (one, two, _), moved = part
-            site = sites.get((first, last, moved))
-            if site is None:
-                site = sites[first, last, moved] = _site(sentence, part, balance, slots)
-            rows, left, right, fit, own = site
-            gain += score(rows, part.words) - fit
-            weight -= own
-            if left:
-                weight += left.get(one, 0.0)
-            if right:
-                weight += right.get(two, 0.0)
+            first, last, _, new, moved = part
+            if span != (first, last, moved):
+                span = first, last, moved
+                if span not in sites:
+                    sites[span] = _site(sentence, part, balance, slots)
+                rows, left, right, fit, own = sites[span]
+            one, two, _ = new
+            gain += score(rows, new) - fit
+            weight += left.get(one, 0.0) + right.get(two, 0.0) - own
             if not moved:
                 weight += words.get(one, 0.0)
                 weight += words.get(two, 0.0) if two != one else 0.0
-        known = gains[k] if gains else None
-        gain = gain if known is None else known
+        if gains and (known := gains[k]) is not None:
+            gain = known
         weights.append(round(weight - abs(gain - AIM) / WIDTH, 4))
     return weights
 
 
 def _site(sentence: Sentence, part: Part, balance: Balance, slots: Slots) -> Site:
-    tokens, contexts = sentence.tokens, sentence.contexts
-    before, _, _, ahead, _ = contexts[part.first]
-    _, after, _, _, behind = contexts[part.last]
-    keys = (before, after, (before, after), ahead, behind)
-    rows = tuple(table.get(k, NO_COUNTS) for table, k in zip(slots.tables, keys, strict=True))
-    first, last = tokens[part.first].word, tokens[part.last].word
+    i, j = part.first, part.last
+    before, _, ahead, _ = sentence.contexts[i]
+    _, after, _, behind = sentence.contexts[j]
+    first, last = sentence.tokens[i].word, sentence.tokens[j].word
+    t0, t1, t2, t3 = slots.tables
+    none = NO_COUNTS
+    rows = t0.get(before, none), t1.get(after, none), t2.get(ahead, none), t3.get(behind, none)
     left, right = balance.left.get(before, NO_WEIGHTS), balance.right.get(after, NO_WEIGHTS)
     weight = left.get(first, 0.0) + right.get(last, 0.0)
     if not part.moved:
-        weight += sum(balance.words.get(w, 0.0) for w in _words_out(sentence, part))
+        for word in _words_out(sentence, part) if i != j else (first,):
+            weight += balance.words.get(word, 0.0)
     return Site(rows, left, right, slots.score(rows, (first, last, last), own=1), weight)
 
 
@@ -2012,7 +2648,7 @@ def _balanced(sentences: Sequence[Sentence], name: str, slots: Slots) -> Balance
     logs: list[float] = []
     for owner, sentence in enumerate(sentences):
         candidates = EDITORS[name](sentence, slots)
-        if slots.refined and candidates:
+        if slots.refine < inf and candidates:
             candidates.append(NONE)
         logs += _weigh(sentence, candidates, name, slots)
         for candidate in candidates:
@@ -2087,26 +2723,27 @@ def _settle(arrays: Sequence[np.ndarray], sides: Sequence[int]) -> np.ndarray:
 def _written(sentence: Sentence, candidate: Candidate) -> list[Edit]:
     """The edits of a candidate as offsets and text; an article before them is mended."""
     caption, tokens, edits = sentence.caption, sentence.tokens, []
-    edited = {part.last for part in candidate}
+    edited, loud = {part.last for part in candidate}, caption.isupper()
     for part in candidate:
         start, end = tokens[part.first].start, tokens[part.last].end
-        new = part.new if part.moved else _cased(part.new, caption[start:end])
+        new = part.new if part.moved else _cased(part.new, caption[start:end], loud)
         before = tokens[part.first - 1] if part.first else None
         fixed = part.moved or part.first - 1 in edited
         if before and before.word in ("a", "an") and not fixed:
             old, article = caption[before.start : before.end], _article(new)
             if article != before.word:
-                new = _cased(article, old) + caption[before.end : start] + new
+                new = _cased(article, old, loud) + caption[before.end : start] + new
                 start = before.start
         edits.append((start, end, new))
     return edits
 
 
-def _cased(new: str, old: str) -> str:
-    """Capitals of the old text on the new."""
-    if len(old) > 1 and old.isupper():
+def _cased(new: str, old: str, loud: bool) -> str:
+    """Capitals of the old text on the new; those of a word like TV, if all others are ``loud``."""
+    if loud or (len(old) > 1 and old.isupper() and old.lower() not in SETS["letters"]):
         return new.upper()
-    return new[0].upper() + new[1:] if all(w[0].isupper() for w in old.split()) else new
+    raised = old[0].isupper() and (len(old) == 1 or not old.isupper())
+    return new[0].upper() + new[1:] if raised else new
 
 
 def _apply(caption: str, edits: Iterable[Edit]) -> str:
@@ -2451,7 +3088,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="ngram",
         help="who chooses among edits",
     )
-    add("--refine", action="store_true", help="leave out what a reader of words alone would tell")
+    text = "leave out what words give away by more than NATS; 13 hides well, less is stricter"
+    add("--refine", type=float, default=inf, metavar="NATS", help=text)
     add("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="masked language model")
     add("--spacy-model", metavar="NAME", default="en_core_web_sm", help="English pipeline")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the masked model")
@@ -2476,7 +3114,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if any(shards) and (args.limit or args.engine == "released"):
         parser.error("--limit and --engine released do not go with shards")
     counted = args.text is None and args.engine != "released" and args.filler != "none"
-    if args.refine and not counted:
+    if not args.refine > 0:
+        parser.error("--refine must be above 0")
+    if args.refine < inf and not counted:
         parser.error("--refine needs a file's statistics: CAPTIONS, with --filler ngram or mlm")
     args.types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
     return args
@@ -2545,7 +3185,7 @@ def _engine(args: argparse.Namespace, captions: Iterable[str]) -> Engine:
         return engine
     read = (_known(caption)[0] for caption in itertools.islice(captions, LEARNED))
     engine = engine._replace(
-        slots=learn_slots((s for s in read if s), args.types, refined=args.refine)
+        slots=learn_slots((s for s in read if s), args.types, refine=args.refine)
     )
     _start(engine)
     return engine
@@ -2641,7 +3281,7 @@ def _reason(caption: str, name: str) -> str:
     if sentence is None:
         return "not English"
     slots = ENGINE[0].slots
-    if slots and slots.refined and EDITORS[name](sentence, slots):
+    if slots and slots.refine < inf and EDITORS[name](sentence, slots):
         return "its words would give it away, or are used by other captions of the image"
     if EDITORS[name](sentence, slots):
         return "the other captions of the image use the words that would do"
@@ -2696,8 +3336,8 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
 def _header(args: argparse.Namespace, captions: int) -> dict[str, Any]:
     filler = "none" if args.engine == "released" else args.filler
     header = {"manifest": 1, "engine": args.engine, "filler": filler, "seed": args.seed}
-    if args.refine:
-        header["refined"] = True
+    if args.refine < inf:
+        header["refine"] = args.refine
     if args.engine != "lexicon":
         header["spacy"] = args.spacy_model
     if args.engine == "released" or filler == "mlm":

@@ -190,8 +190,9 @@ WANTED = {"relation": "ADP", "attribute": "ADJ", "object": "NOUN", "action": "VE
 def right_speech(name: str, pairs: list[Pair], parse: Any) -> float:
     """How often spaCy finds a new word of the type's or of the old word's part of speech, in %.
 
-    Edits of one span count.  Nouns and names are one class, as are verbs and auxiliaries, all words
-    that say where, and adjectives, numbers, determiners and nouns before a noun (a metal fence).
+    Edits of one span count, by their first or last word ("and" becomes "but no").  Nouns and names
+    are one class, as are verbs and auxiliaries, all words that say where, and adjectives, numbers,
+    determiners and nouns before a noun (a metal fence).
     """
     right = total = 0
     for _, caption, negative in pairs:
@@ -206,11 +207,9 @@ def right_speech(name: str, pairs: list[Pair], parse: Any) -> float:
             )
             old, new = spans[0]
             found = speech(negative, first, len(new), parse)
+            before = speech(caption, first, len(old), parse)
             total += 1
-            right += (
-                WANTED.get(name) in found
-                or found[-1] == speech(caption, first, len(old), parse)[-1]
-            )
+            right += WANTED.get(name) in found or found[-1] == before[-1] or found[0] == before[0]
     return 100 * right / max(total, 1)
 
 

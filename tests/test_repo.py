@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -73,3 +74,55 @@ def test_a_table_without_end_loses_nothing(tmp_path):
     with pytest.raises(make_tables.DataError, match=r"R\.md:1: this table has no"):
         make_tables.main(["--file", str(path)])
     assert path.read_text() == text
+
+
+@pytest.fixture
+def reading(tmp_path):
+    """The script, and a reading of eight captions with their marks."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    script = importlib.import_module("negatives_reading")
+    for name in ("ours", "other"):
+        rows = [
+            {"image": f"{k:012}.jpg", "caption": f"Dog {k}", "negatives": {"object": f"{name} {k}"}}
+            for k in range(8)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "reading"
+    script.main(["sheets", str(tmp_path / "ours.jsonl"), "--against", str(tmp_path / "other.jsonl"),
+                 "--out", str(out), "--items", "6", "--others", "4"])  # fmt: skip
+    return script, out
+
+
+def test_a_reading_hides_the_makers_and_counts_them(reading, tmp_path):
+    script, out = reading
+    key = json.loads((out / "key.json").read_text())
+    sheet = (out / "object.txt").read_text().split("\n#")
+    assert len(sheet) == len(key) == 10
+    for k, item in enumerate(sheet):
+        assert (f"sentence: {'ours' if key[f'object{k}'] == 'ours' else 'other'}") in item
+    ours = [k for k in range(10) if key[f"object{k}"] == "ours"]
+    (out / "object.marks").write_text(f"#{ours[0]}\todd|true\twhy\n#{ours[1]}\todd\n")
+    script.main(["count", str(out), "--out", str(tmp_path / "r.json")])
+    row = json.loads((tmp_path / "r.json").read_text())["object"]["ours"]
+    assert row["read"] == 6
+    assert [row[f"{x} %"][0] for x in ("mechanical", "odd", "true", "any")] == [0, 33.3, 16.7, 33.3]
+    low, high = row["odd %"][1:]
+    assert (low, high) == (9.7, 70.0)  # Wilson's interval of 2 out of 6
+
+
+@pytest.mark.parametrize("line", ["1 odd", "#1 odd", "#1\tbad", "#99\todd"])
+def test_a_wrong_mark_is_named(reading, line, capsys):
+    script, out = reading
+    (out / "object.marks").write_text(f"#0\todd\n{line}\n")
+    with pytest.raises(SystemExit) as stop:
+        script.main(["count", str(out)])
+    assert stop.value.code == 2
+    assert "object.marks, line 2: wanted #item" in capsys.readouterr().err
+
+
+def test_sheets_never_write_over_marks(reading, capsys):
+    script, out = reading
+    with pytest.raises(SystemExit) as stop:
+        script.main(["sheets", str(out.parent / "ours.jsonl"), "--out", str(out)])
+    assert stop.value.code == 2
+    assert "it may hold marks" in capsys.readouterr().err
