@@ -746,7 +746,7 @@ def make_negatives(
     Raises:
         ValueError: a type is unknown.
     """
-    unknown = sorted(set(types) - set(NEGATIVE_TYPES))
+    unknown = [types] if isinstance(types, str) else sorted(set(types) - set(NEGATIVE_TYPES))
     if unknown:
         raise ValueError(f"unknown negative type {unknown[0]!r}; known are {NEGATIVE_TYPES}")
     made = edit_sentence(_read(caption, forbidden), seed=seed, key=key, types=types, slots=slots)
@@ -1128,6 +1128,8 @@ def _forbid(sentence: Sentence, words: Iterable[str]) -> Sentence:
 def _facts(sentence: Sentence) -> set[str]:
     """What a caption says of its image that no negative of another caption may say."""
     facts = {t.word for t in sentence.tokens if t.word not in RELATION_ROWS}
+    for word in [w for w in facts if not w.isalpha()]:  # a man's, black-and-white
+        facts.update(part for part in re.split("[^\\w]", word) if part not in RELATION_ROWS)
     facts.update(LEMMAS[w] for w in list(facts) if w in LEMMAS)
     for i, token in enumerate(sentence.tokens):
         phrase = sentence.starts.get(i + 1)
@@ -1722,7 +1724,9 @@ def _swap(sentence: Sentence, one: Phrase, two: Phrase) -> Candidate:
             if not all(numbers) or not form:
                 return ()
             parts += _put(tokens.index(verb), tokens.index(verb), form)
-    if first[0].isupper() and not first.isupper() and tokens[one.first].tag != "X":
+    initial = first.split()[0]
+    raised = initial[0].isupper() and (len(initial) == 1 or not initial.isupper())
+    if raised and not caption.isupper() and tokens[one.first].tag != "X":
         first, second = first[0].lower() + first[1:], second[0].upper() + second[1:]
     words = [
         (tokens[p.first].word, tokens[p.stop - 1].word, tokens[p.head].word) for p in (one, two)
@@ -1789,8 +1793,8 @@ def _recounted(sentence: Sentence) -> list[Candidate]:
 
 def _article(word: str) -> str:
     """The article before a word."""
-    vowel = re.match(r"(?!uni|use|util|euro|one\b)[aeiou]|hour|honest", word)
-    return "an" if vowel else "a"
+    vowel = r"(?!uni|us[ei]|usua|uten|util|uku|eu|ewe|one\b|once)[aeiou]|hour|honest|8|11\b|18\b"
+    return "an" if re.match(vowel, word, re.IGNORECASE) else "a"
 
 
 def _exchangeable(sentence: Sentence, i: int, j: int) -> bool:
@@ -2774,7 +2778,8 @@ def read_captions(
     path, suffix = Path(path), Path(path).suffix.lower()
     try:
         if str(path) == "-":
-            yield from (_record(None, None, line.rstrip("\r\n"), "-") for line in sys.stdin)
+            lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig")
+            yield from (_record(None, None, line.rstrip("\r\n"), "-") for line in lines)
         elif suffix == ".jsonl":
             yield from _read_manifest(path)
         elif suffix == ".json":
@@ -2842,7 +2847,7 @@ def _read_table(path: Path, image: str | None, caption: str | None) -> Iterator[
     with path.open(encoding="utf-8-sig", newline="") as lines:
         delimiter = "\t" if "\t" in lines.readline() else ","
         lines.seek(0)
-        table = csv.DictReader(lines, delimiter=delimiter)
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             columns = table.fieldnames or []
             images = [c for c in ([image] if image else ["filepath", "image"]) if c in columns]
@@ -2854,6 +2859,8 @@ def _read_table(path: Path, image: str | None, caption: str | None) -> Iterator[
                 )
             for row in table:
                 place = f"{path.name}:{table.line_num}"
+                if None in row:
+                    raise DataError(f"{place}: more fields than columns; quote texts with commas")
                 yield _record(row[images[0]] if images else None, None, row[texts[0]], place)
         except csv.Error as error:
             raise DataError(f"{path.name}:{table.line_num}: not a table ({error})") from None
@@ -3154,6 +3161,8 @@ def _rewrite_file(args: argparse.Namespace) -> None:
         raise DataError(f"{source}: ranks share .tar shards; run one process with --workers")
     if out.exists() and not args.overwrite:
         raise DataError(f"--out {out} exists already; name another file or add --overwrite")
+    if out.exists() and source != "-" and out.samefile(source):
+        raise DataError(f"--out {out} is the source itself; name another file")
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     records = list(itertools.islice(read_captions(source, **columns), args.limit))
     if not records:
@@ -3361,12 +3370,15 @@ def _resume(partial: Path, first: str, fates: Counter[tuple[str, str]], checksum
         return 0
     done, end = 0, len(first)
     with partial.open("r+b") as file:
-        if file.readline() != first.encode():
+        head = file.readline()
+        if head != first.encode():
+            if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
+                raise DataError(f"{partial}: not of a run of this script; move it away")
             return 0
-        for line in file:
+        for number, line in enumerate(file, 2):
             if not line.endswith(b"\n"):
                 break
-            row = json.loads(line)
+            row = _parse(line.decode("utf-8", "replace"), partial.name, number)
             done, end = done + 1, end + len(line)
             checksum.update(line)
             for name, text in row["negatives"].items():
@@ -3394,7 +3406,15 @@ def _rank() -> tuple[int, int]:
     """Number of this process and of all, under torchrun or SLURM."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
+            try:
+                number, of = int(os.environ[rank]), int(os.environ[world])
+            except ValueError:
+                number, of = -1, 0
+            if not 0 <= number < of:
+                raise DataError(
+                    f"{rank} and {world} of the environment must be numbers, the first less"
+                )
+            return number, of
     return 0, 1
 
 
@@ -3408,6 +3428,13 @@ def _rewrite_shards(args: argparse.Namespace) -> None:
     double = next((name for name, count in names.items() if count > 1), None)
     if double:
         raise DataError(f"{double}: two shards have this name and would be written to one file")
+    if args.out.exists() and not args.out.is_dir():
+        raise DataError(f"--out {args.out} is a file; shards need a folder")
+    own = next(
+        (p for p in paths if (args.out / p.name).exists() and p.samefile(args.out / p.name)), ""
+    )
+    if own:
+        raise DataError(f"--out {args.out} has the source {own} itself; name another folder")
     rank, world = _rank()
     mine = [p for p in paths[rank::world] if args.overwrite or not (args.out / p.name).exists()]
     fates: Counter[tuple[str, str]] = Counter()
@@ -3418,7 +3445,9 @@ def _rewrite_shards(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for path in mine:
             total += _rewrite_shard(path, args.out / path.name, engine, args.workers, fates)
-    print(f"rank {rank} of {world}: {len(mine)} shards written", file=sys.stderr)
+    there = len(paths[rank::world]) - len(mine)
+    left = f", {there} were there already (--overwrite makes them again)" if there else ""
+    print(f"rank {rank} of {world}: {len(mine)} shards written{left}", file=sys.stderr)
     _report(args, fates, total)
 
 
@@ -3433,7 +3462,7 @@ def _rewrite_shard(
             results = _results(_jobs(records), engine, workers)
             for (members, _), (line, fate) in zip(samples, results, strict=True):
                 fates.update(fate)
-                stem = next(iter(members)).partition(".")[0]
+                stem = _stem(next(iter(members)))
                 for name, content in {**members, f"{stem}.json": line.encode()}.items():
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
@@ -3450,8 +3479,14 @@ def _samples(path: Path) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
         with tarfile.open(path) as tar:
             files = (member for member in tar if member.isfile())
             for stem, members in itertools.groupby(files, key=lambda m: _stem(m.name)):
-                parts = {m.name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
+                parts: dict[str, bytes] = {}
+                for member in members:
+                    if member.name in parts:
+                        raise DataError(f"{path.name}: {member.name} is in it twice")
+                    parts[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
                 yield parts, _sample_record(path, stem, parts)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: sample {stem}: not UTF-8 ({error.reason})") from None
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot be read ({error}); is it a .tar shard?") from None
 

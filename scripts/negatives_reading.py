@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from negatives import NEGATIVE_TYPES, DataError
 
 LABELS = ("mechanical", "odd", "true")
+FIELDS = ("caption", "negative_caption")
 SUGARCREPE = {  # its files; relations and acts share one
     "relation": "replace_rel.json",
     "attribute": "replace_att.json",
@@ -57,74 +58,127 @@ class Item(NamedTuple):
 
 
 def read_negatives(path: Path) -> list[dict[str, Any]]:
-    """Records of a manifest that carry negatives."""
+    """Records of a manifest that carry negatives, each with a photo.
+
+    Raises:
+        DataError: a line is no such record, or there is none.
+    """
+    rows = []
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        row = parse(line, f"{path}:{n}") if line.strip() else {"manifest": 1}
+        if isinstance(row, dict) and "manifest" in row:
+            continue
+        made = row.get("negatives") if isinstance(row, dict) else None
+        texts = [row.get("caption"), *made.values()] if isinstance(made, dict) else [None]
+        if not isinstance(texts[0], str) or any(not isinstance(t, str | None) for t in texts):
+            raise DataError(f"{path}:{n}: want a record with a caption and negatives")
+        if photo(row) is None:
+            raise DataError(f"{path}:{n}: has no image, so its other captions are not known")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: no negatives in it; make them with negatives.py")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """A text file, whose faults are the user's."""
     try:
-        lines = path.read_text("utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return [row for row in rows if "caption" in row and row.get("negatives")]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a file of negatives ({error})") from None
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
-def photo(name: str) -> str:
-    """What COCO's names of a photo have in common: 000000391895.jpg."""
-    return name.rpartition("/")[2][-16:]
+def parse(text: str, place: str) -> Any:
+    """JSON of a file."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON ({error})") from None
 
 
-def items_of(rows: list[dict[str, Any]], maker: str, kind: str) -> list[Item]:
-    """A maker's negatives of one type."""
-    made = [row for row in rows if row["negatives"].get(kind)]
+def photo(row: dict[str, Any]) -> str | None:
+    """A name of a record's photo: COCO's number, or the path, or the id."""
+    name = str(row.get("image") or row.get("filename") or "")
+    found = re.search(r"(?:^|[/_])(\d{12}\.jpg)$", name)
+    number = row.get("image_id")
+    return found[1] if found else name or (None if number is None else f"id {number}")
+
+
+def one_line(text: str) -> str:
+    """A text without line ends, so that it cannot look like another item."""
+    return " ".join(text.split())
+
+
+def items_of(
+    rows: list[dict[str, Any]], maker: str, kind: str, captions: dict[str, list[str]]
+) -> list[Item]:
+    """A maker's negatives of one type, of photos whose captions are at hand."""
     return [
-        Item(maker, photo(str(row["image"])), row["caption"].strip(), row["negatives"][kind])
-        for row in made
+        Item(maker, str(photo(row)), one_line(row["caption"]), one_line(row["negatives"][kind]))
+        for row in rows
+        if row["negatives"].get(kind) and photo(row) in captions
     ]
 
 
-def sugarcrepe_of(folder: Path, kind: str, photos: set[str]) -> list[Item]:
-    """SugarCrepe's negatives of one type, of photos whose other captions are at hand."""
-    try:
-        rows = json.loads((folder / SUGARCREPE[kind]).read_text("utf-8")).values()
-    except (OSError, ValueError) as error:
-        raise DataError(f"--sugarcrepe {folder}: {error}") from None
-    rows = [row for row in rows if photo(row["filename"]) in photos]
+def sugarcrepe_of(folder: Path, kind: str, captions: dict[str, list[str]]) -> list[Item]:
+    """SugarCrepe's negatives of one type; relations and acts get every other of their file."""
+    path = folder / SUGARCREPE[kind]
+    table = parse(read_text(path), str(path))
+    rows = list(table.values()) if isinstance(table, dict) else []
+    if not rows or not all(isinstance(r, dict) and {"filename", *FIELDS} <= set(r) for r in rows):
+        raise DataError(f"{path}: not a file of SugarCrepe; its items have filename and {FIELDS}")
     rows = rows[::2] if kind == "relation" else rows[1::2] if kind == "action" else rows
-    return [
-        Item("sugarcrepe", photo(r["filename"]), r["caption"].strip(), r["negative_caption"])
-        for r in rows
-    ]
+    made = [{**r, "negatives": {kind: r["negative_caption"]}} for r in rows]
+    return items_of(made, "sugarcrepe", kind, captions)
 
 
 def write_sheets(args: argparse.Namespace) -> None:
     """A shuffled sheet for each type, the guide and the key."""
+    makers = [
+        "ours",
+        *(path.stem for path in args.against),
+        *["sugarcrepe"] * bool(args.sugarcrepe),
+    ]
+    if len(set(makers)) < len(makers):
+        raise DataError(f"--against: two makers have one name; rename their files ({makers})")
+    if args.items < 1 or args.others < 1:
+        raise DataError("--items and --others must be at least 1")
+    if args.out.exists():
+        raise DataError(f"--out {args.out} exists; move it away, it may hold marks")
     rows = read_negatives(args.negatives)
     against = {path.stem: read_negatives(path) for path in args.against}
     captions = defaultdict(list)
     for row in rows:
-        captions[photo(str(row["image"]))].append(row["caption"].strip())
-    if args.out.exists():
-        raise DataError(f"--out {args.out} exists; move it away, it may hold marks")
-    args.out.mkdir(parents=True)
-    (args.out / "GUIDE.txt").write_text(GUIDE, "utf-8")
-    key = {}
+        captions[str(photo(row))].append(one_line(row["caption"]))
+    key: dict[str, str] = {}
+    sheets: dict[str, str] = {}
     for kind in NEGATIVE_TYPES:
         draw = random.Random(f"{args.seed}{kind}")
-        pools = [(items_of(rows, "ours", kind), args.items)]
-        pools += [(items_of(other, name, kind), args.others) for name, other in against.items()]
+        pools = [(items_of(rows, "ours", kind, captions), args.items)]
+        for name, other in against.items():
+            pools.append((items_of(other, name, kind, captions), args.others))
         if args.sugarcrepe:
-            pools.append((sugarcrepe_of(args.sugarcrepe, kind, set(captions)), args.others))
+            pools.append((sugarcrepe_of(args.sugarcrepe, kind, captions), args.others))
         chosen = [item for pool, n in pools for item in draw.sample(pool, min(n, len(pool)))]
         draw.shuffle(chosen)
-        sheet = []
-        for k, item in enumerate(chosen):
-            key[f"{kind}{k}"] = item.maker
-            others = " | ".join(c for c in captions[item.image] if c != item.caption)
-            sheet.append(
-                f"#{k}\n  other captions: {others}\n  caption:  {item.caption}\n"
-                f"  sentence: {item.sentence.strip()}\n"
-            )
-        (args.out / f"{kind}.txt").write_text("".join(sheet), "utf-8")
-    (args.out / "key.json").write_text(json.dumps(key, indent=1) + "\n", "utf-8")
+        key |= {f"{kind}{k}": item.maker for k, item in enumerate(chosen)}
+        sheets[kind] = "".join(shown(k, item, captions) for k, item in enumerate(chosen))
+    try:
+        args.out.mkdir(parents=True)
+        (args.out / "GUIDE.txt").write_text(GUIDE, "utf-8")
+        for kind, sheet in sheets.items():
+            (args.out / f"{kind}.txt").write_text(sheet, "utf-8")
+        (args.out / "key.json").write_text(json.dumps(key, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise DataError(f"--out {args.out}: cannot be written ({error.strerror})") from None
     print(f"{len(key)} items in {args.out}; give readers GUIDE.txt and the sheets, not key.json")
+
+
+def shown(k: int, item: Item, captions: dict[str, list[str]]) -> str:
+    """An item as readers see it."""
+    others = " | ".join(c for c in captions[item.image] if c != item.caption)
+    head = f"#{k}\n  other captions: {others}\n"
+    return f"{head}  caption:  {item.caption}\n  sentence: {item.sentence}\n"
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> list[float]:
@@ -146,25 +200,38 @@ def count_marks(folder: Path) -> dict[str, Any]:
     """Per cent of each maker's negatives that were marked, by type and label.
 
     Raises:
-        DataError: a line is no mark, or names an item that the sheet does not have.
+        DataError: the key or a line of marks is not what it should be.
     """
-    key = json.loads((folder / "key.json").read_text("utf-8"))
+    key = parse(read_text(folder / "key.json"), str(folder / "key.json"))
+    names = rf"({'|'.join(NEGATIVE_TYPES)})(\d+)"
+    if not isinstance(key, dict) or not all(
+        re.fullmatch(names, k) and isinstance(m, str) for k, m in key.items()
+    ):
+        raise DataError(f"{folder / 'key.json'}: not a key that sheets wrote")
     counts: dict[str, Any] = {}
     for kind in NEGATIVE_TYPES:
         makers = {int(k.removeprefix(kind)): m for k, m in key.items() if k.startswith(kind)}
         path = folder / f"{kind}.marks"
-        if not path.exists():
+        if not path.exists() or not makers:
             continue
-        marks: Counter[tuple[str, str]] = Counter()
-        for n, line in enumerate(filter(str.strip, path.read_text("utf-8").splitlines()), 1):
-            found = re.match(r"#(\d+)\t([a-z|]+)(?:\t|$)", line)
-            labels = set(found[2].split("|")) if found else set()
-            if found is None or int(found[1]) not in makers or not labels <= set(LABELS):
-                raise DataError(f"{path}, line {n}: wanted #item<TAB>label<TAB>reason")
-            marks.update((makers[int(found[1])], label) for label in (*labels, "any"))
+        labels = read_marks(path, set(makers))
+        marks = Counter((makers[k], x) for k, found in labels.items() for x in (*found, "any"))
         read = Counter(makers.values())
         counts[kind] = {maker: shares_of(maker, read[maker], marks) for maker in sorted(read)}
     return counts
+
+
+def read_marks(path: Path, items: set[int]) -> dict[int, set[str]]:
+    """Labels of each marked item."""
+    marks: dict[int, set[str]] = {}
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        found = re.match(r"#([0-9]+)\t([a-z|]+)\s*(?:\t|$)", line)
+        labels = set(found[2].split("|")) if found else set()
+        if line.strip() and (not found or int(found[1]) not in items or not labels <= set(LABELS)):
+            raise DataError(f"{path}, line {n}: wanted #item<TAB>label<TAB>reason")
+        if found:
+            marks.setdefault(int(found[1]), set()).update(labels)
+    return marks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,12 +268,15 @@ def run(args: argparse.Namespace) -> None:
     counts = count_marks(args.folder)
     if not counts:
         raise DataError(f"{args.folder}: no .marks files; its GUIDE.txt says how they are written")
-    if args.out:
-        args.out.write_text(json.dumps(counts, indent=1) + "\n", "utf-8")
     for kind, makers in counts.items():
         for maker, row in makers.items():
             shares = ", ".join(f"{k[:-2]} {v[0]:g} %" for k, v in row.items() if k != "read")
             print(f"{kind:10} {maker:12} {row['read']:4} read: {shares}")
+    if args.out:
+        try:
+            args.out.write_text(json.dumps(counts, indent=1) + "\n", "utf-8")
+        except OSError as error:
+            raise DataError(f"--out {args.out}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

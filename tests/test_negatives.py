@@ -764,10 +764,64 @@ def test_an_unwritable_folder_is_one_sentence(manifest, tmp_path):
         main([str(manifest), "--out", str(tmp_path / "no" / "such" / "out.jsonl")])
 
 
+def test_a_partial_file_of_somebody_else_is_kept(manifest, tmp_path):
+    (tmp_path / "out.jsonl.partial").write_text("precious")
+    with pytest.raises(DataError, match="not of a run of this script"):
+        main([str(manifest), "--out", str(tmp_path / "out.jsonl")])
+    assert (tmp_path / "out.jsonl.partial").read_text() == "precious"
+
+
+def test_the_source_is_never_replaced(manifest, tmp_path):
+    before = manifest.read_bytes()
+    with pytest.raises(DataError, match="the source itself"):
+        main([str(manifest), "--out", str(manifest), "--overwrite"])
+    shard(tmp_path / "a.tar", {"0.txt": b"A red bus on a street"})
+    with pytest.raises(DataError, match=r"the source .* itself"):
+        main([str(tmp_path / "a.tar"), "--out", str(tmp_path), "--overwrite"])
+    assert manifest.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,caption\na.jpg,A bus, and a man\n", r"t\.csv:2: more fields than columns"),
+        ('image,caption\na.jpg,"A man\nb.jpg,A dog\n', r"t\.csv:.: not a table"),
+    ],
+)
+def test_a_table_with_a_loose_comma_or_quote_is_refused(text, message, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read_captions(tmp_path / "t.csv"))
+
+
+def test_names_in_a_shard_may_have_folders_and_dots(tmp_path):
+    names = ("./a.b/0", "./1")
+    shard(tmp_path / "in.tar", {f"{name}.txt": b"A man on a horse" for name in names})
+    main([str(tmp_path / "in.tar"), "--out", str(tmp_path / "out")])
+    with tarfile.open(tmp_path / "out/in.tar") as tar:
+        for name in names:
+            assert "negatives" in json.loads(tar.extractfile(f"{name}.json").read())
+
+
+def test_an_article_does_not_look_at_capitals():
+    found = answers("A DOG IN A KITCHEN", "object", seeds=80) | answers("A Dog", "object")
+    assert not any(re.search(r"\bA [AEIOU]", n) for n in found)
+    assert negatives._article("European") == negatives._article("once") == "a"
+    assert negatives._article("Office") == negatives._article("8") == "an"
+
+
+def test_what_stands_in_a_longer_word_is_not_brought_in():
+    rows = ["A child with an apple", "A man's apple on a table", "A black-and-white dog"]
+    told = set().union(*(negatives._facts(negatives._read(row)) for row in rows))
+    assert {"man", "black", "white"} <= told
+
+
 def test_a_full_disk_keeps_the_old_file(manifest, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    (tmp_path / "out.jsonl.partial").write_text("torn by another command")
+    (tmp_path / "out.jsonl.partial").write_text(
+        '{"manifest": 1, "unfinished": "by another command"}\n'
+    )
 
     def tear(jobs):
         raise OSError(28, "No space left on device")

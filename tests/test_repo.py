@@ -120,6 +120,59 @@ def test_a_wrong_mark_is_named(reading, line, capsys):
     assert "object.marks, line 2: wanted #item" in capsys.readouterr().err
 
 
+def test_a_mark_made_twice_counts_once(reading):
+    script, out = reading
+    (out / "object.marks").write_text("#0\todd\r\n#0\todd\tagain\r\n", "utf-8-sig")
+    marks = script.read_marks(out / "object.marks", set(range(10)))
+    assert marks == {0: {"odd"}}
+
+
+@pytest.mark.parametrize("key", ["", "[]", '{"objectx": "ours"}', '{"object0": 5}'])
+def test_a_wrong_key_is_refused(reading, key, capsys):
+    script, out = reading
+    (out / "key.json").write_text(key)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["count", str(out)])
+    assert stop.value.code == 2
+    assert "key.json: not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"caption": "A dog", "negatives": {"object": "A cat"}}', "has no image"),
+        ('{"caption": 5, "image": "a", "negatives": {}}', "want a record"),
+        ("5", "want a record"),
+        ("{", "not JSON"),
+        ("", "no negatives in it"),
+    ],
+)
+def test_what_is_no_record_of_negatives_is_refused(reading, line, message, tmp_path, capsys):
+    script, _ = reading
+    (tmp_path / "n.jsonl").write_text(line)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["sheets", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "new")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_makers_of_one_name_are_refused(reading, tmp_path, capsys):
+    script, out = reading
+    ours = str(out.parent / "ours.jsonl")
+    with pytest.raises(SystemExit):
+        script.main(["sheets", ours, "--against", ours, "--out", str(tmp_path / "new")])
+    assert "two makers have one name" in capsys.readouterr().err
+
+
+def test_only_photos_of_one_name_are_one(reading):
+    script, _ = reading
+    long = [{"image": f"{d}/a_long_name_00000001.jpg"} for d in "ab"]
+    assert script.photo(long[0]) != script.photo(long[1])
+    assert script.photo({"image": "val2014/COCO_val2014_000000391895.jpg"}) == "000000391895.jpg"
+    assert script.photo({"image": None, "image_id": 1}) != script.photo({"image_id": 2})
+
+
 def test_sheets_never_write_over_marks(reading, capsys):
     script, out = reading
     with pytest.raises(SystemExit) as stop:
