@@ -653,39 +653,39 @@ bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river
 shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
 street, road, highway, intersection, track, train track, railroad track, bridge, field, parking lot,
 lot, freeway, avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski
-slope, ramp, staircase, stair, ladder, tree, pole, street, road; can be down: hill, hillside,
-mountain, mountainside, slope, ski slope, ramp, staircase, stair, ladder, tree, pole, street, road;
-surfaces: pole, post, counter top, countertop, table top, tabletop, tablecloth, table cloth, cloth,
-mat, floor; materials: brick, stone, wooden, wood, metal, steel, glass, concrete, leather, plastic;
-geared: skateboard, ski, snowboard, surf, skate; unnatural: blue, navy, turquoise, teal, green,
-purple, pink, red, maroon, burgundy, yellow; owners: game, set, slope, flight, sill, ledge, frame,
-shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc, pcs; metals: silver, gold;
-shades: silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load,
-blow, put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: motorcycle, bike,
-bicycle, skateboard, surfboard, snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave,
-slope, ski; aims: above, on, on top of, from, off, out of, with, to, at, for, over, up, down, as,
-while, around, through, along, across; floors: floor, ceiling, tile, sill, window sill, wall; often
-on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash,
-push, lead, kick, chase, paint, repair; names: red sox, big ben, little league; links: that, who,
-which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
-carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
-particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
-baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
-top of, outside, inside, ., together, between, around; fixed next to: right, directly, close; fixed
-in front of: right, directly; fixed on: focus, emphasis, attention, concentrate, stacked, piled,
-stack, pile, surf, lean, talk, work, speak, chat, display, put; fixed in: hide, docked, anchored,
-bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed:
-parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
-throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie,
-lay, hang; fixed covered with: partially, half, partly; fixed covered in: partially, half, partly;
-fixed up: close, lined, dressed, set; fixed behind: hide, right, directly, close; fixed down:
-descent, descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit,
-play, walk, pose, lie, lay, run, eat, travel, jump; fixed into: look, cut, turn, made; fixed out of:
-made, make; near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange:
-red, yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan:
-white, yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near
-silver: white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off
-of, through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+slope, ramp, staircase, stair, ladder, tree, pole, street, road; surfaces: pole, post, counter top,
+countertop, table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick,
+stone, wooden, wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski,
+snowboard, surf, skate; unnatural: blue, navy, turquoise, teal, green, purple, pink, red, maroon,
+burgundy, yellow; owners: game, set, slope, flight, sill, ledge, frame, shore, shoreline, skyline,
+floor, coast, bank; letters: tv, tvs, pc, pcs; before kept: play, playing, take, up, travel,
+winning, win, won, including, like, as; metals: silver, gold; shades: silver, gold, white, black;
+reached: in, into, inside, out of, through, from; needy: load, blow, put, place, mix, work, get,
+pass; denials: no, not, without, nor; sporty: motorcycle, bike, bicycle, skateboard, surfboard,
+snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, on, on
+top of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through, along,
+across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw, feed,
+push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick, chase,
+paint, repair; names: red sox, big ben, little league; links: that, who, which, while; states: hold,
+contain, show, include, cover, surround, feature, have, use, make, carry; busy: try, get, prepare,
+attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages:
+young, little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to,
+near, in front of, at, by, behind, under, beside, with, while, on top of, outside, inside, .,
+together, between, around; fixed next to: right, directly, close; fixed in front of: right,
+directly; fixed on: focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf,
+lean, talk, work, speak, chat, display, put; fixed in: hide, docked, anchored, bury, buried,
+submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated,
+stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
+together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang;
+fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed up:
+close, lined, dressed, set; fixed behind: hide, right, directly, close; fixed down: descent,
+descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit, play, walk,
+pose, lie, lay, run, eat, travel, jump; fixed into: look, cut, turn, made; fixed out of: made, make;
+near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange: red,
+yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white,
+yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near silver:
+white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off of,
+through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
 over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
 walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
 woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
@@ -950,6 +950,7 @@ NEVER = {name: SETS[f"never {name}"] for name in ("in", "on", "at")}
 NEVER |= {"inside": NEVER["in"], "on top of": NEVER["on"]}
 PARTICULAR = {*SEXES, *SETS["built in"], *SETS["plural only"]}.union(*NEVER.values())
 SETS["after free acts"] = SETS["after acts"] | SETS["paths"] | {"and", "as"}
+SETS["can be down"] = SETS["can be up"]
 SETS["goes on"] = SETS["paths"] | {"at", "for", "as"}
 SETS["owned"] = SETS["possessive"] | {"one", "each", "both", "right", "left"}
 SETS["never beside"] = SETS["weather"] | SETS["floors"]
@@ -992,7 +993,7 @@ ACT_VALUES = {
     for w in [group]
 }
 POSTURES, MOVES = set(POSTURE.split()), {*MOVING.split(), *ROLLING.split(), "fly", "ride", "slide"}
-STILL = {*POSTURE.split(), "eat", "work", "play", "talk", "dine"}
+STILL = {*POSTURES, "eat", "work", "play", "talk", "dine"}
 LED: dict[str, set[str]] = {  # acts that these relations must follow, any if none
     "to": MOVES - {"move", "come"},
     "up to": MOVES | {"pull"},
@@ -1159,7 +1160,7 @@ def _split(caption: str) -> list[tuple[str, int, int]]:
 
 
 def _tag(word: str, previous: Token | None, following: str) -> tuple[str, str]:
-    """Part of speech and dictionary form of a word between its neighbours."""
+    """Part of speech and dictionary form of a word of content between its neighbours."""
     before = previous.tag if previous else ""
     nounish = following in NOUN_FORMS or following in ADJECTIVES
     if word in PARTICIPLE_ACTS and not nounish:
@@ -1395,9 +1396,10 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         return []
     its = _word(sentence, i + 1) in PRONOUN_KINDS
     named = phrase is not None or its
-    again = phrase and [t.lemma for t in sentence.tokens].count(noun) > 1
-    if relation == "of" and phrase and (again or phrase.stop - phrase.first > 1):
-        return []  # a plate without foreign food
+    if relation == "of" and phrase:
+        again = [t.lemma for t in sentence.tokens].count(noun) > 1
+        if again or phrase.stop - phrase.first > 1:
+            return []  # a plate without foreign food
     thing = relation in SETS["lacking"] or kind not in ("idea", "picture", "feat")
     fits = (thing and phrase is not None) or its or relation in SETS["lonely"]
     rows = RELATION_ROWS[relation]
@@ -1433,22 +1435,21 @@ def _other_side(sentence: Sentence, i: int) -> tuple[str, str]:
 def _stuck(sentence: Sentence, i: int, phrase: Phrase | None) -> bool:
     """Whether what stands around relation i holds it: out in the rain, the sun over a city."""
     tokens, relation = sentence.tokens, sentence.tokens[i].word
-    before, mover = tokens[i - 1].lemma if i else "", _mover(sentence, i)[0]
-    if {"sun", "moon"} & sentence.own or before == "pass":
+    if {"sun", "moon"} & sentence.own or (i and tokens[i - 1].lemma == "pass"):
         return True
     if {"rain", "snow"} & sentence.own and relation.startswith(("out", "in")):
         return True
-    if relation == "on the ground" and mover.startswith("vehicle"):
+    if relation == "on the ground" and _mover(sentence, i)[0].startswith("vehicle"):
         return True
     if relation in SETS["lonely"] and relation in SETS["airy"]:
         raised = i > 0 and tokens[i - 1].tag == "P"  # chin up in the air
         return raised or (i + 1 < len(tokens) and tokens[i + 1].tag in "PC")  # in the sky over
     if phrase:
         return _stuck_to(sentence, i, phrase)
-    owned = {"has", "have"} & {t.word for t in tokens[:i]}  # has windows on it
-    return _word(sentence, i + 1) == "it" and (
-        bool(owned) or mover in ("", "picture", "idea", "part")
-    )
+    if _word(sentence, i + 1) != "it":
+        return False
+    owned = any(t.word in ("has", "have") for t in tokens[:i])  # has windows on it
+    return owned or _mover(sentence, i)[0] in ("", "picture", "idea", "part")
 
 
 def _stuck_to(sentence: Sentence, i: int, phrase: Phrase) -> bool:
@@ -1866,11 +1867,11 @@ def _numbers(sentence: Sentence, i: int, head: Token) -> list[str]:
 def _idiom(sentence: Sentence, i: int, phrase: Phrase | None, head: Token) -> bool:
     """Whether value i is no value here: in the wild, black and white, lit up, the town square."""
     tokens, word = sentence.tokens, sentence.tokens[i].word
-    following = tokens[i + 1].tag if i + 1 < len(tokens) else ""
+    following = _word(sentence, i + 1)
     before = tokens[i - 1] if i else Token("", 0, 0, "", "")
     if phrase is None and (before.tag in ("D", "N", "S") or word in ("high", "low")):
         return True
-    if phrase is None and word[-2:] + following == "edP":
+    if phrase is None and word.endswith("ed") and i + 1 < len(tokens) and tokens[i + 1].tag == "P":
         return True
     if before.word == "to" and word in VERB_FORMS:
         return True  # about to cut
@@ -1881,7 +1882,6 @@ def _idiom(sentence: Sentence, i: int, phrase: Phrase | None, head: Token) -> bo
         return True
     if word in SETS["compared"] and sum(t.lemma == head.lemma for t in tokens) > 1:
         return True  # a vase next to a smaller vase
-    following = _word(sentence, i + 1)
     if before.word in SETS["almost"] or following in SETS["particles"]:
         return True
     if word in SETS["materials"] and following.endswith("ed"):
@@ -1959,19 +1959,7 @@ def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
     """Whether the words around a noun need it: on her phone, a game of frisbee, and watches."""
     tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
     kind = KINDS.get(noun.lemma, "")
-    if before in (
-        "play",
-        "playing",
-        "take",
-        "up",
-        "travel",
-        "winning",
-        "win",
-        "won",
-        "including",
-        "like",
-        "as",
-    ):
+    if before in SETS["before kept"]:
         return True  # to take home
     if before == "off" and kind.startswith("place"):
         return True
@@ -2008,9 +1996,9 @@ def _many(sentence: Sentence, phrase: Phrase) -> bool:
 def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     """Things that can stand in the place of the head of a phrase."""
     tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
-    first, before = tokens[phrase.first].word, tokens[phrase.first - 1] if phrase.first else None
-    leading = before.word if before else ""
-    if noun.lemma not in SENSES or _stays(sentence, phrase) or _kept(sentence, phrase, leading):
+    first = tokens[phrase.first].word
+    before = tokens[phrase.first - 1].word if phrase.first else ""
+    if noun.lemma not in SENSES or _stays(sentence, phrase) or _kept(sentence, phrase, before):
         return []
     counted = noun.tag == "S" or first in ("a", "an", "one", "each", "every")
     sense = min(SENSES[noun.lemma], key=lambda sense: sense.mass == counted)
@@ -2025,12 +2013,12 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         words = [w for w in words if w != "airplane"]
     if any(t.word in SETS["materials"] for t in tokens[phrase.first : phrase.head]):
         words = [w for w in words if KINDS.get(w) == sense.kind]  # a brick tree
-    holder = tokens[phrase.first - 2].lemma if leading == "of" else ""
+    holder = tokens[phrase.first - 2].lemma if before == "of" else ""
     if holder in SETS["portions"]:
         words = [w for w in words if w not in SETS["loose"]]
     if holder == "flock":
         words = [w for w in words if KINDS[w] == "animal.bird" or w in ("sheep", "goat")]
-    return [w for w in words if w not in PARTICULAR or _fits(sentence, phrase, w, leading)]
+    return [w for w in words if w not in PARTICULAR or _fits(sentence, phrase, w, before)]
 
 
 def _stays(sentence: Sentence, phrase: Phrase) -> bool:
@@ -2390,13 +2378,12 @@ def _on_ground(sentence: Sentence, verb: Token, last: int, acts: Sequence[str]) 
 def _on(sentence: Sentence, things: Collection[str]) -> bool:
     """Whether somebody is on one of some things or kinds, such as a horse or skis."""
     tokens = sentence.tokens
-    for i, token in enumerate(tokens):
-        phrase = sentence.starts.get(i + 1)
-        if phrase and token.word in ("on", "on top of", "on the back of"):
-            found = tokens[phrase.head].lemma in things or _kind(sentence, phrase) in things
-            if found:
-                return True
-    return False
+    grounds = (
+        phrase
+        for first, phrase in sentence.starts.items()
+        if first and tokens[first - 1].word in ("on", "on top of", "on the back of")
+    )
+    return any(tokens[p.head].lemma in things or _kind(sentence, p) in things for p in grounds)
 
 
 def _subject(sentence: Sentence, i: int) -> str:
@@ -2405,9 +2392,9 @@ def _subject(sentence: Sentence, i: int) -> str:
     none = not any(p.stop <= i for p in sentence.phrases)
     if none or (start and sentence.tokens[start - 1].word in SETS["persons"]):
         return "person"
-    kind = _kind(sentence, _agent(sentence, i)).split(".")[0]
+    agent = _agent(sentence, i)
+    kind = _kind(sentence, agent).split(".")[0]
     if not kind:
-        agent = _agent(sentence, i)
         noun = sentence.tokens[agent.head].word if agent else ""
         return "person" if re.search("(ist|ian|wom[ae]n|m[ae]n|people|folk)s?$", noun) else ""
     return kind if kind in MOVERS else "thing"
@@ -3318,9 +3305,7 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
             file.seek(0, os.SEEK_END)
             if not done:
                 file.write(first.encode())
-            for line, fate in _results(
-                jobs[max(done, 0) :] if done else jobs, engine, args.workers
-            ):
+            for line, fate in _results(jobs[done:], engine, args.workers):
                 file.write(line.encode())
                 checksum.update(line.encode())
                 fates.update(fate)

@@ -19,11 +19,12 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from negatives_report import read_manifest
+
 from negatives import NEGATIVE_TYPES, DataError
 
 LABELS = ("mechanical", "odd", "true")
@@ -63,20 +64,12 @@ def read_negatives(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a line is no such record, or there is none.
     """
-    rows = []
-    for n, line in enumerate(read_text(path).split("\n"), 1):
-        row = parse(line, f"{path}:{n}") if line.strip() else {"manifest": 1}
-        if isinstance(row, dict) and "manifest" in row:
-            continue
-        made = row.get("negatives") if isinstance(row, dict) else None
-        texts = [row.get("caption"), *made.values()] if isinstance(made, dict) else [None]
-        if not isinstance(texts[0], str) or any(not isinstance(t, str | None) for t in texts):
-            raise DataError(f"{path}:{n}: want a record with a caption and negatives")
-        if photo(row) is None:
-            raise DataError(f"{path}:{n}: has no image, so its other captions are not known")
-        rows.append(row)
+    rows = list(read_manifest(path))
     if not rows:
         raise DataError(f"{path}: no negatives in it; make them with negatives.py")
+    lost = next((row for row in rows if photo(row) is None), None)
+    if lost:
+        raise DataError(f"{path}: {lost['caption'][:40]!r} has no image, so no other captions")
     return rows
 
 
@@ -181,18 +174,14 @@ def shown(k: int, item: Item, captions: dict[str, list[str]]) -> str:
     return f"{head}  caption:  {item.caption}\n  sentence: {item.sentence}\n"
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> list[float]:
-    """Wilson's 95 % interval of k out of n, in per cent."""
-    centre, spread = k + z * z / 2, z * sqrt(k * (n - k) / n + z * z / 4)
-    return [round(100 * (centre + sign * spread) / (n + z * z), 1) for sign in (-1, 1)]
-
-
 def shares_of(maker: str, n: int, marks: Counter[tuple[str, str]]) -> dict[str, Any]:
     """How many were read, and the share with each label: per cent, and its interval."""
+    from evaluate import wilson
+
     row: dict[str, Any] = {"read": n}
     for label in (*LABELS, "any"):
-        k = marks[maker, label]
-        row[f"{label} %"] = [round(100 * k / n, 1), *wilson(k, n)]
+        share = marks[maker, label] / n
+        row[f"{label} %"] = [round(100 * x, 1) for x in (share, *wilson(share, n))]
     return row
 
 

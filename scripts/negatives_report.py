@@ -64,14 +64,27 @@ def read_pairs(path: Path) -> dict[str, list[Pair]]:
 
 
 def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a manifest, without its header."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            row = json.loads(line)
-            if "manifest" not in row:
-                if "negatives" not in row:
-                    raise DataError(f"{path.name}:{number}: no negatives; run negatives.py first")
+    """Records of a manifest, without its header.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no caption with negatives.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                row = kit._parse(line, path.name, number) if line.strip() else {"manifest": 1}
+                if isinstance(row, dict) and "manifest" in row:
+                    continue
+                place = f"{path.name}:{number}"
+                if isinstance(row, dict) and "negatives" not in row:
+                    raise DataError(f"{place}: no negatives; run negatives.py first")
+                made = row["negatives"] if isinstance(row, dict) else None
+                texts = [row.get("caption"), *made.values()] if isinstance(made, dict) else [None]
+                if texts[0] is None or any(not isinstance(t, str | None) for t in texts):
+                    raise DataError(f"{place}: want a record with a caption and negatives")
                 yield row
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 # The blind readers
