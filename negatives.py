@@ -43,8 +43,9 @@ import sys
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from math import exp, inf, log
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from math import exp, expm1, inf, log
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1032,7 +1033,8 @@ for _name in sorted({*NOUN_FORMS, *FUNCTION}, key=lambda name: (-len(name), name
 # Reading a caption
 
 
-class Token(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Token:
     """A word of the caption: lower-cased text, offsets, tag and dictionary form.
 
     Tags: D determiner, M number, A adjective, N S noun in singular and plural, X unknown noun,
@@ -1047,18 +1049,21 @@ class Token(NamedTuple):
     lemma: str
 
 
-class Phrase(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Phrase:
     """A noun phrase: token indices of its first word, past its last word, and of its head."""
 
     first: int
     stop: int
     head: int
+    kind: str = ""  # of thing that it names, "" if unknown; a group of dogs is an animal
 
 
 Context = tuple[str, str, str, str]
 
 
-class Sentence(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Sentence:
     """A caption that has been read; ``named`` are the words that no negative may bring in."""
 
     caption: str
@@ -1066,8 +1071,8 @@ class Sentence(NamedTuple):
     phrases: list[Phrase]
     starts: dict[int, Phrase]  # phrases by first token
     own: frozenset[str]  # its words, as they are and in dictionary form
-    named: frozenset[str]
-    barred: frozenset[str]  # these, and what means the same
+    named: Set[str]
+    barred: Set[str]  # these, and what means the same
     contexts: list[Context]  # of each token its neighbours, see Slots
 
 
@@ -1086,7 +1091,7 @@ def _read(caption: str, forbidden: frozenset[str] = frozenset()) -> Sentence | N
         if tag is None:
             tag, lemma = _tag(word, tokens[-1] if tokens else None, following)
         if tag in "EA" and tokens and _joined(tokens[-1], word, following):
-            tokens[-1], tag = tokens[-1]._replace(tag="A"), "A"
+            tokens[-1].tag = tag = "A"
         tokens.append(Token(word, start, end, tag, lemma))
     return _sentence(caption, tokens, _chunk(tokens), forbidden)
 
@@ -1100,6 +1105,10 @@ def _sentence(
     if 2 * (spoken - len(re.findall("[XUE]", tags))) <= spoken:
         return None
     starts = {p.first: p for p in phrases}
+    for phrase in reversed(phrases):
+        phrase.kind = KINDS.get(tokens[phrase.head].lemma, "")
+        if phrase.kind in HOLDERS and [t.word for t in tokens[phrase.head + 1 :][:1]] == ["of"]:
+            phrase.kind = _kind(starts.get(phrase.head + 2)) or phrase.kind
     none: frozenset[str] = frozenset()
     own = frozenset([t.word for t in tokens] + [t.lemma for t in tokens])
     sentence = Sentence(caption, tokens, phrases, starts, own, none, none, _contexts(tokens))
@@ -1123,7 +1132,7 @@ def _forbid(sentence: Sentence, words: Iterable[str]) -> Sentence:
     named = {*words, *sentence.named, *sentence.own}
     named.update([LEMMAS[w] for w in named if w in LEMMAS])
     barred = named.union(*[SAME[w] for w in named if w in SAME])
-    return sentence._replace(named=frozenset(named), barred=frozenset(barred))
+    return replace(sentence, named=named, barred=barred)
 
 
 def _facts(sentence: Sentence) -> set[str]:
@@ -1136,7 +1145,7 @@ def _facts(sentence: Sentence) -> set[str]:
         phrase = sentence.starts.get(i + 1)
         if phrase and token.word in RELATION_ROWS:
             facts.add(f"{token.word} {sentence.tokens[phrase.head].lemma}")
-            facts.add(f"{token.word} {_kind(sentence, phrase)}")
+            facts.add(f"{token.word} {_kind(phrase)}")
     return facts
 
 
@@ -1303,10 +1312,10 @@ def _apart(sentence: Sentence) -> list[Candidate]:
                 for new in APART[token.lemma]
                 if new not in sentence.named
                 and (new != "without" or _can_lack(sentence, phrase))
-                and (new != "next to" or not _matches(_kind(sentence, phrase), HELD))
-                and _kind(sentence, phrase) not in ("body", "idea", "part", "feat")
+                and (new != "next to" or not _matches(_kind(phrase), HELD))
+                and _kind(phrase) not in ("body", "idea", "part", "feat")
                 and tokens[phrase.head].lemma not in SETS["weather"]
-                and (_kind(sentence, phrase) or tokens[phrase.first].tag in "DM")
+                and (_kind(phrase) or tokens[phrase.first].tag in "DM")
             ]
         found += _neither(sentence, i) if token.lemma == "wear" else []
     return found
@@ -1346,7 +1355,7 @@ def _listed(sentence: Sentence, k: int) -> tuple[list[Phrase], int]:
 
 def _missed(sentence: Sentence, phrase: Phrase, worn: bool) -> bool:
     """Whether a thing of a list can be said to be missing, or not to be worn."""
-    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    first, kind = sentence.tokens[phrase.first], _kind(phrase)
     if not kind or phrase.stop - phrase.first > 3 or first.word in SETS["not lacked"]:
         return False
     if first.tag == "M" or kind in ("body", "idea", "part") or (worn and kind[:8] != "clothing"):
@@ -1375,7 +1384,7 @@ def _no(sentence: Sentence, k: int, phrase: Phrase | None) -> list[Candidate]:
     """But no, for the "and" at k and the article after it, if the sentence ends there."""
     if phrase is None or phrase.stop - phrase.first > 3:
         return []
-    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    first, kind = sentence.tokens[phrase.first], _kind(phrase)
     plain = first.word in ("a", "an") or first.tag in "NS"
     last = k + (first.word in ("a", "an"))
     ends = _word(sentence, phrase.stop) in (".", "in", "on", "next to", "near", "at")
@@ -1426,7 +1435,7 @@ def _other_side(sentence: Sentence, i: int) -> tuple[str, str]:
     phrase = sentence.starts.get(i + 1)
     if phrase is None:
         return PRONOUN_KINDS.get(_word(sentence, i + 1), ""), ""
-    kind = _kind(sentence, phrase)
+    kind = _kind(phrase)
     if not kind and sentence.tokens[phrase.first].tag in "DM":
         kind = "?" if _word(sentence, phrase.stop) != "of" else ""
     return kind, sentence.tokens[phrase.head].lemma
@@ -1456,9 +1465,9 @@ def _stuck_to(sentence: Sentence, i: int, phrase: Phrase) -> bool:
     """Whether relation i and the thing after it belong together."""
     tokens, relation, noun = sentence.tokens, sentence.tokens[i].word, sentence.tokens[phrase.head]
     before = tokens[i - 1] if i else Token("", 0, 0, "", "")
-    if _kind(sentence, phrase) == "body" or (relation == "in" and "another" in sentence.own):
+    if _kind(phrase) == "body" or (relation == "in" and "another" in sentence.own):
         return True  # hands on his hips, in one pan and in another
-    if relation == "in" and _kind(sentence, phrase).startswith("clothing"):
+    if relation == "in" and _kind(phrase).startswith("clothing"):
         described = phrase.stop - phrase.first > 2 or tokens[phrase.first].word == "the"
         person = _mover(sentence, i)[0].startswith("person")
         return described or not person or before.tag in ("G", "Z", "B")  # standing in a shirt
@@ -1554,7 +1563,7 @@ def _mover(sentence: Sentence, i: int) -> tuple[str, str]:
     """Kind of what stands before relation i, and what it does there."""
     phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
     between = sentence.tokens[phrase.stop if phrase else 0 : i]
-    return _kind(sentence, phrase), next((t.lemma for t in between if t.tag in "GZB"), "")
+    return _kind(phrase), next((t.lemma for t in between if t.tag in "GZB"), "")
 
 
 def _around(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
@@ -1594,19 +1603,18 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if slots is None or not before or not noun or noun in NEVER.get(new, ()):
         return False
     first = sentence.tokens[i + 1]
-    if noun in SETS["perches"] or _kind(sentence, sentence.starts[i + 1]).startswith("clothing"):
+    if noun in SETS["perches"] or _kind(sentence.starts[i + 1]).startswith("clothing"):
         return False  # birds may sit in trees and on fences, cows not
     if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
         return False
-    mover, kind = _kind(sentence, before[-1]), _kind(sentence, sentence.starts[i + 1])
+    mover, kind = _kind(before[-1]), _kind(sentence.starts[i + 1])
     still = ("", "place", "picture", "idea", "part", "body", "fixture", "furniture", "vehicle")
     if not kind or _matches(mover, still):
         return False
     _, _, ahead, behind = sentence.contexts[i]
     if behind != sentence.tokens[sentence.starts[i + 1].head].word:
         return False
-    rows = slots.tables[2].get(ahead, NO_COUNTS), slots.tables[3].get(behind, NO_COUNTS)
-    return min(row.get(new, 0) for row in rows) > 1
+    return slots.counted(2, ahead, new) > 1 and slots.counted(3, behind, new) > 1
 
 
 def _may_turn(tokens: list[Token], i: int) -> bool:
@@ -1639,7 +1647,7 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     """Whether "without" and the like can stand before a phrase: a plain thing, and no list."""
     if phrase is None or phrase.stop - phrase.first > 3:
         return False
-    first, kind = sentence.tokens[phrase.first], _kind(sentence, phrase)
+    first, kind = sentence.tokens[phrase.first], _kind(phrase)
     counted = any(t.tag == "M" for t in sentence.tokens[phrase.first : phrase.stop])
     if not kind or kind in ("body", "idea", "part") or counted:
         return False
@@ -1659,11 +1667,11 @@ def _swaps(sentence: Sentence) -> list[Candidate]:
         last = whole[-1] if whole else phrase
         shown = KINDS.get(sentence.tokens[last.head].lemma) == "picture"
         if last.stop + 1 == phrase.first and _word(sentence, last.stop) == "of" and not shown:
-            whole[-1] = Phrase(last.first, phrase.stop, last.head)
+            whole[-1] = replace(last, stop=phrase.stop)
         else:
             whole.append(phrase)
     found = []
-    kinds = [_kind(sentence, phrase).partition(".")[0] for phrase in whole]
+    kinds = [_kind(phrase).partition(".")[0] for phrase in whole]
     for k, one in enumerate(whole):
         for two, kind in zip(whole[k + 1 : k + 4], kinds[k + 1 :], strict=False):
             alike = kinds[k] in SWAPS and kind in SWAPS[kinds[k]][0].split()
@@ -1775,7 +1783,7 @@ def _recounted(sentence: Sentence) -> list[Candidate]:
         i for i, t in enumerate(tokens) if (t.tag in "IZB" or t.word in AGREEMENT) and i >= stop
     ]
     near = stop + (_word(sentence, stop) in SETS["links"])
-    counted = _matches(_kind(sentence, phrase), COUNTED) and noun.lemma in SENSES
+    counted = _matches(_kind(phrase), COUNTED) and noun.lemma in SENSES
     one = tokens[0].word in ("a", "an") and noun.tag == "N"
     if not counted or not one or _word(sentence, stop) in ("and", ",", "of", "or"):
         return []
@@ -1826,7 +1834,7 @@ def _values(sentence: Sentence, i: int) -> list[str]:
         return [YOUNGER[word]] if fits and YOUNGER[word] not in sentence.named else []
     if _idiom(sentence, i, phrase, head):
         return []
-    kind = _kind(sentence, phrase)
+    kind = _kind(phrase)
     for sense in VALUE_SENSES.get(word, ()):
         if not sense.kind or _matches(kind, sense.kind.split()):
             near = SETS.get(f"near {word}", frozenset()) | _misfits(sentence, i, phrase, kind)
@@ -1903,7 +1911,7 @@ def _renamed(sentence: Sentence, sporty: bool) -> list[Candidate]:
     """Another thing for each noun; players stay in sporty captions."""
     tokens, found = sentence.tokens, []
     for phrase in sentence.phrases:
-        if sporty and _kind(sentence, phrase) in SPORTS:
+        if sporty and _kind(phrase) in SPORTS:
             continue
         first = phrase.head
         while first > phrase.first and tokens[first - 1].tag == "N":
@@ -1937,7 +1945,7 @@ def _other_age(sentence: Sentence) -> list[Candidate]:
 def _other_sex(sentence: Sentence) -> list[Candidate]:
     """A woman and her dog instead of a man and his, if nobody else is there."""
     tokens = sentence.tokens
-    people = [p for p in sentence.phrases if _kind(sentence, p).startswith("person")]
+    people = [p for p in sentence.phrases if _kind(p).startswith("person")]
     told = {t.word for t in tokens if t.word in PRONOUNS}
     if len(people) != 1 or not told or tokens[people[0].head].lemma not in OTHER_SEX:
         return []
@@ -2114,7 +2122,7 @@ def _participles(sentence: Sentence, i: int) -> list[Candidate]:
         return []  # sits parked
     if following in SETS["paths"] | {"at", "together"}:
         return []
-    if _kind(sentence, sentence.starts.get(i + 2)).startswith("vehicle") and following == "on":
+    if _kind(sentence.starts.get(i + 2)).startswith("vehicle") and following == "on":
         return []  # parked on a boat
     if word in ("stacked", "piled") and following == "on top of":
         return []
@@ -2156,7 +2164,7 @@ def _takes(sentence: Sentence, last: int, kinds: Sequence[str]) -> bool:
         return phrase is None
     if phrase is None:
         return False
-    first, noun, kind = tokens[phrase.first], tokens[phrase.head], _kind(sentence, phrase)
+    first, noun, kind = tokens[phrase.first], tokens[phrase.head], _kind(phrase)
     counted = first.tag in "DM" or noun.tag == "S" or kind.startswith("food") or "hay" in kinds
     after = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
     if not counted or after.word in SETS["goes on"] or after.tag == "B":
@@ -2173,9 +2181,9 @@ def _does(sentence: Sentence, i: int, who: Sequence[str]) -> bool:
         phrase = _agent(sentence, i)
     if phrase is None or sentence.tokens[phrase.head].lemma in SETS["wheeled"]:
         return False  # a bicycle does not drive
-    if _kind(sentence, phrase).startswith("vehicle") and sentence.own & SETS["haste"]:
+    if _kind(phrase).startswith("vehicle") and sentence.own & SETS["haste"]:
         return False
-    return _matches(_kind(sentence, phrase), who)
+    return _matches(_kind(phrase), who)
 
 
 def _implied(sentence: Sentence, i: int) -> list[str]:
@@ -2184,12 +2192,12 @@ def _implied(sentence: Sentence, i: int) -> list[str]:
     after = sentence.starts.get(i + 1)
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
         return []
-    kind, acts = _kind(sentence, after), SETS[f"often {sentence.tokens[i].word}"]
+    kind, acts = _kind(after), SETS[f"often {sentence.tokens[i].word}"]
     if kind == "device.hand" or any(t.tag in "IZB" for t in sentence.tokens[after.stop :]):
         return []  # on a phone; with a sandwich is drinking
     if sentence.own & SETS["airy"]:
         return []
-    if not _kind(sentence, before).startswith("person") or kind.partition(".")[0] not in HANDLED:
+    if not _kind(before).startswith("person") or kind.partition(".")[0] not in HANDLED:
         return []
     posed = any(t.lemma in POSTURES | MOVES and t.tag in "GZB" for t in sentence.tokens)
     done = () if posed or _held(sentence, after) else _done(sentence, i, after, kind)
@@ -2206,7 +2214,7 @@ def _begun(sentence: Sentence, i: int) -> list[Candidate]:
         who = sentence.starts.get(who.stop + 1, who)
     if who.stop > i or any(t.tag != "I" for t in tokens[who.stop : i]):
         return []
-    kind, found = _kind(sentence, who), []
+    kind, found = _kind(who), []
     acts = any(t.tag in "GZBEU" or t.word in PARTICIPLE_ACTS for t in tokens)
     for owners, kinds, news in PAIRED_ACTS.get(("none", relation), ()):
         busy = acts and _matches(kind, MOVERS)
@@ -2244,7 +2252,7 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     who = subject or "thing"
     free: Sequence[str] = FREE_ACTS.get((who, verb.lemma), ())
     agent = _agent(sentence, i)
-    if _kind(sentence, agent) == "animal.bird" and verb.lemma in ("sit", "perch", "stand"):
+    if _kind(agent) == "animal.bird" and verb.lemma in ("sit", "perch", "stand"):
         free = [act for act in free if act not in ("sit", "stand")]
     led = i + 2 in sentence.starts or following not in ("on", "in", "by")  # look on
     if not free and led and following in SETS["after acts"] and verb.lemma not in SETS["busy"]:
@@ -2254,7 +2262,7 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
     phrase = sentence.starts.get(last + 1)
     if phrase is None:
         return last, [] if following in ("to", "like") else _placed(sentence, i, last, free)
-    kind = _kind(sentence, phrase)
+    kind = _kind(phrase)
     lifeless = subject not in ("person", "animal") and verb.lemma in SETS["states"]
     if kind == "body":
         return last, ()  # making faces
@@ -2284,7 +2292,7 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
     if others & (POSTURES | MOVES):
         acts = [act for act in acts if act != "ride"]  # standing on rocks
     if after == "and" and phrase.stop + 1 in sentence.starts:
-        too = _kind(sentence, sentence.starts[phrase.stop + 1])  # a child and a phone
+        too = _kind(sentence.starts[phrase.stop + 1])  # a child and a phone
         both = next((DONE[k] for k in (too, too.split(".")[0], "any") if k in DONE), [])
         acts = [act for act in acts if act in both]
     if i and tokens[i - 1].word == "to":
@@ -2303,7 +2311,7 @@ def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
         return True
     if verb.lemma in SETS["needy"] or verb.word == "pressing":
         return True
-    if _kind(sentence, phrase) == "feat" and (
+    if _kind(phrase) == "feat" and (
         verb.lemma in SETS["geared"] or _word(sentence, phrase.stop) == "on"
     ):
         return True  # skateboarding tricks, a trick on a skateboard
@@ -2316,7 +2324,7 @@ def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
         return True
     if after.word == "for":
         return verb.lemma in SETS["made for"]
-    tool = _kind(sentence, sentence.starts.get(phrase.stop + 1))
+    tool = _kind(sentence.starts.get(phrase.stop + 1))
     return after.word == "with" and _matches(tool, ("gear", "tool", "body"))
 
 
@@ -2348,7 +2356,7 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
 def _on_ground(sentence: Sentence, verb: Token, last: int, acts: Sequence[str]) -> Sequence[str]:
     """Those of free acts that go with the relation and the place after them."""
     relation = _word(sentence, last + 1)
-    ground = _kind(sentence, sentence.starts.get(last + 2))
+    ground = _kind(sentence.starts.get(last + 2))
     if relation in SETS["leading"] or (relation == "over" and not ground.startswith("place")):
         return []  # posing for, running after, walking over a laptop
     if relation in SETS["paths"]:
@@ -2383,7 +2391,7 @@ def _on(sentence: Sentence, things: Collection[str]) -> bool:
         for first, phrase in sentence.starts.items()
         if first and tokens[first - 1].word in ("on", "on top of", "on the back of")
     )
-    return any(tokens[p.head].lemma in things or _kind(sentence, p) in things for p in grounds)
+    return any(tokens[p.head].lemma in things or _kind(p) in things for p in grounds)
 
 
 def _subject(sentence: Sentence, i: int) -> str:
@@ -2393,7 +2401,7 @@ def _subject(sentence: Sentence, i: int) -> str:
     if none or (start and sentence.tokens[start - 1].word in SETS["persons"]):
         return "person"
     agent = _agent(sentence, i)
-    kind = _kind(sentence, agent).split(".")[0]
+    kind = _kind(agent).split(".")[0]
     if not kind:
         noun = sentence.tokens[agent.head].word if agent else ""
         return "person" if re.search("(ist|ian|wom[ae]n|m[ae]n|people|folk)s?$", noun) else ""
@@ -2413,11 +2421,11 @@ def _agent(sentence: Sentence, i: int) -> Phrase | None:
     before = [p for p in sentence.phrases if p.stop <= i]
     start = _clause(sentence, i)
     inside = [p for p in before if p.first >= start]
-    if inside and inside[-1].stop == i and not _matches(_kind(sentence, inside[0]), MOVERS[:2]):
+    if inside and inside[-1].stop == i and not _matches(_kind(inside[0]), MOVERS[:2]):
         inside = inside[::-1]  # a kitchen with a man cooking
     idle = ("picture", "part", "body", "idea", "clothing", "measure")
     return next(
-        (p for p in [*inside, *reversed(before)] if _kind(sentence, p).split(".")[0] not in idle),
+        (p for p in [*inside, *reversed(before)] if _kind(p).split(".")[0] not in idle),
         None,
     )
 
@@ -2429,14 +2437,8 @@ def _word(sentence: Sentence, i: int) -> str:
     return sentence.tokens[i].word if i < len(sentence.tokens) else "."
 
 
-def _kind(sentence: Sentence, phrase: Phrase | None) -> str:
-    """Kind of thing that a phrase names, "" if unknown; a group of dogs is an animal."""
-    if phrase is None:
-        return ""
-    kind = KINDS.get(sentence.tokens[phrase.head].lemma, "")
-    if kind in HOLDERS and _word(sentence, phrase.head + 1) == "of":
-        return _kind(sentence, sentence.starts.get(phrase.head + 2)) or kind
-    return kind
+def _kind(phrase: Phrase | None) -> str:
+    return phrase.kind if phrase else ""
 
 
 def _matches(kind: str, wanted: Collection[str]) -> bool:
@@ -2454,15 +2456,15 @@ def _unnamed(sense: Sense, sentence: Sentence) -> list[str]:
 
 SLOT_WEIGHTS = (0.8, 0.8, 0.5, 0.5)  # of the four tables; their evidence overlaps
 SMOOTH = 20.0  # captions' worth of belief that neighbours do not matter
-RARE = 2e5  # 1 / p of a word that the captions do not have
+RAREST = -log(2e5)  # log p of a word that the captions do not have
 AIM, WIDTH = 3.0, 2.0  # log of how much likelier than the caption a negative should be, and spread
 LEARNED = 200_000  # captions that the slots are learned from, the first of the source
 BALANCED = 10_000  # of these, that the balance is found on
 ROUNDS = 12
 STRENGTH = (0.6, 0.3)  # of a step of the balance, for words and for pairs of words
 LIMIT = 6.0  # of a balance, in nats
-NO_COUNTS: dict[str, int] = {}
-NO_WEIGHTS: dict[str, float] = {}
+GRID = 2**13  # weights are rounded to 1 / GRID: another machine's last bit changes nothing
+NO_NATS: dict[str, float] = {}
 
 
 class Balance(NamedTuple):
@@ -2484,8 +2486,9 @@ class Slots:
         """Start without a caption; more nats than ``refine`` lost to the balance, no negative."""
         self.refine = refine
         self.count: Counter[str] = Counter()
-        self.tables: tuple[dict[Any, dict[str, int]], ...] = ({}, {}, {}, {})
+        self.tables: tuple[dict[str, dict[str, float]], ...] = ({}, {}, {}, {})
         self.inverse: dict[str, float] = {}
+        self.prior: dict[str, float] = {}
         self.balance = {name: Balance({}, {}, {}) for name in NEGATIVE_TYPES}
 
     def learn(self, sentence: Sentence) -> None:
@@ -2501,30 +2504,28 @@ class Slots:
                     row[word] = row.get(word, 0) + 1
 
     def finish(self) -> None:
-        """Make the learned counts ready for use."""
+        """Turn the counts into what each neighbour says for a word, in nats."""
         total = sum(self.count.values()) / SMOOTH
         self.inverse = {word: total / count for word, count in self.count.items()}
+        self.prior = {word: -log(rarity) for word, rarity in self.inverse.items()}
+        for table, weight in zip(self.tables, SLOT_WEIGHTS, strict=True):
+            for row in table.values():
+                for word, count in row.items():
+                    row[word] = weight * log(1 + count * self.inverse[word])
 
-    def score(
-        self, rows: Sequence[dict[str, int]], words: tuple[str, str, str], own: int = 0
-    ) -> float:
-        """Log of how well words fit; ``own`` is 1 where they are counted there themselves."""
-        first, last, head = words
-        left, right, ahead, behind = rows
-        w0, w1, w2, w3 = SLOT_WEIGHTS
-        inverse = self.inverse
-        h = a = z = inverse.get(head, RARE)
-        if first != last:
-            a, z = inverse.get(first, RARE), inverse.get(last, RARE)
-        total = -log(h)
-        if first in left and (c := left[first] - own):
-            total += w0 * log(1 + c * a)
-        if last in right and (c := right[last] - own):
-            total += w1 * log(1 + c * z)
-        if head in ahead and (c := ahead[head] - own):
-            total += w2 * log(1 + c * h)
-        if head in behind and (c := behind[head] - own):
-            total += w3 * log(1 + c * h)
+    def counted(self, table: int, key: str, word: str) -> int:
+        """How often a word was learned beside this neighbour."""
+        nats = self.tables[table].get(key, NO_NATS).get(word, 0.0)
+        return round(expm1(nats / SLOT_WEIGHTS[table]) / self.inverse[word]) if nats else 0
+
+    def fit(self, context: Context, words: tuple[str, str]) -> float:
+        """Log of how well the words of a caption itself fit, but for its own count."""
+        first, last = words
+        total = self.prior.get(last, RAREST)
+        for table, word in enumerate((first, last, last, last)):
+            count = self.counted(table, context[table], word) - 1
+            if count > 0:
+                total += SLOT_WEIGHTS[table] * log(1 + count * self.inverse[word])
         return total
 
 
@@ -2550,12 +2551,18 @@ def learn_slots(
     return slots
 
 
-class Site(NamedTuple):
-    """A span that candidates replace: its rows of the tables, and how its own words fare."""
+Row = Callable[[str, float], float]  # get() of a row of a table: nats of a word, 0 if unknown
 
-    rows: tuple[dict[str, int], ...]
-    left: dict[str, float]
-    right: dict[str, float]
+
+class Site(NamedTuple):
+    """A span that candidates replace: what its neighbours say, and how its own words fare."""
+
+    before: Row
+    after: Row
+    ahead: Row
+    behind: Row
+    left: Row  # weights of the balance
+    right: Row
     fit: float
     weight: float
 
@@ -2572,7 +2579,7 @@ def _weigh(
     ``gains``, how much likelier than the caption each one is, come from the slots if not given.
     """
     balance = slots.balance[name]
-    words, score = balance.words, slots.score
+    words, prior = balance.words.get, slots.prior.get
     sites: dict[tuple[int, int, bool], Site] = {}
     span: tuple[int, int, bool] | None = None  # of the site at hand; most candidates share it
     weights = []
@@ -2582,21 +2589,21 @@ def _weigh(
             continue
         gain = weight = 0.0
         for part in candidate:
-            first, last, _, new, moved = part
-            if span != (first, last, moved):
-                span = first, last, moved
+            start, end, _, (first, last, head), moved = part
+            if span != (start, end, moved):
+                span = start, end, moved
                 if span not in sites:
                     sites[span] = _site(sentence, part, balance, slots)
-                rows, left, right, fit, own = sites[span]
-            one, two, _ = new
-            gain += score(rows, new) - fit
-            weight += left.get(one, 0.0) + right.get(two, 0.0) - own
+                before, after, ahead, behind, left, right, fit, own = sites[span]
+            gain += before(first, 0.0) + after(last, 0.0) + ahead(head, 0.0) + behind(head, 0.0)
+            gain += prior(head, RAREST) - fit
+            weight += left(first, 0.0) + right(last, 0.0) - own
             if not moved:
-                weight += words.get(one, 0.0)
-                weight += words.get(two, 0.0) if two != one else 0.0
+                weight += words(first, 0.0)
+                weight += words(last, 0.0) if last != first else 0.0
         if gains and (known := gains[k]) is not None:
             gain = known
-        weights.append(round(weight - abs(gain - AIM) / WIDTH, 4))
+        weights.append(round(GRID * (weight - abs(gain - AIM) / WIDTH)) / GRID)
     return weights
 
 
@@ -2605,15 +2612,22 @@ def _site(sentence: Sentence, part: Part, balance: Balance, slots: Slots) -> Sit
     before, _, ahead, _ = sentence.contexts[i]
     _, after, _, behind = sentence.contexts[j]
     first, last = sentence.tokens[i].word, sentence.tokens[j].word
-    t0, t1, t2, t3 = slots.tables
-    none = NO_COUNTS
-    rows = t0.get(before, none), t1.get(after, none), t2.get(ahead, none), t3.get(behind, none)
-    left, right = balance.left.get(before, NO_WEIGHTS), balance.right.get(after, NO_WEIGHTS)
-    weight = left.get(first, 0.0) + right.get(last, 0.0)
+    left, right = balance.left.get(before, NO_NATS).get, balance.right.get(after, NO_NATS).get
+    weight = left(first, 0.0) + right(last, 0.0)
     if not part.moved:
         for word in _words_out(sentence, part) if i != j else (first,):
             weight += balance.words.get(word, 0.0)
-    return Site(rows, left, right, slots.score(rows, (first, last, last), own=1), weight)
+    t0, t1, t2, t3 = slots.tables
+    return Site(
+        t0.get(before, NO_NATS).get,
+        t1.get(after, NO_NATS).get,
+        t2.get(ahead, NO_NATS).get,
+        t3.get(behind, NO_NATS).get,
+        left,
+        right,
+        slots.fit((before, after, ahead, behind), (first, last)),
+        weight,
+    )
 
 
 def _drawn(candidates: list[Candidate], logs: list[float], draw: int) -> Iterator[Candidate]:
