@@ -470,13 +470,13 @@ glide float, in_the_sky in_the_air through_the_air, . > fall_from_the_sky; vehic
 above, runway tarmac airport > park_on; food container device tool home gear clothing: none, on
 on_top_of, furniture container device fixture structure.pole > fall_off; food tool home gear: none,
 in, container.plate container.box container.pan container.bin > fall_out_of; vehicle.water: none, in
-on, place.water > sink_in; vehicle.air: none, on, place.road > fly_over; vehicle.air gear.ball:
-none, in, sky > fall_from; vehicle.air gear.ball: none, in_the_sky in_the_air, . >
-fall_from_the_sky; structure.street: none, on on_the_side_of, place.road place.ground place.land >
-lie_on; home.wall home.light: none, on, home.wall structure > fall_off; animal: none, in,
-place.ground place.land place.water place.cage > sleep_in jump_in run_in; animal: none, on,
-place.ground place.land place.road furniture structure > sleep_on run_on; animal: none, by near
-next_to behind in_front_of under beside, place structure nature vehicle > sleep_by sleep_near
+on, place.water > sink_in; vehicle.air: none, on, place.road > fly_over; vehicle.road: none, on,
+place.road > burn_on; vehicle.air gear.ball: none, in, sky > fall_from; vehicle.air gear.ball: none,
+in_the_sky in_the_air, . > fall_from_the_sky; structure.street: none, on on_the_side_of, place.road
+place.ground place.land > lie_on; home.wall home.light: none, on, home.wall structure > fall_off;
+animal: none, in, place.ground place.land place.water place.cage > sleep_in jump_in run_in; animal:
+none, on, place.ground place.land place.road furniture structure > sleep_on run_on; animal: none, by
+near next_to behind in_front_of under beside, place structure nature vehicle > sleep_by sleep_near
 run_near; person: none, in, place vehicle > sleep_in dance_in kneel_in; person: none, on, place
 furniture > sleep_on dance_on kneel_on; person: none, by near next_to behind in_front_of under
 beside, place structure nature vehicle > sleep_near dance_near kneel_near"""
@@ -1444,9 +1444,9 @@ def _other_side(sentence: Sentence, i: int) -> tuple[str, str]:
 def _stuck(sentence: Sentence, i: int, phrase: Phrase | None) -> bool:
     """Whether what stands around relation i holds it: out in the rain, the sun over a city."""
     tokens, relation = sentence.tokens, sentence.tokens[i].word
-    if {"sun", "moon"} & sentence.own or (i and tokens[i - 1].lemma == "pass"):
+    if not sentence.own.isdisjoint(("sun", "moon")) or (i and tokens[i - 1].lemma == "pass"):
         return True
-    if {"rain", "snow"} & sentence.own and relation.startswith(("out", "in")):
+    if relation.startswith(("out", "in")) and not sentence.own.isdisjoint(("rain", "snow")):
         return True
     if relation == "on the ground" and _mover(sentence, i)[0].startswith("vehicle"):
         return True
@@ -1494,8 +1494,9 @@ def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
     if i > 1 and tokens[i - 2].lemma in SETS["looks"] and tokens[i - 1].tag in "RP":
         return True
     owned = _word(sentence, i + 1) in SETS["possessive"] and _matches(kind, ("vehicle", "gear"))
-    moves = any(t.tag in "GZBEU" and t.lemma not in POSTURES for t in tokens)
-    return owned or (kind == "gear.board" and moves)
+    return owned or (
+        kind == "gear.board" and any(t.tag in "GZBEU" and t.lemma not in POSTURES for t in tokens)
+    )
 
 
 def _has(sentence: Sentence, i: int) -> bool:
@@ -2177,8 +2178,9 @@ def _takes(sentence: Sentence, last: int, kinds: Sequence[str]) -> bool:
 def _does(sentence: Sentence, i: int, who: Sequence[str]) -> bool:
     """Whether verb i is done by somebody or something of one of some kinds."""
     phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
-    if phrase is None or any(t.tag not in "IQR" for t in sentence.tokens[phrase.stop : i]):
-        phrase = _agent(sentence, i)
+    between = sentence.tokens[phrase.stop : i] if phrase else []
+    if any(t.tag not in "IQR" for t in between) or not _matches(_kind(phrase), {*who, *MOVERS}):
+        phrase = _agent(sentence, i)  # a player at the plate swinging his bat
     if phrase is None or sentence.tokens[phrase.head].lemma in SETS["wheeled"]:
         return False  # a bicycle does not drive
     if _kind(phrase).startswith("vehicle") and sentence.own & SETS["haste"]:
