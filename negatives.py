@@ -3114,6 +3114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.captions) == (args.text is not None):
         parser.error("want either CAPTIONS or --text")
+    if args.text is not None and args.out:
+        parser.error("--out goes with CAPTIONS; --text prints")
     if args.captions and args.out is None:
         parser.error("--out is missing: name the .jsonl file to write")
     if args.workers < 1 or (args.limit is not None and args.limit < 1):
@@ -3135,6 +3137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the negatives of a file, or print those of one caption."""
     args = parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has not all letters shows "?"
+        sys.stdout.reconfigure(errors="replace")
     if args.text is not None:
         _print_text(args)
     elif args.captions[0].endswith(".tar"):
@@ -3316,7 +3320,7 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
     fates: Counter[tuple[str, str]] = Counter()
     checksum = hashlib.sha256()
     try:
-        done = _resume(partial, first, fates, checksum)
+        done = _resume(partial, first, fates, checksum, args.overwrite)
         with partial.open("r+b" if done else "wb") as file:
             file.seek(0, os.SEEK_END)
             if not done:
@@ -3365,7 +3369,9 @@ def _fingerprint(args: argparse.Namespace, jobs: list[Job]) -> str:
     return digest.hexdigest()
 
 
-def _resume(partial: Path, first: str, fates: Counter[tuple[str, str]], checksum: Any) -> int:
+def _resume(
+    partial: Path, first: str, fates: Counter[tuple[str, str]], checksum: Any, overwrite: bool
+) -> int:
     """How many records a .partial file of the same command holds; what was torn is cut off."""
     if not partial.exists():
         return 0
@@ -3375,6 +3381,11 @@ def _resume(partial: Path, first: str, fates: Counter[tuple[str, str]], checksum
         if head != first.encode():
             if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
                 raise DataError(f"{partial}: not of a run of this script; move it away")
+            if head and not overwrite:
+                raise DataError(
+                    f"{partial}: left by a run with other options, captions or another version of "
+                    "this script; go on with those, move it away or add --overwrite"
+                )
             return 0
         for number, line in enumerate(file, 2):
             if not line.endswith(b"\n"):

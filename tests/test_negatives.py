@@ -877,7 +877,9 @@ def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monke
         patch.setattr("negatives._results", killed)
         with pytest.raises(KeyboardInterrupt):
             main([str(manifest), "--out", str(tmp_path / "a"), "--seed", "1"])
-    main([str(manifest), "--out", str(tmp_path / "a")])
+    with pytest.raises(DataError, match="other options.*--overwrite"):
+        main([str(manifest), "--out", str(tmp_path / "a")])
+    main([str(manifest), "--out", str(tmp_path / "a"), "--overwrite"])
     main([str(manifest), "--out", str(tmp_path / "b")])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -888,6 +890,7 @@ def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monke
         [],
         ["in.json"],
         ["in.json", "--text", "A dog"],
+        ["--text", "A dog", "--out", "o"],
         ["in.json", "--out", "o", "--workers", "0"],
         ["in.json", "--out", "o", "--limit", "0"],
         ["in.json", "--out", "o", "--types", "verb"],
