@@ -327,9 +327,9 @@ YOUNGER = {"little": "teenage", "small": "teenage"}  # of a boy or girl
 OTHER_VALUES = """
 same different various other many several few more asian american commercial stuffed professional
 stainless nearby public delicious adult tasty nice military electric double single next own teenage
-furnished healthy strange unique special typical real fake good great first second last main
-covered fenced dressed painted tiled mounted decorated displayed fashioned lined assorted homemade
-blurry light dark bald funny ready high low overhead baby multiple larger smaller dead close"""
+furnished healthy strange unique special typical real fake good great first second last main covered
+fenced dressed painted tiled mounted decorated displayed fashioned lined assorted homemade blurry
+light dark bald funny ready high low overhead baby multiple larger smaller dead close"""
 
 # Acts.
 POSTURE = "sit stand lie lay kneel crouch squat sleep rest lean pose perch wait relax lounge nap"
@@ -486,8 +486,7 @@ APART = {
     "ride": ("next to", "behind", "in front of"),
     "push": ("in front of",),
     "pull": ("behind", "next to"),
-    **dict.fromkeys(("hold", "carry", "swing", "fly"), ("next to", "without")),
-    **dict.fromkeys(("use", "read", "eat", "drink"), ("without",)),
+    **dict.fromkeys(("hold", "carry", "swing", "fly", "use", "read", "eat", "drink"), ("without",)),
 }
 PARTICIPLES = """
 parked, stopped: driving, moving, traveling; seated: standing, kneeling, sleeping, walking;
@@ -508,49 +507,52 @@ sport.event = after | place.room = outside | {INDOORS} = outside, in front of, b
 place.city = outside, far from | place.road = next to, beside | place.land = next to, far from,
 beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} =
 next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
-under, beneath: nature.tree tool = far from | {SOLID} = on top of, on, next to, beside, behind, in
-front of, far from | it other = next to, behind, on | ? = next to, behind; over: {SOLID} = under |
-place.road place.ground place.water place.city = next to, far from, beside; above: {SOLID} = below,
-under | sky ? = below; below: {SOLID} = above, on, behind | ? it = above; inside, inside of:
-{INDOORS} = outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of,
-beside, on, under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} =
-behind, in, inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind |
-place.water place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in
-front of, in, inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of;
-next to, beside: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far
-from | place.water place.ground place.court place.road place.land = in, on, far from | person other
-? = far from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top
-of, inside, far from | place.water place.ground place.court place.road place.land = in, on, far from
-| person other ? = far from; of: food = without; at: furniture.top = under, on, far from, on top of
-| {INDOORS} = far from, outside | place structure fixture ? = far from | sport.event = before,
-after; around: {SOLID} place = far from; surrounded by: = far from; between: = behind, in front of;
-along: place.road place.water = far from, across | place.ground = far from; through: place.ground
-place.cage place.city place.road structure = past | place.water = past, along; down, up: place.road
-= across, beside | place.ground structure = up, down; across: place.road = along, down, beside |
-place.ground place.court place.water = past, beside; from: {SOLID} = behind, next to, beside; into:
-place vehicle structure container fixture ? = out of, past, away from; out of: place vehicle
-structure fixture container = into, past, away from; towards, toward: person {SOLID} place ? = away
-from, past; to, up to: person {SOLID} place = away from, past; on the front of: {SOLID} = on the
-back of, behind; on the left side of: = on the right side of; on the right side of: = on the left
-side of; on the left of: = on the right of; on the right of: = on the left of; on the inside of: =
-on the outside of; on the outside of: = on the inside of; at the base of, at the foot of: = at the
-top of; the top of: = the bottom of; the bottom of: = the top of; the inside of: = the outside of;
-the outside of: = the inside of; the front of: = the back of; the back of: = the front of; the edge
-of: = the middle of; at the end of: place.road structure = in the middle of; against: {SOLID} = away
-from, behind, far from; away from: = towards, near; past: place structure = into; onto: {SOLID}
-place = off of; off, off of: furniture vehicle structure gear.board place = onto; with: = without;
-without: = with; to the left of: = to the right of; to the right of: = to the left of; on the side
-of, on the edge of: place furniture = in the middle of, far from; in the middle of: place.road
-place.ground place.court place.land place.water furniture = on the edge of, far from; during:
-sport.event = before; in the distance, in the background: = in the foreground; at night: = at noon;
-at the top of, on the top of: = at the bottom of; at the bottom of: = at the top of; on the back of,
-in the back of: = in front of, next to, under, near; in the foreground: = in the background; full
-of, filled with, topped with, covered with, covered in, decorated with, lined with, loaded with: =
-without; has: = lacks; have: = lack; containing: = lacking, beside, next to; outdoors: = indoors;
-indoors: = outdoors; in the sky, in the air, through the air: = near the ground; on the ground: = on
-the roof; on the wall: = on the floor; attached to: = detached from, behind; side by side: = far
-apart; together: = apart; among, amongst: = far from, behind; within: = outside; on top: =
-underneath"""
+under, beneath: nature.tree tool = far from | {SOLID} = on top of, on, behind, in front of, far from
+| it other = behind, on | ? = behind; over: {SOLID} = under | place.road place.ground place.water
+place.city = next to, far from, beside; above: {SOLID} = below, under | sky ? = below; below:
+{SOLID} = above, on, behind | ? it = above; inside, inside of: {INDOORS} = outside, behind, in front
+of | {SOLID} = outside of, next to, behind, in front of, beside, on, under; outside, outside of:
+{INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind,
+on, under, on top of, in, inside | person ? = behind | place.water place.ground place.road
+place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in
+front of, on, under, in, on top of | person ? = in front of; next to, beside: {INDOORS} = in,
+inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
+place.court place.road place.land = in, on, far from | person other ? = far from; by, near, close
+to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
+place.water place.ground place.court place.road place.land = in, on, far from | person other ? = far
+from; at: furniture.top = under, on, far from, on top of | place.room = far from, outside | place
+structure fixture ? = far from | sport.event = before, after; around: {SOLID} place = far from;
+surrounded by: = far from; between: = behind, in front of; along: place.road place.water = far from,
+across | place.ground = far from; through: place.ground place.cage place.city structure = past |
+place.water = past, along; down, up: place.road = across, beside | place.ground structure = up,
+down; across: place.road = along, down, beside | place.ground place.court place.water = past,
+beside; from: {SOLID} = behind; into: place vehicle structure container fixture ? = out of, past,
+away from; out of: place vehicle structure fixture container = into, past, away from; towards,
+toward: person {SOLID} place ? = away from, past; to, up to: person {SOLID} place = away from, past;
+on the front of: {SOLID} = on the back of, behind; on the left side of: = on the right side of; on
+the right side of: = on the left side of; on the left of: = on the right of; on the right of: = on
+the left of; on the inside of: = on the outside of; on the outside of: = on the inside of; at the
+base of, at the foot of: = at the top of; the top of: = the bottom of; the bottom of: = the top of;
+the inside of: = the outside of; the outside of: = the inside of; the front of: = the back of; the
+back of: = the front of; the edge of: = the middle of; at the end of: place.road structure = in the
+middle of; against: {SOLID} = away from, behind, far from; away from: = towards, near; past: place
+structure = into; onto: {SOLID} place = off of; off, off of: furniture vehicle structure gear.board
+place = onto; with: = without; without: = with; to the left of: = to the right of; to the right of:
+= to the left of; on the side of, on the edge of: place furniture = in the middle of, far from; in
+the middle of: place.road place.ground place.court place.land place.water furniture = on the edge
+of, far from; during: sport.event = before; in the distance, in the background: = in the foreground;
+at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the
+top of; on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in
+the background; full of, filled with, topped with, covered with, covered in, decorated with, lined
+with, loaded with: = without; has: = lacks; have: = lack; containing: = lacking, beside, next to;
+outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
+ground; on the ground: = on the roof; on the wall: = on the floor; attached to: = detached from,
+behind; side by side: = far apart; together: = apart; among, amongst: = far from; within: = outside;
+on top: = underneath"""
+# Relations that mean much the same.
+SAME_PLACES = """
+on, on top of, atop, onto; in, inside, inside of, within; outside, outside of; across, over; next
+to, beside, by, near, close to, alongside; under, underneath, beneath, below"""
 # "relation: who = what they can be on, in, under ... | ...", kinds or single words of both.
 GROUNDED = """
 on: person = furniture.seat furniture.bed furniture.top gear.board horse elephant camel donkey
@@ -628,30 +630,30 @@ make, attempt; airy: air, sky, skies, in the air, in the sky, through the air; s
 float, wade; almost: multi, fully, well, stainless, freshly, brightly, dimly, wide, cross, half,
 partially, partly, almost, nearly; ways: through, down, along, across, past, towards, toward;
 boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski, skiing,
-skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: window, doorway, boat,
-canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set
-phrases: at bat, to bat, to plate, around corner, at corner, on corner, in corner; built in: window,
-door, wall, floor, roof, doorway; counting: lone, solitary, each, other, each other, one another,
-another, both, together, alone, its, their, it, they, them, itself, one, single, whole, pair, side
-by side, his, her, different; looks: look, stare, gaze, point, watch; aged: bearded, bald, beard,
-child, kid, young, teenager, teen, youth, adult, old, older, elderly, little, small; steered: row,
-paddle, sail, ride, drive, fly, travel; haste: fast, quickly, speed, speeding; desks: keyboard,
-computer, laptop, desk, monitor; afloat: float, sail, water, lake, river, ocean, sea, dock, harbor,
-pier, row; portions: piece, slice, plate; loose: wine, paint, laundry, water, juice, milk, coffee,
-tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butter, cream, honey, jam;
-mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare, make,
-get, take, have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad,
-father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue,
-open; plurals: few, couple, lot, dozen, bunch; vague: slope, ski slope, hillside, mountain,
-mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank, riverbank; of
-leg: short, long, tall; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark,
-bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy
-bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of
-infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray,
-plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches:
-tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack,
-bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore,
-shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
+skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: wall, snow, sand,
+window, doorway, boat, canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa,
+street, plate, corner; set phrases: at bat, to bat, to plate, around corner, at corner, on corner,
+in corner; built in: window, door, wall, floor, roof, doorway; counting: lone, solitary, each,
+other, each other, one another, another, both, together, alone, its, their, it, they, them, itself,
+one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
+aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult, old, older, elderly,
+little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste: fast, quickly, speed,
+speeding; desks: keyboard, computer, laptop, desk, monitor; afloat: float, sail, water, lake, river,
+ocean, sea, dock, harbor, pier, row; portions: piece, slice, plate; loose: wine, paint, laundry,
+water, juice, milk, coffee, tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard,
+butter, cream, honey, jam; mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant;
+made for: prepare, make, get, take, have, do; compared: larger, bigger, smaller, taller, shorter,
+longer; parents: dad, father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow,
+choppy, calm, rough, blue, open; plurals: few, couple, lot, dozen, bunch; vague: slope, ski slope,
+hillside, mountain, mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river
+bank, riverbank; of leg: short, long, tall; of bus: passenger, commuter, subway, freight, cargo; of
+glasses: dark, bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall,
+high; of teddy bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly,
+young; of infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl,
+tray, plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel;
+perches: tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus,
+haystack, bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream,
+shore, shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
 street, road, highway, intersection, track, train track, railroad track, bridge, field, parking lot,
 lot, freeway, avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski
 slope, ramp, staircase, stair, ladder, tree, pole, street, road; surfaces: pole, post, counter top,
@@ -663,42 +665,45 @@ floor, coast, bank; letters: tv, tvs, pc, pcs; before kept: play, playing, take,
 winning, win, won, including, like, as; metals: silver, gold; shades: silver, gold, white, black;
 reached: in, into, inside, out of, through, from; needy: load, blow, put, place, mix, work, get,
 pass; denials: no, not, without, nor; sporty: motorcycle, bike, bicycle, skateboard, surfboard,
-snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, on, on
-top of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through, along,
-across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw, feed,
-push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick, chase,
-paint, repair; names: red sox, big ben, little league; links: that, who, which, while; states: hold,
-contain, show, include, cover, surround, feature, have, use, make, carry; busy: try, get, prepare,
-attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages:
-young, little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to,
-near, in front of, at, by, behind, under, beside, with, while, on top of, outside, inside, .,
-together, between, around; fixed next to: right, directly, close; fixed in front of: right,
-directly; fixed on: focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf,
-lean, talk, work, speak, chat, display, put; fixed in: hide, docked, anchored, bury, buried,
-submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated,
-stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
-together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang;
-fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed up:
-close, lined, dressed, set; fixed behind: hide, right, directly, close; fixed down: descent,
-descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit, play, walk,
-pose, lie, lay, run, eat, travel, jump; fixed into: look, cut, turn, made; fixed out of: made, make;
-near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange: red,
-yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white,
-yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near silver:
-white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off of,
-through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
-over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
-walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
-woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
-air, wave, surf, ground, smoke, fire; never in: group, door, wall, fence, beach, cliff, hill,
-rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool,
-skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin,
-cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest, desert,
-shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
-window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup, glass, mug, bottle, jar,
-basket, bucket, mirror, tree, forest, desert, garden, valley, swamp, castle, church, village, city,
-office, field, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery, museum, library,
-hospital, park, market, lake, pond, ocean"""
+snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of,
+alongside, on, on top of, from, off, out of, with, to, at, for, over, up, down, as, while, around,
+through, along, across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold,
+carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push,
+lead, kick, chase, paint, repair; needed: on, in, at, outside, inside, down, on top of, on the back
+of; joined: intersection, meeting, mix; described: and, of, in, on, that, background, with, up,
+down, about, off, which, without; horizon: sky, cloud, mountain, horizon, hill; taken off: jacket, coat,
+sweater, vest, apron, uniform, costume, wetsuit, suit, robe; plural subject: each other, together,
+both; names: red sox, big ben, little league; links: that, who, which, while; states: hold, contain,
+show, include, cover, surround, feature, have, use, make, carry; busy: try, get, prepare, attempt,
+use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages: young,
+little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to, near, in
+front of, at, by, behind, under, beside, with, while, on top of, outside, inside, ., together,
+between, around; fixed next to: right, directly, close; fixed in front of: right, directly; fixed
+on: focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean, talk, work,
+speak, chat, display, put; fixed in: hide, docked, anchored, bury, buried, submerged, stuck, bathe,
+wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
+stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed covered with: partially,
+half, partly; fixed covered in: partially, half, partly; fixed up: close, lined, dressed, set; fixed
+behind: hide, right, directly, close; fixed down: descent, descend; fixed over: tower, hover, lean,
+bend, reach, all, look, way; alone: stand, sit, walk, pose, lie, lay, run, eat, travel, jump; fixed
+into: look, cut, turn, made; fixed out of: made, make; near few: many; near dirt: sandy; near sandy:
+dirt; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple:
+pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey,
+silver; near gray: white, black; near silver: white, black; near grey: white, black; near yellow:
+orange; near blue: purple; paths: off of, through the air, down, up, through, along, across, past,
+into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry, push,
+pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he,
+his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child;
+weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: group, door,
+wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter,
+bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road,
+river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never
+at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
+cabinet, cupboard; never on: window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup,
+glass, mug, bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp,
+castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant,
+store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -954,6 +959,7 @@ SETS["after free acts"] = SETS["after acts"] | SETS["paths"] | {"and", "as"}
 SETS["can be down"] = SETS["can be up"]
 SETS["goes on"] = SETS["paths"] | {"at", "for", "as"}
 SETS["owned"] = SETS["possessive"] | {"one", "each", "both", "right", "left"}
+SAME_RELATIONS = {w: _items(same) for same in SAME_PLACES.split(";") for w in _items(same)}
 SETS["never beside"] = SETS["weather"] | SETS["floors"]
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
@@ -1144,8 +1150,9 @@ def _facts(sentence: Sentence) -> set[str]:
     for i, token in enumerate(sentence.tokens):
         phrase = sentence.starts.get(i + 1)
         if phrase and token.word in RELATION_ROWS:
-            facts.add(f"{token.word} {sentence.tokens[phrase.head].lemma}")
-            facts.add(f"{token.word} {_kind(phrase)}")
+            for relation in SAME_RELATIONS.get(token.word, (token.word,)):
+                facts.add(f"{relation} {sentence.tokens[phrase.head].lemma}")
+                facts.add(f"{relation} {phrase.kind}")
     return facts
 
 
@@ -1305,13 +1312,15 @@ def _apart(sentence: Sentence) -> list[Candidate]:
             continue
         free = before in "NSX" or (before == "I" and token.tag == "G")
         after = tokens[phrase.stop] if phrase.stop < len(tokens) else token
-        aims = after.word in SETS["aims"] or after.tag in "EA" or _held(sentence, phrase)
+        aims = after.word in SETS["aims"] or (token.tag != "G" and "," in sentence.own)
+        aims = aims or after.tag in "EA" or _held(sentence, phrase)
         if free and not aims and _subject(sentence, i) in MOVERS[:2]:
             found += [
                 _put(i, i, new)
                 for new in APART[token.lemma]
                 if new not in sentence.named
                 and (new != "without" or _can_lack(sentence, phrase))
+                and _taken_off(sentence, phrase)
                 and (new != "next to" or not _matches(_kind(phrase), HELD))
                 and _kind(phrase) not in ("body", "idea", "part", "feat")
                 and tokens[phrase.head].lemma not in SETS["weather"]
@@ -1358,7 +1367,9 @@ def _missed(sentence: Sentence, phrase: Phrase, worn: bool) -> bool:
     first, kind = sentence.tokens[phrase.first], _kind(phrase)
     if not kind or phrase.stop - phrase.first > 3 or first.word in SETS["not lacked"]:
         return False
-    if first.tag == "M" or kind in ("body", "idea", "part") or (worn and kind[:8] != "clothing"):
+    if first.tag == "M" or kind in ("body", "idea", "part"):
+        return False
+    if worn and not (kind.startswith("clothing") and _taken_off(sentence, phrase)):
         return False
     mass = SENSES.get(sentence.tokens[phrase.head].lemma, [NO_SENSE])[0].mass
     return first.word not in ("a", "an") or not mass  # a cheese and meat sandwich
@@ -1368,8 +1379,10 @@ def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
     """The second of two things after relation i is missing: with a stove but no oven."""
     tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
     held = i > 0 and tokens[i].word == "of" and KINDS.get(tokens[i - 1].lemma) in HOLDERS
-    if i >= 0 and not held and tokens[i].word not in SETS["lacking"]:
+    if i >= 0 and not held and tokens[i].word not in ("with", "has", "have", "containing"):
         return []
+    if i < 0 and (SETS["plural subject"] & sentence.own or any(t.tag in "IZB" for t in tokens)):
+        return []  # a man but no woman play together
     other = sentence.starts.get(phrase.stop + 1) if phrase else None
     if phrase and other:
         shared = tokens[phrase.first].word == "the" and tokens[other.first].tag not in "DM"
@@ -1395,25 +1408,31 @@ def _no(sentence: Sentence, k: int, phrase: Phrase | None) -> list[Candidate]:
 
 def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str]:
     """What contradicts relation i, as far as its neighbours allow."""
-    relation, phrase = sentence.tokens[i].word, sentence.starts.get(i + 1)
-    if not _may_turn(sentence.tokens, i) or _stuck(sentence, i, phrase):
+    tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
+    relation = tokens[i].word
+    if not _may_turn(tokens, i) or _stuck(sentence, i, phrase):
         return []
-    if i and sentence.tokens[i - 1].lemma in SETS["looks"]:
+    if i and tokens[i - 1].lemma in SETS["looks"]:
         return ["away from"] if relation == "at" and phrase else []
     kind, noun = _other_side(sentence, i)
     if _needed(sentence, i, kind, noun):
         return []
     its = _word(sentence, i + 1) in PRONOUN_KINDS
     named = phrase is not None or its
+    if relation == "in" and phrase and not _taken_off(sentence, phrase):
+        return []
+    if relation == "full of" and _mover(sentence, i)[0].startswith("place"):
+        return []  # a city full of buildings
     if relation == "of" and phrase:
-        again = [t.lemma for t in sentence.tokens].count(noun) > 1
+        again = [t.lemma for t in tokens].count(noun) > 1
         if again or phrase.stop - phrase.first > 1:
             return []  # a plate without foreign food
     thing = relation in SETS["lacking"] or kind not in ("idea", "picture", "feat")
     fits = (thing and phrase is not None) or its or relation in SETS["lonely"]
     rows = RELATION_ROWS[relation]
     targets = next((t for kinds, t in rows if _matches(kind, kinds) or (fits and not kinds)), [])
-    if targets and relation in SETS["lacking"] and _has(sentence, i):
+    whole = relation not in ("has", "have") or tokens[0].word in ("a", "an")
+    if targets and relation in SETS["lacking"] and whole and _has(sentence, i):
         targets = ["without"]
     elif targets and relation == "with" and _serves(sentence, i, kind):
         targets = ["without", "next to"] if kind != "food.sauce" else ["without"]
@@ -1428,6 +1447,16 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         and f"{t} {kind}" not in sentence.named
         and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
     ]
+
+
+def _taken_off(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a phrase is no garment, or one that people are photographed without."""
+    if not phrase.kind.startswith("clothing"):
+        return True
+    inner = sentence.tokens[phrase.first : phrase.head]
+    covers = phrase.kind in ("clothing.top", "clothing.leg")
+    loose = not covers or sentence.tokens[phrase.head].lemma in SETS["taken off"]
+    return loose and all(t.tag in "DN" for t in inner)
 
 
 def _other_side(sentence: Sentence, i: int) -> tuple[str, str]:
@@ -1448,7 +1477,7 @@ def _stuck(sentence: Sentence, i: int, phrase: Phrase | None) -> bool:
         return True
     if relation.startswith(("out", "in")) and not sentence.own.isdisjoint(("rain", "snow")):
         return True
-    if relation == "on the ground" and _mover(sentence, i)[0].startswith("vehicle"):
+    if _open(sentence, i):
         return True
     if relation in SETS["lonely"] and relation in SETS["airy"]:
         raised = i > 0 and tokens[i - 1].tag == "P"  # chin up in the air
@@ -1459,6 +1488,20 @@ def _stuck(sentence: Sentence, i: int, phrase: Phrase | None) -> bool:
         return False
     owned = any(t.word in ("has", "have") for t in tokens[:i])  # has windows on it
     return owned or _mover(sentence, i)[0] in ("", "picture", "idea", "part")
+
+
+def _open(sentence: Sentence, i: int) -> bool:
+    """Whether a picture cannot tell relation i from its opposite, or the opposite never is."""
+    relation, kind = sentence.tokens[i].word, _mover(sentence, i)[0]
+    if relation == "on the wall":
+        return "up" in sentence.own
+    if relation == "in the background":
+        return not sentence.own.isdisjoint(SETS["horizon"])
+    if relation == "in the air":
+        return kind.startswith("person")  # near the ground as well
+    return relation == "through the air" or (
+        relation in ("into", "on the ground") and kind.startswith("vehicle")
+    )
 
 
 def _stuck_to(sentence: Sentence, i: int, phrase: Phrase) -> bool:
@@ -1483,9 +1526,10 @@ def _stuck_to(sentence: Sentence, i: int, phrase: Phrase) -> bool:
 def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
     """Whether the rest of the sentence needs relation i: surfing on a board, a train on tracks."""
     tokens, relation = sentence.tokens, sentence.tokens[i].word
-    if relation not in ("on", "in", "at", "outside", "inside", "down"):
+    if relation not in SETS["needed"]:
         return False
-    if i and tokens[i - 1].lemma in SETS["steered"] and _matches(kind, ("vehicle", "gear")):
+    ridden = ("vehicle", "gear", "animal")
+    if i and tokens[i - 1].lemma in SETS["steered"] and _matches(kind, ridden):
         return True
     if kind in ("device.hand", "gear.ski") or noun in ("track", "train track", "railroad track"):
         return True
@@ -1527,8 +1571,13 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     far = known and first.word != "some" and kind != "place.land"
     if (new == "far from" and not far) or noun not in SETS.get(f"can be {new}", {noun}):
         return False  # nobody writes "far from a hill"
+    if new == "in the middle of" and noun in SETS["vague"] | {"hill"}:
+        return False
     if new not in GROUNDS:
         return _around(sentence, i, new, kind, noun)
+    standing = next((p for p in sentence.phrases if p.stop == i and p.first), None)
+    if standing and tokens[standing.first - 1].word in GROUNDS:
+        return False  # on a floor on a rack
     if _word(sentence, phrase.stop) in ("and", ",") and tokens[i].word not in GROUNDS:
         return False  # in a tree and a lake
     return _grounded(sentence, i, new, kind, noun)
@@ -1540,6 +1589,8 @@ def _grounded(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> boo
     if (noun in SETS["either"] and old in GROUNDS) or (new == "under" and noun in SETS["low"]):
         return False  # on a boat, in a boat
     person = mover.startswith("person")
+    if kind == "place.land" and old not in GROUNDS:
+        return False  # near some grass may be on it
     if (old == "at" and not person) or (old == "over" and person):
         return False  # what is at a table is on it
     if act in SETS["swum"] and kind != "place.water":
@@ -1570,31 +1621,43 @@ def _mover(sentence: Sentence, i: int) -> tuple[str, str]:
 def _around(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     """Whether something can be next to, behind, far from ... this thing, and not as well be so."""
     tokens, (mover, act) = sentence.tokens, _mover(sentence, i)
-    if kind == "place.water" and (
-        tokens[i - 1].lemma in SETS["swum"] or SETS["boarded"] & sentence.own
-    ):
+    swum = {tokens[i - 1].lemma, act} & SETS["swum"] or SETS["boarded"] & sentence.own
+    if (kind == "place.water" or noun == "river") and (swum or mover == "vehicle.water"):
         return False  # swimming next to a pond
     close = new in ("next to", "beside", "by", "near")
-    if close and tokens[i].word in GROUNDS and noun in SETS["vague"]:
-        return False  # who is in the woods is next to them
     still = new == "far from" or (close and (act not in MOVES or mover.startswith("vehicle")))
-    if tokens[i].word in GROUNDS and kind == "place.road" and still:
-        return False  # what stands on a street may well be beside it
-    if tokens[i].word in GROUNDS and kind == "place.land" and mover.startswith("animal") and close:
+    if tokens[i].word in GROUNDS and _vague(kind, noun, mover, close, still):
         return False
-    if kind == "place.ground" and mover.startswith("structure") and tokens[i].word in GROUNDS:
-        return False  # a fence in a field is next to it
     eats = act == "eat" and mover.startswith("person")
     if kind.startswith("furniture") and (eats or _handled(sentence, i)):
         return False  # cutting a cake on a table, behind a table
-    if new in ("behind", "in front of"):
-        seated = mover.startswith("person") and (kind == "device.desk" or noun == "podium")
-        if seated or noun in SETS["surfaces"] or (not mover and tokens[i].word in GROUNDS):
-            return False
     if noun == "water" and tokens[i + 1].word == "the":
         return new in ("next to", "beside", "far from")
-    fixed = noun in SETS["never beside"]
-    return not fixed and _matches(kind, AROUND.get(new, kind).split())
+    if noun in SETS["never beside"] or not _matches(kind, AROUND.get(new, kind).split()):
+        return False
+    if new == "outside":
+        own = tokens[i + 1].word in SETS["possessive"] or mover.startswith("home")
+        return not own and [t.word for t in tokens[i + 1 : i + 3]] != ["a", "room"]
+    return new not in ("behind", "in front of") or _can_face(sentence, i, kind, noun, mover)
+
+
+def _vague(kind: str, noun: str, mover: str, close: bool, still: bool) -> bool:
+    """Whether what is on or in a thing can also be said to be near to it, or far from it."""
+    if noun == "traffic" or (close and noun in SETS["vague"]):
+        return True  # who is in the woods is next to them
+    if kind == "place.road":
+        return still  # what stands on a street may well be beside it
+    if kind == "place.land":
+        return mover.startswith("animal") and close
+    return kind == "place.ground" and mover.startswith("structure")  # a fence in a field
+
+
+def _can_face(sentence: Sentence, i: int, kind: str, noun: str, mover: str) -> bool:
+    """Whether something can be behind or in front of this thing instead."""
+    served = mover.startswith(("food", "container", "drink")) and kind == "furniture.top"
+    seated = mover.startswith("person") and (kind == "device.desk" or noun == "podium")
+    lost = not mover and sentence.tokens[i].word in GROUNDS
+    return not (served or seated or lost or noun in SETS["surfaces"])
 
 
 def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
@@ -1604,7 +1667,9 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if slots is None or not before or not noun or noun in NEVER.get(new, ()):
         return False
     first = sentence.tokens[i + 1]
-    if noun in SETS["perches"] or _kind(sentence.starts[i + 1]).startswith("clothing"):
+    listed = _word(sentence, sentence.starts[i + 1].stop) in ("and", ",")
+    fixed = ("clothing", "animal", "nature.tree")
+    if noun in SETS["perches"] or listed or _kind(sentence.starts[i + 1]).startswith(fixed):
         return False  # birds may sit in trees and on fences, cows not
     if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
         return False
@@ -1621,9 +1686,10 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
 def _may_turn(tokens: list[Token], i: int) -> bool:
     """Whether a relation is free, and no part of an idiom."""
     if i == 0:
-        return True
+        return tokens[0].word != "to"  # Two is often written so
     before, relation = tokens[i - 1], tokens[i].word
-    if before.lemma in SETS.get(f"fixed {relation}", ()) or before.tag == "D":
+    fixed = before.tag == "D" or before.lemma in SETS.get(f"fixed {relation}", ())
+    if fixed or (relation in ("with", "on") and _tied(before)):
         return False
     if relation.startswith("the "):
         return True
@@ -1644,6 +1710,13 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
     return before.tag != "P" or before.word in ("around", "down", "up", "over", "outside", "off")
 
 
+def _tied(before: Token) -> bool:
+    """Whether a word takes "with" or "on" to itself: on the back on a scooter, snuggles with."""
+    if before.tag == "X" and before.word.endswith("s"):
+        return True
+    return KINDS.get(before.lemma) in ("part", "body") or before.lemma in SETS["joined"]
+
+
 def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     """Whether "without" and the like can stand before a phrase: a plain thing, and no list."""
     if phrase is None or phrase.stop - phrase.first > 3:
@@ -1654,11 +1727,16 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
         return False
     if sentence.tokens[phrase.head].lemma in SETS["floors"]:
         return False
-    goes_on = ("and", ",", "of", "in", "on", "that", "background")
     after = sentence.tokens[phrase.stop :]
-    if after and (after[0].tag in "AD" or (after[0].tag == "G" and kind[:8] != "clothing")):
+    if after and (after[0].tag in "ADMR" or (after[0].tag == "G" and kind[:8] != "clothing")):
         return False  # with the door open, with a couch a table, with a man swinging
-    return first.word not in SETS["not lacked"] and _word(sentence, phrase.stop) not in goes_on
+    named = first.tag == "X" and sentence.caption[first.start].isupper()  # Williams Street
+    after_word = _word(sentence, phrase.stop)
+    return (
+        not named
+        and first.word not in SETS["not lacked"]
+        and after_word not in {",", *SETS["described"]}
+    )
 
 
 def _swaps(sentence: Sentence) -> list[Candidate]:

@@ -877,7 +877,7 @@ def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monke
         patch.setattr("negatives._results", killed)
         with pytest.raises(KeyboardInterrupt):
             main([str(manifest), "--out", str(tmp_path / "a"), "--seed", "1"])
-    with pytest.raises(DataError, match="other options.*--overwrite"):
+    with pytest.raises(DataError, match=r"other options.*--overwrite"):
         main([str(manifest), "--out", str(tmp_path / "a")])
     main([str(manifest), "--out", str(tmp_path / "a"), "--overwrite"])
     main([str(manifest), "--out", str(tmp_path / "b")])
