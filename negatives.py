@@ -128,13 +128,13 @@ device.kitchen: refrigerator/fridge/~freezer, oven/stove/~stove top, microwave/~
   toaster, dishwasher, washing machine, blender, coffee maker
 fixture.bath: toilet/~toilet seat/~toilet bowl/commode, sink/~basin, bathtub/tub/~bath tub/~bath,
   ~shower, urinal; faucet, toilet paper, shower curtain > towel, soap dish
-furniture.seat: couch/sofa/~loveseat, chair/armchair/recliner/~seat/~rocking chair, bench, stool
+furniture.seat: couch/sofa/~loveseat, chair/armchair/recliner/~seat/~rocking chair/stool, bench
 furniture.top: table/~table top/~dining table/~coffee table/~dining room table/~kitchen
-  table/~tabletop/desk/~nightstand, counter/countertop/~kitchen counter/~counter top, shelf,
+  table/~tabletop/desk/~nightstand/counter/~countertop/~kitchen counter/~counter top, shelf,
   dresser; bookshelf/bookcase, cabinet/cupboard, wardrobe, drawer
 furniture.top: rack > shelf, stool
 furniture.bed: bed, crib, hammock, couch; mattress, bunk bed > couch, hammock
-container.plate: plate/dish/platter/tray, bowl, napkin, paper plate, cutting board/~chopping board
+container.plate: plate/dish/platter/tray/~paper plate, bowl, napkin, cutting board/~chopping board
 container.cup: cup/mug, ~coffee cup, glass/~wine glass, bottle/~wine bottle/~water bottle, vase,
   pitcher, jar, ~pot
 container.pan: pan/~frying pan/skillet, wok, pot
@@ -221,8 +221,8 @@ sky.any: cloud, rainbow, star > mountain, balloon
 place.room: kitchen, bathroom/restroom/washroom/~rest room/~bath room, bedroom/~bed room, living
   room/~family room, dining room, office/~cubicle, garage, classroom, hallway, hotel room, waiting
   room, conference room; room > garden, barn
-place.shop: restaurant/~cafe/~diner, store/shop/~grocery store/supermarket, bakery, museum,
-  library, hospital, barber shop, market
+place.shop: restaurant/~cafe/~diner/store/shop/~grocery store/supermarket/bakery/~market, museum,
+  library, hospital, barber shop
 place.venue: airport/~terminal, train station/~station/~subway station/~bus station, zoo, school,
   farm, harbor/~marina, church, circus
 place.city: city/~downtown/~town, village, desert, forest, farm; neighborhood, countryside >
@@ -269,6 +269,8 @@ COUNTED = (
     "food.meal",
     "food.sweet",
     "home.toy",
+    "furniture.seat",
+    "structure.street",
 )
 MOVERS = ("person", "animal", "vehicle")
 HOUSES = ("place.room", "place.shop", "structure.house")
@@ -290,6 +292,7 @@ open@home device container structure.house structure.fence fixture furniture clo
 stood@person animal: standing | sitting lying; seated | standing; sleeping ~resting ~sleepy |
   running jumping playing; grazing | running sleeping
 tame@animal: domestic ~tame | wild
+sharp@picture: blurry blurred | sharp
 use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
 any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise teal | green |
@@ -313,14 +316,13 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty ~rusted | shiny
   ~polished; beautiful pretty cute adorable lovely ~attractive gorgeous | ugly ~hideous; calm |
   rough choppy; soft | hard; illuminated ~lit | unlit; low | high; professional | amateur; different
-  various assorted | identical matching; asian chinese japanese | american | italian mexican |
+  ~various ~assorted | identical matching; asian chinese japanese | american | italian mexican |
   french; commercial | military; public | private; front | back rear; top | bottom; healthy |
-  unhealthy ~sickly; delicious tasty yummy | disgusting burnt; blurry blurred | sharp; adult | baby;
-  bald | long-haired; blonde blond | brunette dark-haired redheaded; electric | manual;
-  homemade | store-bought; funny silly | serious; residential | industrial;
-  christmas | halloween easter; alive | dead ; stuffed | real live ; real | fake toy ;
-  larger bigger | smaller; taller | shorter;
-  leafy | leafless; wooded forested | barren sandy; partial | full; stacked | scattered
+  unhealthy ~sickly; delicious tasty yummy | disgusting burnt; adult | baby; bald | long-haired;
+  blonde blond | brunette dark-haired redheaded; electric | manual; homemade | store-bought; funny
+  silly | serious; residential | industrial; christmas | halloween easter; alive | dead ; stuffed |
+  real live ; real | fake toy ; larger bigger | smaller; taller | shorter; leafy | leafless; wooded
+  forested | barren sandy; partial | full; stacked | scattered
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -359,15 +361,16 @@ motorcycle bike bicycle scooter: ride push wash repair paint pull watch pass; ki
 drive ride push wash repair paint board load pull watch pass; gear.board: ride hold carry throw kick
 wash repair paint; gear.ski: wear hold carry ; gear.ball: hold throw carry kick catch hit chase
 watch; gear.bat: swing hold carry throw; gear: hold wear carry throw repair paint; food: eat cut
-hold throw cook drop prepare serve make; drink: drink pour spill throw serve hold; clothing: wear
-hold wash fold; device: hold use repair throw paint watch carry; fixture: clean paint repair use;
-furniture: carry paint clean push repair; container: hold wash carry throw paint fill; tool: hold
-carry throw drop use; device.hand: hold use repair throw; photo photograph selfie picture: hold;
-home.read: read hold tear burn throw fold carry; home.toy: hold hug carry throw kick; home: carry
-throw paint hold; feat: perform do watch film; structure: watch paint climb photograph clean pass;
-place.road: cross clean paint sweep photograph; place: watch photograph leave paint enter cross;
-sport: play watch coach practice; nature: watch cut paint carry photograph hold climb; food.sauce:
-pour spill taste; any: paint carry"""
+hold throw cook drop prepare serve make; drink: drink pour spill throw serve hold; luggage suitcase
+bag backpack: hold carry throw; clothing: wear hold wash fold; device.kitchen: clean paint repair;
+computer laptop keyboard: use repair carry throw paint; device: hold use repair throw paint watch
+carry; fixture: clean paint repair use; furniture: carry paint clean push repair; container: hold
+wash carry throw paint fill; tool: hold carry throw drop use; device.hand: hold use repair throw;
+photo photograph selfie picture: hold; home.read: read hold tear burn throw fold carry; home.toy:
+hold hug carry throw kick; home: carry throw paint hold; feat: perform do watch film; structure:
+watch paint climb photograph clean pass; place.road: cross clean paint sweep photograph; place:
+watch photograph leave paint enter cross; sport: play watch coach practice; nature: watch cut paint
+carry photograph hold climb; food.sauce: pour spill taste; any: paint carry"""
 # "who is no person, kinds of thing: what they can do to it"
 DOES = """
 animal person animal: chase push lick sniff follow lead watch; animal food nature: eat carry drop
@@ -377,25 +380,26 @@ drop lick sniff chase kick push; vehicle vehicle: push pull follow hit pass tow"
 TOGETHER = """
 hold carry lift take use eat drink read show swing fly cut catch grab pick have get display; hold
 throw toss serve hit return swing catch; hold pet hug feed brush peel drop kiss lead walk photograph
-fold sniff touch cuddle push pull row; carry hug use push pull lead row paddle fly put load; ride
-drive use board wear surf lead race sail enjoy row paddle do perform balance walk; cook make prepare
-cut serve eat chop bake peel fry grill slice hold get enjoy share; eat drink taste bite chew lick
-sniff enjoy share feed take touch; wash clean brush scrub wipe dry sweep; push pull move lead hit
-kick tow; kick hit throw toss catch chase play serve swing swat return drop use; feed pet hug kiss
-watch touch lick follow photograph; chase herd follow lead watch walk; use repair fix paint type
-text cut fly read watch; pour drink serve fill spill; wear have put use show display try take get;
-play use practice enjoy; take do perform practice have; photograph watch film face show pass cross
-leave approach enjoy enter climb; climb cross enter leave pass; paint draw make; break cut slice;
-stand surf ski skate skateboard snowboard ride eat talk play fly sing wait pose drink graze feed
-perform work cook swing hit throw; sit ride eat talk drive fly play swing work read drink feed perch
-float; lie lay surf rest relax sunbathe float; ride grab jump; hit serve swing carry; hit serve kick
-throw catch watch; pose sit; pose lie lay; pose kneel; walk ski climb talk eat cross graze play
-feed; jump ski snowboard skateboard skate surf ride dance run fly swim play fall climb; run play
-jump chase race fight swim; kneel surf play work; crouch squat bend kneel ski surf skateboard
-snowboard skate ride play swing; dance play perform sing; crawl climb play; fall jump fly slide; ski
-snowboard skateboard skate surf ride slide glide race; float sail travel move sit drive go swim; fly
-travel move go come float hang soar; play fight wrestle swim wade float; eat graze feed drink; hang
-fall balance; smile laugh wave; park sit; spin turn move drive fly; swim surf; burn fall crash"""
+fold sniff touch cuddle push pull row watch; carry hug use push pull lead row paddle fly put load;
+ride drive use board wear surf lead race sail enjoy row paddle do perform balance walk; cook make
+prepare cut serve eat chop bake peel fry grill slice hold get enjoy share; eat drink taste bite chew
+lick sniff enjoy share feed take touch; wash clean brush scrub wipe dry sweep; push pull move lead
+hit kick tow; kick hit throw toss catch chase play serve swing swat return drop use; feed pet hug
+kiss watch touch lick follow photograph; chase herd follow lead watch walk; use repair fix paint
+type text cut fly read watch; pour drink serve fill spill; wear have put use show display try take
+get; play use practice enjoy; take do perform practice have; photograph watch film face show pass
+cross leave approach enjoy enter climb; climb cross enter leave pass; paint draw make; break cut
+slice; stand surf ski skate skateboard snowboard ride eat talk play fly sing wait pose drink graze
+feed perform work cook swing hit throw; sit ride eat talk drive fly play swing work read drink feed
+perch float; lie lay surf rest relax sunbathe float; ride grab jump; hit serve swing carry; hit
+serve kick throw catch watch; pose sit; pose lie lay; pose kneel crouch squat; play lie lay; walk
+ski climb talk eat cross graze play feed; jump ski snowboard skateboard skate surf ride dance run
+fly swim play fall climb; run play jump chase race fight swim; kneel surf play work; crouch squat
+bend kneel ski surf skateboard snowboard skate ride play swing; dance play perform sing; crawl climb
+play; fall jump fly slide; ski snowboard skateboard skate surf ride slide glide race; float sail
+travel move sit drive go swim; fly travel move go come float hang soar; play fight wrestle swim wade
+float; eat graze feed drink; hang fall balance; smile laugh wave; park sit; spin turn move drive
+fly; swim surf; burn fall crash"""
 # "subject: acts | acts ...", all without an object: what stands apart by | excludes each other; an
 # act with ~ is never chosen.
 FREE = """
@@ -416,8 +420,8 @@ look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frow
 cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; search look for >
 wait; talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk
 speak chat with > dance wrestle sing; look stare gaze out > climb jump fall; look stare gaze peek
-into > fall climb jump; look stare gaze over > jump climb; play with > sleep wrestle sit; jump leap
-over > crawl fly walk; ride on > stand kneel; ride in > sleep dance kneel"""
+into > fall climb jump; look stare gaze over > jump climb; play with > sit; jump leap over > crawl
+fly walk; ride on > stand kneel; ride in > sleep dance kneel"""
 # "who: acts, relations or -, things or kinds after them > acts in the place of both".  The act none
 # is for captions that tell no act; ? is a thing that the tables do not know, . no thing at all.
 PAIRS = """
@@ -491,8 +495,8 @@ APART = {
 PARTICIPLES = """
 parked, stopped: driving, moving, traveling; seated: standing, kneeling, sleeping, walking;
 gathered, huddled: dancing, fighting; smiling: crying, frowning; sleeping, curled: standing,
-jumping; crying: smiling; perched: sleeping; held, carried: thrown, dropped; pulled: pushed, chased;
-topped with: surrounded by; stacked, piled, lined up: scattered; scattered: stacked, lined up"""
+jumping; crying: smiling; held, carried: thrown, dropped; pulled: pushed, chased; stacked, piled,
+lined up: scattered; scattered: stacked, lined up"""
 
 # Relations.  "relations: kinds of thing after it = what contradicts it | ...", no kinds: any thing.
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
@@ -627,83 +631,95 @@ no, both, all, each, every; seated: lap, laptop, computer, couch, sofa, chair; l
 to, by, like, from, as, of, onto, against; wheeled: traffic, bicycle, bike, scooter, cart, carriage,
 wagon, bicycles, bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try,
 make, attempt; airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf,
-float, wade; almost: multi, fully, well, stainless, freshly, brightly, dimly, wide, cross, half,
-partially, partly, almost, nearly; ways: through, down, along, across, past, towards, toward;
-boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski, skiing,
-skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: wall, snow, sand,
-window, doorway, boat, canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa,
-street, plate, corner; set phrases: at bat, to bat, to plate, around corner, at corner, on corner,
-in corner; built in: window, door, wall, floor, roof, doorway; counting: lone, solitary, each,
-other, each other, one another, another, both, together, alone, its, their, it, they, them, itself,
-one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze, point, watch;
-aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult, old, older, elderly,
-little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste: fast, quickly, speed,
-speeding; desks: keyboard, computer, laptop, desk, monitor; afloat: float, sail, water, lake, river,
-ocean, sea, dock, harbor, pier, row; portions: piece, slice, plate; loose: wine, paint, laundry,
-water, juice, milk, coffee, tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard,
-butter, cream, honey, jam; mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant;
-made for: prepare, make, get, take, have, do; compared: larger, bigger, smaller, taller, shorter,
-longer; parents: dad, father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow,
-choppy, calm, rough, blue, open; plurals: few, couple, lot, dozen, bunch; vague: slope, ski slope,
-hillside, mountain, mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river
-bank, riverbank; of leg: short, long, tall; of bus: passenger, commuter, subway, freight, cargo; of
-glasses: dark, bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall,
-high; of teddy bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly,
-young; of infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl,
-tray, plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel;
-perches: tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus,
-haystack, bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream,
-shore, shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
+float, wade; almost: stir, deep, pan, multi, fully, well, stainless, freshly, brightly, dimly, wide,
+cross, half, partially, partly, almost, nearly; ways: through, down, along, across, past, towards,
+toward; boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski,
+skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: wall, snow,
+sand, window, doorway, boat, canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa,
+street, plate, corner; set phrases: up to bat, at bat, to bat, to plate, around corner, at corner,
+on corner, in corner; built in: window, door, wall, floor, roof, doorway; counting: lone, solitary,
+each, other, each other, one another, another, both, together, alone, its, their, it, they, them,
+itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze,
+point, watch; aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult, old,
+older, elderly, little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste: fast,
+quickly, speed, speeding; desks: keyboard, computer, laptop, desk, monitor; afloat: float, sail,
+water, lake, river, ocean, sea, dock, harbor, pier, row; portions: piece, slice, plate; loose: wine,
+paint, laundry, water, juice, milk, coffee, tea, beer, rice, soup, pasta, spaghetti, cereal,
+ketchup, mustard, butter, cream, honey, jam; mounted: horseback, horse, bicycle, bike, motorcycle,
+scooter, elephant; made for: prepare, make, get, take, have, do; compared: larger, bigger, smaller,
+taller, shorter, longer; parents: dad, father, mom, mother, parent, mommy, daddy; watery: clear,
+deep, shallow, choppy, calm, rough, blue, open; plurals: few, couple, lot, dozen, bunch; vague:
+slope, ski slope, hillside, mountain, mountainside, wood, forest, jungle, shore, shoreline, coast,
+bank, edge, river bank, riverbank; of leg: short, long, tall; of hat: top, hard; of sum: dim; of
+fudge: hot; of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski slope:
+steep; of mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young; of
+puppy: young; of kitten: young; of view: full, clear; of jet: military; of flag: american, japanese,
+chinese; of balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark,
+bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy
+bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of
+infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray,
+plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches:
+tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack,
+bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore,
+shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
 street, road, highway, intersection, track, train track, railroad track, bridge, field, parking lot,
 lot, freeway, avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski
 slope, ramp, staircase, stair, ladder, tree, pole, street, road; surfaces: pole, post, counter top,
 countertop, table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick,
 stone, wooden, wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski,
 snowboard, surf, skate; unnatural: blue, navy, turquoise, teal, green, purple, pink, red, maroon,
-burgundy, yellow; owners: game, set, slope, flight, sill, ledge, frame, shore, shoreline, skyline,
-floor, coast, bank; letters: tv, tvs, pc, pcs; before kept: play, playing, take, up, travel,
-winning, win, won, including, like, as; metals: silver, gold; shades: silver, gold, white, black;
-reached: in, into, inside, out of, through, from; needy: load, blow, put, place, mix, work, get,
-pass; denials: no, not, without, nor; sporty: motorcycle, bike, bicycle, skateboard, surfboard,
-snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of,
-alongside, on, on top of, from, off, out of, with, to, at, for, over, up, down, as, while, around,
-through, along, across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold,
-carry, throw, feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push,
-lead, kick, chase, paint, repair; needed: on, in, at, outside, inside, down, on top of, on the back
-of; joined: intersection, meeting, mix; described: and, of, in, on, that, background, with, up,
-down, about, off, which, without; horizon: sky, cloud, mountain, horizon, hill; taken off: jacket, coat,
-sweater, vest, apron, uniform, costume, wetsuit, suit, robe; plural subject: each other, together,
-both; names: red sox, big ben, little league; links: that, who, which, while; states: hold, contain,
-show, include, cover, surround, feature, have, use, make, carry; busy: try, get, prepare, attempt,
-use, go, come; persons: who, he, she, someone, they; particles: up, down, out, off; ages: young,
-little, small, teenage, old, older, elderly, younger, baby; after acts: on, in, next to, near, in
-front of, at, by, behind, under, beside, with, while, on top of, outside, inside, ., together,
-between, around; fixed next to: right, directly, close; fixed in front of: right, directly; fixed
-on: focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean, talk, work,
-speak, chat, display, put; fixed in: hide, docked, anchored, bury, buried, submerged, stuck, bathe,
-wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
-located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
-stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed covered with: partially,
-half, partly; fixed covered in: partially, half, partly; fixed up: close, lined, dressed, set; fixed
-behind: hide, right, directly, close; fixed down: descent, descend; fixed over: tower, hover, lean,
-bend, reach, all, look, way; alone: stand, sit, walk, pose, lie, lay, run, eat, travel, jump; fixed
-into: look, cut, turn, made; fixed out of: made, make; near few: many; near dirt: sandy; near sandy:
-dirt; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple:
-pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey,
-silver; near gray: white, black; near silver: white, black; near grey: white, black; near yellow:
-orange; near blue: purple; paths: off of, through the air, down, up, through, along, across, past,
-into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry, push,
-pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he,
-his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child;
-weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: group, door,
-wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter,
-bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road,
-river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never
-at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
-cabinet, cupboard; never on: window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup,
-glass, mug, bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp,
-castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant,
-store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+burgundy, yellow; owners: body, section, tarmac, aisle, department, game, set, slope, flight, sill,
+ledge, frame, shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc, pcs; before kept:
+play, playing, take, up, travel, winning, win, won, including, like, as; metals: silver, gold;
+shades: silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load,
+blow, put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter,
+hitter, pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard,
+pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of, alongside,
+on, on top of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through,
+along, across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw,
+feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
+chase, paint, repair; needed: on, in, at, outside, inside, down, on top of, on the back of; joined:
+intersection, meeting, mix; described: and, of, in, on, that, background, with, up, down, about,
+off, which, without; horizon: sky, cloud, mountain, horizon, hill; taken off: jacket, coat, sweater,
+vest, apron, uniform, costume, wetsuit, suit, robe; plural subject: each other, together, both;
+vague numbers: several, many, multiple, few; moving: walk, run, jog, stroll, roam, wander, wonder,
+march, move, travel, go, come, head, pass, race, drive, chase; standing: stand, graze, pose, wait,
+surf, skateboard, skate, ski; plain values: big, large, small, little, old, new, young, red, blue,
+green, yellow, white, black, brown, gray, grey, pink, purple, orange, tan, colorful, wooden, empty,
+dirty, clean; bound to sport: wave, serve, batter, hitter, pitcher, catcher, umpire, inning, bat, at
+bat; before no act: from, without, after, help; by themselves: himself, herself, itself, themselves,
+underneath, beneath, smooth, smoothly; names: red sox, big ben, little league; links: that, who,
+which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
+carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
+particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
+baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
+top of, outside, inside, ., together, between, around; fixed next to: right, directly, close; fixed
+in front of: right, directly; fixed on: focus, emphasis, attention, concentrate, stacked, piled,
+stack, pile, surf, lean, talk, work, speak, chat, display, put; fixed in: hide, docked, anchored,
+bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed:
+parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
+throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie,
+lay, hang; fixed covered with: partially, half, partly; fixed covered in: partially, half, partly;
+fixed up: close, lined, dressed, set; fixed behind: hide, right, directly, close; fixed down:
+descent, descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit,
+walk, pose, lie, lay, run, eat, travel, jump; fixed into: look, cut, turn, made; fixed out of: made,
+make; near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange: red,
+yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white,
+yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near silver:
+white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off of,
+through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
+walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
+woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
+air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa, group, door, wall, fence, beach,
+cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
+stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
+napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest,
+desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never
+on: parking lot, window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup, glass, mug,
+bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp, castle, church,
+village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery,
+museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1000,6 +1016,7 @@ ACT_VALUES = {
     for w in [group]
 }
 POSTURES, MOVES = set(POSTURE.split()), {*MOVING.split(), *ROLLING.split(), "fly", "ride", "slide"}
+IMPLIED = [SETS["moving"], SETS["standing"]]
 STILL = {*POSTURES, "eat", "work", "play", "talk", "dine"}
 LED: dict[str, set[str]] = {  # acts that these relations must follow, any if none
     "to": MOVES - {"move", "come"},
@@ -1148,6 +1165,9 @@ def _facts(sentence: Sentence) -> set[str]:
         facts.update(part for part in re.split("[^\\w]", word) if part not in RELATION_ROWS)
     facts.update(LEMMAS[w] for w in list(facts) if w in LEMMAS)
     for i, token in enumerate(sentence.tokens):
+        phrase = sentence.starts.get(i + 1) or sentence.starts.get(i)
+        if phrase and (token.word in NUMBERS or token.word in SETS["vague numbers"]):
+            facts.add(f"{token.word} {sentence.tokens[phrase.head].lemma}")
         phrase = sentence.starts.get(i + 1)
         if phrase and token.word in RELATION_ROWS:
             for relation in SAME_RELATIONS.get(token.word, (token.word,)):
@@ -1866,8 +1886,11 @@ def _recounted(sentence: Sentence) -> list[Candidate]:
     one = tokens[0].word in ("a", "an") and noun.tag == "N"
     if not counted or not one or _word(sentence, stop) in ("and", ",", "of", "or"):
         return []
-    if any(i != near for i in verbs):
+    linked = near > stop and near not in verbs  # a sign that says
+    if linked or any(i != near for i in verbs):
         return []
+    if any(letter.isupper() for letter in sentence.caption[noun.start + 1 : noun.end]):
+        return []  # a STOP sign
     plural = _plural(noun.lemma)
     edits = _put(0, 0, "two") + _put(phrase.head, phrase.head, plural)
     for i in verbs:
@@ -1932,7 +1955,11 @@ def _misfits(sentence: Sentence, i: int, phrase: Phrase | None, kind: str) -> fr
         misfits |= {"dirt", "gravel"}
     if _matches(kind, ("place", "nature", "food", "animal")):
         misfits |= SETS["metals"]
-    return misfits | SETS["unnatural"] if kind.startswith("animal") else misfits
+    after = {t.word for t in sentence.tokens[i + 1 :]}
+    if after & {"with", "of", "full of", "filled with"}:
+        misfits |= {"empty", "vacant", "deserted"}  # a crowded shelf with a variety of items
+    wild = _matches(kind, ("animal", "place.ground", "place.land", "nature.tree", "food.green"))
+    return misfits | SETS["unnatural"] if wild else misfits
 
 
 def _numbers(sentence: Sentence, i: int, head: Token) -> list[str]:
@@ -1944,6 +1971,9 @@ def _numbers(sentence: Sentence, i: int, head: Token) -> list[str]:
     elif sentence.tokens[i - 1].tag == "D" or sentence.tokens[i - 1].word in ("very", "so", "too"):
         return []
     counted = head.tag == "S" and head.lemma not in SETS["plural only"]
+    unsure = SETS["vague numbers"] if word in NUMBERS else (*NUMBERS, "couple")
+    if any(f"{number} {head.lemma}" in sentence.named for number in unsure):
+        return []  # several for another caption
     if any(t.word in NUMBERS and k != i for k, t in enumerate(sentence.tokens)) and "," in {
         t.word for t in sentence.tokens
     }:
@@ -1983,7 +2013,8 @@ def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     """Name another thing of the same kind."""
     sporty = bool(sentence.own & SETS["sporty"])  # a tennis player hits no pitch, if need be
     found = _renamed(sentence, sporty) + _other_sex(sentence) + _other_age(sentence)
-    return found or (_renamed(sentence, False) if sporty and "wave" not in sentence.own else [])
+    bound = sentence.own & SETS["bound to sport"]
+    return found or (_renamed(sentence, False) if sporty and not bound else [])
 
 
 def _renamed(sentence: Sentence, sporty: bool) -> list[Candidate]:
@@ -1998,6 +2029,9 @@ def _renamed(sentence: Sentence, sporty: bool) -> list[Candidate]:
         inner = tokens[first : phrase.head]
         if any(KINDS.get(t.lemma) in ("measure", "body", "part") for t in inner):
             continue  # a lot oranges, a horn steer
+        described = tokens[first - 1] if phrase.first < first < phrase.head else tokens[first]
+        if described.tag == "A" and described.word not in SETS["plain values"]:
+            continue  # pulled pork sandwich, wet paint sign
         first -= first > phrase.first and tokens[first - 1].tag == "X"  # a fighter jet
         plural = tokens[phrase.head].tag == "S" or _many(sentence, phrase)
         for new in _things(sentence, phrase):
@@ -2076,7 +2110,7 @@ def _many(sentence: Sentence, phrase: Phrase) -> bool:
     """Whether a noun like sheep is a plural here."""
     noun = sentence.tokens[phrase.head]
     first = sentence.tokens[phrase.first]
-    same = _plural(noun.lemma) == noun.lemma
+    same = _plural(noun.lemma) == noun.lemma and KINDS.get(noun.lemma, "").startswith("animal")
     return same and not (first.tag == "D" and first.word not in ("some", "these", "the"))
 
 
@@ -2093,11 +2127,9 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         return []
     if sense.kind == "sport.game" and counted:
         return []  # a baseball is a ball
-    words = _unnamed(sense, sentence)
+    words = [w for w in _unnamed(sense, sentence) if w not in _clashing(sentence, phrase)]
     if _word(sentence, phrase.stop) == "of":
         words = [w for w in words if w in SETS["holding"]]
-    if sense.kind == "vehicle.water" and sentence.own & SETS["afloat"]:
-        words = [w for w in words if w != "airplane"]
     if any(t.word in SETS["materials"] for t in tokens[phrase.first : phrase.head]):
         words = [w for w in words if KINDS.get(w) == sense.kind]  # a brick tree
     holder = tokens[phrase.first - 2].lemma if before == "of" else ""
@@ -2106,6 +2138,23 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     if holder == "flock":
         words = [w for w in words if KINDS[w] == "animal.bird" or w in ("sheep", "goat")]
     return [w for w in words if w not in PARTICULAR or _fits(sentence, phrase, w, before)]
+
+
+def _clashing(sentence: Sentence, phrase: Phrase) -> Set[str]:
+    """Things that the rest of the caption rules out in this place."""
+    kind, own = KINDS.get(sentence.tokens[phrase.head].lemma, ""), sentence.own
+    if kind == "vehicle.water" and own & SETS["afloat"]:
+        return {"airplane"}
+    if kind == "animal.bird" and own & {"fly", "perch", "nest", "wing"}:
+        return {"squirrel", "lizard", "monkey", "rabbit"}
+    if kind == "animal.any" and "herd" in own:
+        return {"bird", "robot"}
+    if kind == "clothing.top" and own & {"suit", "tie", "tuxedo"}:
+        return {"dress", "robe", "kimono", "apron"}
+    if kind == "place.water" and own & {"wave", "surf"}:
+        return {"forest", "desert"}
+    child = kind == "person.child" and "people" in own
+    return {"man", "woman"} if child else frozenset()
 
 
 def _stays(sentence: Sentence, phrase: Phrase) -> bool:
@@ -2118,6 +2167,8 @@ def _stays(sentence: Sentence, phrase: Phrase) -> bool:
     if noun.lemma == "toilet" and {"lid", "seat"} & sentence.own:
         return True
     following = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
+    if following.word in ("that", "which") and _word(sentence, phrase.stop + 1) in ("has", "have"):
+        return True  # a stove that has two ovens
     bare = phrase.first == phrase.head > 0 and noun.tag == "N"
     looks = following.word == "looking" and phrase.stop + 1 in sentence.starts
     if looks or (bare and following.tag == "G" and tokens[phrase.first - 1].tag == "I"):
@@ -2188,8 +2239,7 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
             found += [
                 _put_act(i, last, _inflect(act, verb.tag))
                 for act in dict.fromkeys(acts)
-                if not sentence.named & {act, *SAME_ACTS.get(act, ())}
-                and not groups & PARTNERS.get(act, set())
+                if not _said(sentence, act) and not groups & PARTNERS.get(act, set())
             ]
     return found
 
@@ -2199,7 +2249,7 @@ def _participles(sentence: Sentence, i: int) -> list[Candidate]:
     word, following = sentence.tokens[i].word, _word(sentence, i + 1)
     if i and sentence.tokens[i - 1].lemma in ("sit", "stand"):
         return []  # sits parked
-    if following in SETS["paths"] | {"at", "together"}:
+    if following in SETS["paths"] | {"at", "together"} or "dock" in sentence.own:
         return []
     if _kind(sentence.starts.get(i + 2)).startswith("vehicle") and following == "on":
         return []  # parked on a boat
@@ -2214,7 +2264,7 @@ def _noun_like(sentence: Sentence, i: int) -> bool:
     """Whether verb i is rather a part of a noun: skate boarding, it's head."""
     before = sentence.tokens[i - 1].word if i else ""
     following = sentence.tokens[i + 1].tag if i + 1 < len(sentence.tokens) else ""
-    if before in ("from", "without"):
+    if before in SETS["before no act"]:
         return True
     return following == "G" or (sentence.tokens[i].tag == "B" and before in ("it's", "that's"))
 
@@ -2224,6 +2274,7 @@ def _paired(sentence: Sentence, i: int) -> list[Candidate]:
     verb, tokens, found = sentence.tokens[i], sentence.tokens, []
     form = verb.tag if verb.tag in "GZB" else "G"
     posed = any(t.lemma in POSTURES for t in tokens[:i] + tokens[i + 1 :] if t.tag in "GZB")
+    bent = i > 0 and tokens[i - 1].word == "to"  # getting ready to
     for last, relation in ((i, ""), (i + 1, _word(sentence, i + 1))):
         for who, kinds, acts in PAIRED_ACTS.get((verb.lemma, relation), ()):
             if _takes(sentence, last, kinds) and _does(sentence, i, who):
@@ -2232,6 +2283,7 @@ def _paired(sentence: Sentence, i: int) -> list[Candidate]:
                     for act in acts
                     if not _said(sentence, act.partition(" ")[0])
                     and not (posed and act.split()[0] in LAID)
+                    and not (bent and act in ("look at", "point at"))
                 ]
     return found
 
@@ -2273,7 +2325,7 @@ def _implied(sentence: Sentence, i: int) -> list[str]:
     if before is None or after is None or sentence.tokens[after.first].tag not in "DM":
         return []
     kind, acts = _kind(after), SETS[f"often {sentence.tokens[i].word}"]
-    if kind == "device.hand" or any(t.tag in "IZB" for t in sentence.tokens[after.stop :]):
+    if kind.startswith("device") or any(t.tag in "IZB" for t in sentence.tokens[after.stop :]):
         return []  # on a phone; with a sandwich is drinking
     if sentence.own & SETS["airy"]:
         return []
@@ -2319,6 +2371,9 @@ def _said(sentence: Sentence, word: str) -> bool:
     lemma = LEMMAS.get(word, word)
     if word.startswith("park") and sentence.named & {"parked", "stopped", "stop"}:
         return True
+    implied = next((acts for acts in IMPLIED if lemma.partition(" ")[0] in acts), ())
+    if any(act in sentence.named and act not in sentence.own for act in implied):
+        return True  # another caption lets them run
     return bool(sentence.named & {word, lemma, *SAME_ACTS.get(lemma, ())})
 
 
@@ -2368,19 +2423,33 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
         acts = ["watch", "film"]
     if noun in SETS["weather"]:
         acts = ["watch", "photograph"]
-    others = {t.lemma for k, t in enumerate(tokens) if t.tag in "GZB" and k != i}
-    if others & (POSTURES | MOVES):
-        acts = [act for act in acts if act != "ride"]  # standing on rocks
+    counted = tokens[phrase.first].tag in "DM"
+    if (kind == "sport.game" and counted) or noun in ("wii", "nintendo wii"):
+        return ()  # practicing a baseball, watching the wii
+    unfit = _unfit(sentence, i, kind, noun)
+    acts = [act for act in acts if act not in unfit]
     if after == "and" and phrase.stop + 1 in sentence.starts:
         too = _kind(sentence.starts[phrase.stop + 1])  # a child and a phone
         both = next((DONE[k] for k in (too, too.split(".")[0], "any") if k in DONE), [])
         acts = [act for act in acts if act in both]
-    if i and tokens[i - 1].word == "to":
-        acts = [
-            act for act in acts if act not in ("watch", "film", "drop", "hold", "carry")
-        ]  # learning to watch
     led = after in SETS["paths"] or SETS["ways"] & {t.word for t in tokens[phrase.stop :][:8]}
     return [act for act in acts if act in SETS["along"]] if led else acts
+
+
+def _unfit(sentence: Sentence, i: int, kind: str, noun: str) -> set[str]:
+    """Acts that the rest of the caption keeps from a thing."""
+    tokens, unfit = sentence.tokens, set()
+    if KINDS.get(noun) == "measure":
+        unfit |= {"cook", "prepare", "make"}  # a slice of the cake
+    if "wave" in sentence.own:
+        unfit |= {"wash", "repair", "paint"}
+    if kind == "clothing.hand":
+        unfit |= {"hold", "carry"}  # while wearing it
+    if any(t.tag in "GZB" and t.lemma in POSTURES | MOVES for t in tokens[:i] + tokens[i + 1 :]):
+        unfit |= {"ride"}  # standing on rocks
+    if i and tokens[i - 1].word == "to":
+        unfit |= {"watch", "film", "drop", "hold", "carry"}  # learning to watch
+    return unfit
 
 
 def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
@@ -2402,6 +2471,9 @@ def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
         return False
     if after.tag in "DMBE" or after.word in ("to", "as", "off", "out of"):
         return True
+    rest = {t.word for t in tokens[phrase.stop :]}
+    if rest & SETS["by themselves"] or (after.tag == "G" and after.lemma in SETS["done feats"]):
+        return True
     if after.word == "for":
         return verb.lemma in SETS["made for"]
     tool = _kind(sentence.starts.get(phrase.stop + 1))
@@ -2415,15 +2487,15 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
         return []  # up high, digging in to
     if verb.lemma in MOVES and _on(sentence, SETS["mounted"]):
         return []
-    if sentence.own & SETS["airy"] or verb.lemma in ("ride", "drive", "go", "get"):
-        return []
+    if sentence.own & {"wave", *SETS["airy"]} or verb.lemma in ("ride", "drive", "go", "get"):
+        return []  # sleeping on a wave
     if SETS["ways"] & {t.word for t in sentence.tokens[last + 1 : i + 12]}:
         acts = [act for act in acts if act in MOVES]
-    if "wave" in sentence.own:
-        return []  # sleeping on a wave
     busy = {t.lemma for k, t in enumerate(sentence.tokens) if t.tag in "GZB" and k != i}
     if busy & {"hit", "play", "swing", "throw", "kick", "catch", "serve", "bat"}:
         acts = [act for act in acts if act != "sit"]
+    if "wait" in busy:
+        acts = [act for act in acts if act in POSTURES]
     if busy - POSTURES - {"hold", "wear", "have", "look", "watch"}:
         acts = [act for act in acts if act not in ("lie", "lay", "sleep", "crawl", "dance")]
     if SETS["seated"] & {t.word for t in sentence.tokens}:
@@ -2441,12 +2513,12 @@ def _on_ground(sentence: Sentence, verb: Token, last: int, acts: Sequence[str]) 
         return []  # posing for, running after, walking over a laptop
     if relation in SETS["paths"]:
         led = last + 2 in sentence.starts  # down a street, not up and down
-        return [act for act in acts if led and act in MOVES and act not in ("fly", "slide")]
+        return [act for act in acts if led and act in MOVES - {"fly", "slide", "jump", "leap"}]
     if relation == "with" or relation == "and":  # sits and reads, runs with a racket
         acts = [act for act in acts if act in POSTURES or (relation == "with" and act in MOVES)]
         return [act for act in acts if act not in ("sleep", "lie")]
-    if ground == "body" and relation == "on":
-        return []  # on one leg
+    if (ground == "body" and relation == "on") or ground.startswith("sky"):
+        return []  # on one leg, in the clouds
     if relation == "around" and ground:
         return [act for act in acts if act in MOVES and act != "crawl"]
     if ground.startswith("sport") or (relation == "at" and verb.lemma not in STILL):
