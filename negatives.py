@@ -84,8 +84,8 @@ person.sport: surfer, skier, skateboarder/skater/~skate boarder, snowboarder/~sn
 person.player: tennis player, baseball player/~ball player/~batter/~pitcher/~catcher, soccer
   player, basketball player/~football player, golfer, hockey player; player, umpire, hitter,
   outfielder, referee > dancer, golfer, swimmer
-person.work: police officer/policeman/officer/cop, firefighter/fireman, chef/cook, doctor, soldier,
-  clown, waiter/waitress, farmer, cowboy, nurse, worker, driver, pilot, vendor, musician
+person.work: police officer/policeman/officer/cop, firefighter/fireman, chef/cook, doctor,
+  soldier, clown, waiter/waitress, farmer, cowboy, nurse, worker, driver, pilot, vendor, musician
 person.kin: bride, groom, mother/mom, father/dad, grandmother, grandfather; pedestrian, passenger,
   spectator, customer, shopper > soldier, clown, firefighter
 animal.pet: dog/puppy/~pup, cat/kitten/~kitty/~feline, rabbit/bunny, hamster
@@ -94,13 +94,14 @@ animal.farm: horse/pony, cow/~bull/~cattle/~ox/~calf/~steer, sheep/~lamb/~ram, g
 animal.wild: elephant, giraffe, zebra, lion, tiger, rhino, deer, monkey, bear/~polar bear/~brown
   bear, kangaroo, wolf, fox
 animal.any: animal > bird, robot
-animal.bird: duck, goose, seagull/gull, pigeon, parrot, owl, swan, eagle, flamingo, penguin; bird >
-  squirrel, lizard, monkey, rabbit
+animal.bird: duck, goose, seagull/gull, pigeon, parrot, owl, swan, eagle, flamingo, penguin; bird
+  > squirrel, lizard, monkey, rabbit
 animal.other: squirrel, mouse, turtle, frog, lizard, snake
-vehicle.road: car/sedan, truck/~pickup/~pickup truck/~lorry, bus/~double decker bus/~double decker,
-  van/minivan, taxi/cab, train/~locomotive/~passenger train, tractor, motorcycle/motorbike/~motor
-  bike, scooter/moped, bicycle, trolley/tram, ambulance, fire truck, carriage, ~wagon, jeep; bike >
-  horse, car, tractor; vehicle, traffic, automobile > boat, horse, airplane
+vehicle.road: car/sedan, truck/~pickup/~pickup truck/~lorry, bus/~double decker bus/~double
+  decker, van/minivan, taxi/cab, train/~locomotive/~passenger train, tractor,
+  motorcycle/motorbike/~motor bike, scooter/moped, bicycle, trolley/tram, ambulance, fire truck,
+  carriage, ~wagon, jeep; bike > horse, car, tractor; vehicle, traffic, automobile > boat, horse,
+  airplane
 vehicle.road: shopping cart/cart > sled, tractor
 vehicle.air: airplane/plane/jet/~airliner/~jetliner/~aeroplane/~jumbo jet/~biplane, helicopter,
   ~hot air balloon; aircraft > helicopter, hot air balloon
@@ -116,14 +117,13 @@ gear.glove: baseball glove/glove/mitt/~catcher's mitt, helmet, towel
 sport.game*: tennis, baseball, soccer, basketball, football, golf, hockey, volleyball, cricket,
   badminton
 sport.event: tennis match/~tennis game, baseball game, soccer game/~soccer match, basketball game,
-  football game, hockey game, card game; game, match, video game, wii, nintendo wii > concert,
-  movie
+  football game, hockey game, card game; game, match, video game, wii, nintendo wii > concert, movie
 device.hand: cell phone/phone/cellphone/telephone/smartphone/mobile phone/iphone/~smart phone,
   camera, radio, calculator, flashlight, game controller/remote/remote control/controller/~wii
   remote
 device.desk: laptop/computer/laptop computer/~pc/~desktop/~desktop computer/~notebook/~computer
-  monitor/monitor, television/tv/~television set/~flat screen tv, printer, typewriter, radio;
-  screen > window, mirror; keyboard/~computer keyboard, ~computer mouse, speaker, lamp
+  monitor/monitor, television/tv/~television set/~flat screen tv, printer, typewriter, radio; screen
+  > window, mirror; keyboard/~computer keyboard, ~computer mouse, speaker, lamp
 device.kitchen: refrigerator/fridge/~freezer, oven/stove/~stove top, microwave/~microwave oven,
   toaster, dishwasher, washing machine, blender, coffee maker
 fixture.bath: toilet/~toilet seat/~toilet bowl/commode, sink/~basin, bathtub/tub/~bath tub/~bath,
@@ -135,8 +135,8 @@ furniture.top: table/~table top/~dining table/~coffee table/~dining room table/~
 furniture.top: rack > shelf, stool
 furniture.bed: bed, crib, hammock, couch; mattress, bunk bed > couch, hammock
 container.plate: plate/dish/platter/tray/~paper plate, bowl, napkin, cutting board/~chopping board
-container.cup: cup/mug, ~coffee cup, glass/~wine glass, bottle/~wine bottle/~water bottle, vase,
-  pitcher, jar, ~pot
+container.cup: cup/mug, ~coffee cup, glass/~wine glass, bottle/~wine bottle/~water bottle,
+  vase/jar, pitcher, ~pot
 container.pan: pan/~frying pan/skillet, wok, pot
 container.box: box, basket, bucket, bag/suitcase/~luggage, crate, barrel
 container.bin: container > basket, suitcase, bucket; trash can/garbage can/~trash bin, mailbox,
@@ -144,11 +144,11 @@ container.bin: container > basket, suitcase, bucket; trash can/garbage can/~tras
 tool.eat: fork, knife, spoon, spatula, ladle, chopstick, whisk; utensil, silverware > screwdriver,
   pencil
 tool.hand: toothbrush, comb, razor, pencil, pen, paintbrush, hairbrush; brush, scissors, tool >
-  hammer, pencil; umbrella/parasol, flag, cane, fishing rod, broom, lantern; candle > lantern,
-  light bulb
-food.meal: pizza, sandwich/~sub/~panini, burger/hamburger/~cheeseburger, hot dog/hotdog, salad,
-  taco, burrito, omelet/omelette, pancake, waffle; slice, meal, dinner, lunch, breakfast > burger,
-  taco
+  hammer, pencil; umbrella/parasol, flag, cane, fishing rod, broom, lantern; candle > lantern, light
+  bulb
+food.meal: pizza, sandwich/~sub/~panini, burger/hamburger/~cheeseburger, hot dog/hotdog/~corn dog,
+  salad, taco, burrito, omelet/omelette, pancake, waffle; slice, meal, dinner, lunch, breakfast >
+  burger, taco
 food.sweet: ice cream > cake, salad; cake/~birthday cake/~chocolate cake/~wedding cake,
   donut/doughnut/~pastry, cookie, muffin, cupcake, pie, ice cream cone, brownie; dessert > burger,
   taco
@@ -158,29 +158,29 @@ food.fruit: banana, apple, orange, lemon/lime, pear, peach, pineapple, strawberr
 food.veg: carrot, potato, onion, cucumber, tomato, mushroom, pepper, radish, pumpkin, pickle,
   olive; vegetable, veggie, bean, pea > cookie, strawberry
 food.topping: pepperoni, topping, french fry, fry, chip, noodle, egg > strawberry, cookie
-food.mass*: fruit > bread, soup, cheese; bread/~toast, rice, pasta/spaghetti/~macaroni, soup/~stew,
-  cheese, chicken/~turkey, beef/steak/~meat, fish/~salmon/~tuna, bacon/ham/~pork/~sausage, cereal,
-  ~pizza, ~cake, ~salad; food > wine, paint, laundry
+food.mass*: fruit > bread, soup, cheese; bread/~toast, rice, pasta/spaghetti/~macaroni,
+  soup/~stew, cheese, chicken/~turkey, beef/steak/~meat, fish/~salmon/~tuna,
+  bacon/ham/~pork/~sausage, cereal, ~pizza, ~cake, ~salad; food > wine, paint, laundry
 food.green*: broccoli, lettuce/spinach, corn, cauliflower, cabbage, celery, asparagus
 food.sauce*: ketchup, mustard, butter, cream, chocolate, honey, jam, mayonnaise; sauce, gravy,
   syrup, cheese sauce, sugar > snow, mustard
 drink.mass*: wine/~red wine/~white wine, beer, coffee, tea, milk, juice/~orange juice, lemonade,
   ~soda; beverage, drink, alcohol, liquor > sandwich, cookie
-clothing.top: jacket/coat/~hoodie, sweater > dress, robe, apron, kimono;
-  shirt/~t-shirt/~tee shirt/~t shirt/~jersey > jacket, sweater, dress, robe, apron, kimono; dress,
-  vest, robe/bathrobe, ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform,
-  outfit, costume > kimono, robe, wetsuit
+clothing.top: jacket/coat/~hoodie, sweater > dress, robe, apron, kimono; shirt/~t-shirt/~tee
+  shirt/~t shirt/~jersey > jacket, sweater, dress, robe, apron, kimono; dress, vest, robe/bathrobe,
+  ~suit/~business suit/~tuxedo, apron, wetsuit/~wet suit, kimono; uniform, outfit, costume > kimono,
+  robe, wetsuit
 clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajamas, overalls
-clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie, helmet, crown, wig, scarf, turban,
-  headband
+clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie/headband, helmet, crown, wig, scarf,
+  turban
 clothing.face: glasses/eyeglasses/~goggles, sunglasses, headphones, earrings
 clothing.foot: shoe/sneaker, boot, sandal/~flip flop, sock, slipper
 clothing.neck: tie/necktie/~neck tie/~bow tie/~bowtie, scarf, necklace, badge
-clothing.hand: purse/handbag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase,
-  umbrella, guitar; bag > umbrella, guitar, box; mask, watch, collar, ribbon, leash > scarf, bell
+clothing.hand: purse/handbag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase, umbrella,
+  guitar; bag > umbrella, guitar, box; mask, watch, collar, ribbon, leash > scarf, bell
 home.soft: pillow/cushion, blanket/quilt/comforter/sheet/~bedspread, towel, curtain/~drape,
   rug/carpet/~mat, tablecloth
-home.wall: door/doorway > window, gate, curtain; mirror, painting/~artwork, ~window, clock, poster,
+home.wall: door/doorway > gate, curtain; mirror, painting/~artwork, ~window, clock, poster,
   ~fireplace, ~bookcase; photograph, picture frame, vent, outlet, blind > mirror, clock; wall >
   fence, window, door
 home.light: lamp/~light fixture, chandelier, ceiling fan, candle; floor, ceiling, tile, sill,
@@ -200,21 +200,20 @@ structure.street: traffic light/~stop light/~stoplight/~traffic signal/~street l
   fountain; street lamp, telephone pole, lamp post > flagpole, fountain
 structure.dock: pier/dock, bridge
 place.road: street/~road/~roadway/~highway/~lane/~avenue/~freeway,
-  path/~trail/~pathway/~sidewalk/~walkway/~pavement, driveway,
-  railroad track/~track/~train track/~railway/~railroad, river;
-  corner, street corner, intersection, crosswalk, crossing > bridge, beach, rooftop; parking
-  lot/~lot, runway/~tarmac, bridge, rooftop
+  path/~trail/~pathway/~sidewalk/~walkway/~pavement, driveway, railroad track/~track/~train
+  track/~railway/~railroad, river; corner, street corner, intersection, crosswalk, crossing >
+  bridge, beach, rooftop; parking lot/~lot, runway/~tarmac, bridge, rooftop
 place.ground: beach/~shore/~seashore/~coast, field/~meadow/~pasture/~grassland/~lawn/~yard/~park,
   forest/~woods/~jungle, desert, garden, swamp, parking lot; park > beach, desert, parking lot,
-  forest; hill/hillside/~ski
-  slope/~slope/mountain/~mountain side/~mountainside, valley, beach, cliff
+  forest; hill/hillside/~ski slope/~slope/mountain/~mountain side/~mountainside, valley, beach,
+  cliff
 place.court: tennis court/~court, baseball field/~baseball diamond, golf course, soccer field,
   basketball court; skate park/~skateboard park/~ramp/~skateboard ramp, swimming pool/pool,
   stadium/~arena
-place.cage: habitat, exhibit, resort, platform, backyard, alley, apartment,
-  bay, shoreline, plain > desert, river; enclosure, pen, area > river, swimming pool
+place.cage: habitat, exhibit, resort, platform, backyard, alley, apartment, bay, shoreline, plain
+  > desert, river; enclosure, pen, area > river, swimming pool
 place.land*: grass, snow, sand/dirt, mud,gravel, concrete, ice; ground, hay > ice, sand
-place.water: lake/pond, river/~stream, swimming pool/pool, puddle, fountain; ocean/sea, desert,
+place.water: lake/pond/puddle, river/~stream, swimming pool/pool, fountain; ocean/sea, desert,
   forest
 place.water*: water, surf > sand, snow, mud; rain > snow, fog
 sky.any: cloud, rainbow, star > mountain, balloon
@@ -271,8 +270,12 @@ COUNTED = (
     "home.toy",
     "furniture.seat",
     "structure.street",
+    "device.kitchen",
+    "container.box",
+    "home.wall",
 )
 MOVERS = ("person", "animal", "vehicle")
+SEEN = ("person", "animal", "home", "clothing")
 HOUSES = ("place.room", "place.shop", "structure.house")
 SEXES = {"man": "M", "boy": "M", "woman": "F", "girl": "F"}
 SEXES |= dict.fromkeys(("he", "his", "him", "himself"), "M")
@@ -292,6 +295,7 @@ open@home device container structure.house structure.fence fixture furniture clo
 stood@person animal: standing | sitting lying; seated | standing; sleeping ~resting ~sleepy |
   running jumping playing; grazing | running sleeping
 tame@animal: domestic ~tame | wild
+heat@food drink place.water fixture: hot ~warm ~heated | cold icy ~chilly ~cool frozen
 sharp@picture: blurry blurred | sharp
 use@vehicle: passenger commuter subway | freight cargo
 age: old antique vintage older ~aged old-fashioned | new modern ~brand-new
@@ -304,25 +308,24 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   glass | stone concrete ~cement | brick | leather; grassy ~grass-covered ~lush | sandy | snowy
   snow-covered | muddy dirt | rocky gravel | paved ~asphalt; sunny clear | rainy stormy | cloudy
   overcast ~cloud-filled | foggy misty ~hazy; striped | checkered plaid | ~spotted ~dotted polka-dot
-  | floral ~flowered ~flowery | plain; hot ~warm ~heated | cold icy ~chilly ~cool frozen; wet
-  ~soaked ~damp | dry; bright ~brightly-lit ~well-lit ~sunlit | dark dim ~dimly-lit ~darkened; clean
-  tidy ~neat | dirty messy ~filthy cluttered ~grimy; empty vacant ~bare | full crowded ~packed
-  ~filled; busy bustling crowded | quiet empty deserted ; sliced cut ~chopped | whole uncut; round
-  circular | square rectangular; heavy thick | thin; happy smiling ~cheerful ~joyful ~laughing | sad
-  angry crying ~frowning; shirtless | fully-clothed; fresh ripe | rotten moldy; parked ~stationary
-  stopped | moving speeding; left | right; male | female; curly ~wavy | straight; fluffy furry
-  shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow; steep | flat; cooked baked grilled
-  roasted ~toasted fried | raw uncooked; indoor | outdoor; rural country | urban; fancy ornate
-  elegant ~elaborate decorative | simple plain; broken damaged | intact; rusty ~rusted | shiny
-  ~polished; beautiful pretty cute adorable lovely ~attractive gorgeous | ugly ~hideous; calm |
-  rough choppy; soft | hard; illuminated ~lit | unlit; low | high; professional | amateur; different
-  ~various ~assorted | identical matching; asian chinese japanese | american | italian mexican |
-  french; commercial | military; public | private; front | back rear; top | bottom; healthy |
-  unhealthy ~sickly; delicious tasty yummy | disgusting burnt; adult | baby; bald | long-haired;
-  blonde blond | brunette dark-haired redheaded; electric | manual; homemade | store-bought; funny
-  silly | serious; residential | industrial; christmas | halloween easter; alive | dead ; stuffed |
-  real live ; real | fake toy ; larger bigger | smaller; taller | shorter; leafy | leafless; wooded
-  forested | barren sandy; partial | full; stacked | scattered
+  | floral ~flowered ~flowery | plain; wet ~soaked ~damp | dry; bright ~brightly-lit ~well-lit
+  ~sunlit | dark dim ~dimly-lit ~darkened; clean tidy ~neat | dirty messy ~filthy cluttered ~grimy;
+  empty vacant ~bare | full crowded ~packed ~filled; busy bustling crowded | quiet empty deserted ;
+  sliced cut ~chopped | whole uncut; round circular | square rectangular; heavy thick | thin; happy
+  smiling ~cheerful ~joyful ~laughing | sad angry crying ~frowning; shirtless | fully-clothed; fresh
+  ripe | rotten moldy; parked ~stationary stopped | moving speeding; left | right; male | female;
+  curly ~wavy | straight; fluffy furry shaggy hairy ~fuzzy ~woolly | hairless ; deep | shallow;
+  steep | flat; cooked baked grilled roasted ~toasted fried | raw uncooked; indoor | outdoor; rural
+  country | urban; fancy ornate elegant ~elaborate decorative | simple plain; broken damaged |
+  intact; rusty ~rusted | shiny ~polished; beautiful pretty cute adorable lovely ~attractive
+  gorgeous | ugly ~hideous; calm | rough choppy; soft | hard; illuminated ~lit | unlit; low | high;
+  different ~various ~assorted | identical ~matching; asian chinese japanese | american | italian
+  mexican | french; commercial | military; public | private; front | back rear; top | bottom;
+  healthy | unhealthy ~sickly; delicious tasty yummy | disgusting burnt; adult | baby; bald |
+  long-haired; blonde blond | brunette dark-haired redheaded; electric | manual; homemade |
+  store-bought; funny silly | serious; residential | industrial; christmas | halloween easter; alive
+  | dead ; stuffed | real live ; real | fake toy ; larger bigger | smaller; taller | shorter; leafy
+  | leafless; wooded forested | barren sandy; partial | full; stacked | scattered
 """
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"little": "teenage", "small": "teenage"}  # of a boy or girl
@@ -488,8 +491,6 @@ beside, place structure nature vehicle > sleep_near dance_near kneel_near"""
 APART = {
     "wear": ("without",),
     "ride": ("next to", "behind", "in front of"),
-    "push": ("in front of",),
-    "pull": ("behind", "next to"),
     **dict.fromkeys(("hold", "carry", "swing", "fly", "use", "read", "eat", "drink"), ("without",)),
 }
 PARTICIPLES = """
@@ -503,56 +504,55 @@ SOLID = "furniture vehicle animal container fixture device food tool home struct
 INDOORS = "place.room place.shop place.venue structure.house"
 RELATIONS = f"""
 on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
-under, next to, behind, beside, in front of, by | food tool home gear = next to, behind, beside |
+under, next to, behind, beside, in front of | food tool home gear = next to, behind, beside |
 place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
 beside | place.water = next to, beside | other = next to, behind, beside | ? = behind, next to; in:
 sport.event = after | place.room = outside | {INDOORS} = outside, in front of, behind | place.water
 = next to, beside | place.ground place.cage place.court = next to, outside, beside, far from |
 place.city = outside, far from | place.road = next to, beside | place.land = next to, far from,
-beside | furniture.seat furniture.bed = next to, behind, beside, in front of, by, under | {SOLID} =
-next to, behind, beside, in front of, by, on, on top of, under | clothing = without; underneath,
-under, beneath: nature.tree tool = far from | {SOLID} = on top of, on, behind, in front of, far from
-| it other = behind, on | ? = behind; over: {SOLID} = under | place.road place.ground place.water
-place.city = next to, far from, beside; above: {SOLID} = below, under | sky ? = below; below:
-{SOLID} = above, on, behind | ? it = above; inside, inside of: {INDOORS} = outside, behind, in front
-of | {SOLID} = outside of, next to, behind, in front of, beside, on, under; outside, outside of:
-{INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind,
-on, under, on top of, in, inside | person ? = behind | place.water place.ground place.road
-place.land = in, on, behind, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in
-front of, on, under, in, on top of | person ? = in front of; next to, beside: {INDOORS} = in,
+beside | furniture.seat furniture.bed = next to, behind, beside, in front of, under | {SOLID} = next
+to, behind, beside, in front of, on, on top of, under | clothing = without; underneath, under,
+beneath: nature.tree tool = far from | {SOLID} = on top of, on, behind, in front of, far from | it
+other = behind, on | ? = behind; over: {SOLID} = under | place.road place.ground place.water
+place.city = far from; above: {SOLID} = below, under | sky ? = below; below: {SOLID} = above, on,
+behind | ? it = above; inside, inside of: {INDOORS} = outside, behind, in front of | {SOLID} =
+outside of, next to, behind, in front of, beside, on, under; outside, outside of: {INDOORS} =
+inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind, on, under, on
+top of, in, inside | person ? = behind | place.water place.ground place.road place.land = in, on,
+behind, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under,
+in, on top of | person ? = in front of; next to, beside: {INDOORS} = in, inside, far from | {SOLID}
+= on, under, in, on top of, inside, far from | place.water place.ground place.court place.road
+place.land = in, on, far from | person other ? = far from; by, near, close to: {INDOORS} = in,
 inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
-place.court place.road place.land = in, on, far from | person other ? = far from; by, near, close
-to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
-place.water place.ground place.court place.road place.land = in, on, far from | person other ? = far
-from; at: furniture.top = under, on, far from, on top of | place.room = far from, outside | place
-structure fixture ? = far from | sport.event = before, after; around: {SOLID} place = far from;
-surrounded by: = far from; between: = behind, in front of; along: place.road place.water = far from,
-across | place.ground = far from; through: place.ground place.cage place.city structure = past |
-place.water = past, along; down, up: place.road = across, beside | place.ground structure = up,
-down; across: place.road = along, down, beside | place.ground place.court place.water = past,
-beside; from: {SOLID} = behind; into: place vehicle structure container fixture ? = out of, past,
-away from; out of: place vehicle structure fixture container = into, past, away from; towards,
-toward: person {SOLID} place ? = away from, past; to, up to: person {SOLID} place = away from, past;
-on the front of: {SOLID} = on the back of, behind; on the left side of: = on the right side of; on
-the right side of: = on the left side of; on the left of: = on the right of; on the right of: = on
-the left of; on the inside of: = on the outside of; on the outside of: = on the inside of; at the
-base of, at the foot of: = at the top of; the top of: = the bottom of; the bottom of: = the top of;
-the inside of: = the outside of; the outside of: = the inside of; the front of: = the back of; the
-back of: = the front of; the edge of: = the middle of; at the end of: place.road structure = in the
-middle of; against: {SOLID} = away from, behind, far from; away from: = towards, near; past: place
-structure = into; onto: {SOLID} place = off of; off, off of: furniture vehicle structure gear.board
-place = onto; with: = without; without: = with; to the left of: = to the right of; to the right of:
-= to the left of; on the side of, on the edge of: place furniture = in the middle of, far from; in
-the middle of: place.road place.ground place.court place.land place.water furniture = on the edge
-of, far from; during: sport.event = before; in the distance, in the background: = in the foreground;
-at night: = at noon; at the top of, on the top of: = at the bottom of; at the bottom of: = at the
-top of; on the back of, in the back of: = in front of, next to, under, near; in the foreground: = in
-the background; full of, filled with, topped with, covered with, covered in, decorated with, lined
-with, loaded with: = without; has: = lacks; have: = lack; containing: = lacking, beside, next to;
-outdoors: = indoors; indoors: = outdoors; in the sky, in the air, through the air: = near the
-ground; on the ground: = on the roof; on the wall: = on the floor; attached to: = detached from,
-behind; side by side: = far apart; together: = apart; among, amongst: = far from; within: = outside;
-on top: = underneath"""
+place.court place.road place.land = in, on, far from | person other ? = far from; at: furniture.top
+= under, on, far from, on top of | place.room = far from, outside | place structure fixture ? = far
+from | sport.event = before, after; around: {SOLID} place = far from; surrounded by: = far from;
+between: = behind, in front of; along: place.road place.water = far from, across | place.ground =
+far from; through: place.ground place.cage place.city structure = past | place.water = past, along;
+down, up: place.road = across | place.ground structure = up, down; across: place.road = along, down
+| place.ground place.court place.water = past; from: {SOLID} = behind; into: place vehicle structure
+container fixture ? = out of, past, away from; out of: place vehicle structure fixture container =
+into, past, away from; towards, toward: person {SOLID} place ? = away from, past; to, up to: person
+{SOLID} place = away from, past; on the front of: {SOLID} = on the back of, behind; on the left side
+of: = on the right side of; on the right side of: = on the left side of; on the left of: = on the
+right of; on the right of: = on the left of; on the inside of: = on the outside of; on the outside
+of: = on the inside of; at the base of, at the foot of: = at the top of; the top of: = the bottom
+of; the bottom of: = the top of; the inside of: = the outside of; the outside of: = the inside of;
+the front of: = the back of; the back of: = the front of; the edge of: = the middle of; at the end
+of: place.road structure = in the middle of; against: {SOLID} = away from, behind, far from; away
+from: = towards, near; past: place structure = into; onto: {SOLID} place = off of; off, off of:
+furniture vehicle structure gear.board place = onto; with: = without; without: = with; to the left
+of: = to the right of; to the right of: = to the left of; on the side of, on the edge of: place
+furniture = in the middle of, far from; in the middle of: place.road place.ground place.court
+place.land place.water furniture = on the edge of, far from; during: sport.event = before; in the
+distance, in the background: = in the foreground; at night: = at noon; at the top of, on the top of:
+= at the bottom of; at the bottom of: = at the top of; on the back of, in the back of: = in front
+of, next to, under, near; in the foreground: = in the background; full of, filled with, topped with,
+covered with, covered in, decorated with, lined with, loaded with: = without; has: = lacks; have: =
+lack; containing: = lacking, beside, next to; outdoors: = indoors; indoors: = outdoors; in the sky,
+in the air, through the air: = near the ground; on the ground: = on the roof; on the wall: = on the
+floor; attached to: = detached from, behind; side by side: = far apart; together: = apart; among,
+amongst: = far from; within: = outside; on top: = underneath"""
 # Relations that mean much the same.
 SAME_PLACES = """
 on, on top of, atop, onto; in, inside, inside of, within; outside, outside of; across, over; next
@@ -622,104 +622,113 @@ doubled: sit, run, jog, swim, cut, hit, pet, hug, stop, put, get, nap, hop, spin
 step, squat, drop, flip, chop, skip, slip, snap, trim, wrap, sip, bat; lonely: outside, inside,
 together, outdoors, indoors, side by side, on top, on display, in the sky, in the air, through the
 air, on the ground, on the floor, on the wall, in the background, in the foreground, in the
-distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: area, home,
-leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled with,
-topped with, covered with, covered in, decorated with, lined with, loaded with; possessive: it's,
-his, her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots, dozens,
-different, lot, variety, more, multiple, just, assorted, many, several, some, few, various, other,
-no, both, all, each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for, after,
-to, by, like, from, as, of, onto, against; wheeled: traffic, bicycle, bike, scooter, cart, carriage,
-wagon, bicycles, bikes, scooters, carts, carriages, wagons; done feats: do, perform, practice, try,
-make, attempt; airy: air, sky, skies, in the air, in the sky, through the air; swum: swim, surf,
-float, wade; almost: stir, deep, pan, multi, fully, well, stainless, freshly, brightly, dimly, wide,
-cross, half, partially, partly, almost, nearly; ways: through, down, along, across, past, towards,
-toward; boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski,
-skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: wall, snow,
-sand, window, doorway, boat, canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa,
-street, plate, corner; set phrases: up to bat, at bat, to bat, to plate, around corner, at corner,
-on corner, in corner; built in: window, door, wall, floor, roof, doorway; counting: lone, solitary,
-each, other, each other, one another, another, both, together, alone, its, their, it, they, them,
-itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze,
-point, watch; aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult, old,
-older, elderly, little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste: fast,
-quickly, speed, speeding; desks: keyboard, computer, laptop, desk, monitor; afloat: float, sail,
-water, lake, river, ocean, sea, dock, harbor, pier, row; portions: piece, slice, plate; loose: wine,
-paint, laundry, water, juice, milk, coffee, tea, beer, rice, soup, pasta, spaghetti, cereal,
-ketchup, mustard, butter, cream, honey, jam; mounted: horseback, horse, bicycle, bike, motorcycle,
-scooter, elephant; made for: prepare, make, get, take, have, do; compared: larger, bigger, smaller,
-taller, shorter, longer; parents: dad, father, mom, mother, parent, mommy, daddy; watery: clear,
-deep, shallow, choppy, calm, rough, blue, open; plurals: few, couple, lot, dozen, bunch; vague:
-slope, ski slope, hillside, mountain, mountainside, wood, forest, jungle, shore, shoreline, coast,
-bank, edge, river bank, riverbank; of leg: short, long, tall; of hat: top, hard; of sum: dim; of
-fudge: hot; of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski slope:
-steep; of mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young; of
-puppy: young; of kitten: young; of view: full, clear; of jet: military; of flag: american, japanese,
-chinese; of balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark,
-bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy
-bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of
-infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray,
-plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches:
-tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack,
-bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore,
-shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
-street, road, highway, intersection, track, train track, railroad track, bridge, field, parking lot,
-lot, freeway, avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski
-slope, ramp, staircase, stair, ladder, tree, pole, street, road; surfaces: pole, post, counter top,
-countertop, table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick,
-stone, wooden, wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski,
-snowboard, surf, skate; unnatural: blue, navy, turquoise, teal, green, purple, pink, red, maroon,
-burgundy, yellow; owners: body, section, tarmac, aisle, department, game, set, slope, flight, sill,
-ledge, frame, shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc, pcs; before kept:
-play, playing, take, up, travel, winning, win, won, including, like, as; metals: silver, gold;
-shades: silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load,
-blow, put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter,
-hitter, pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard,
-pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of, alongside,
-on, on top of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through,
-along, across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw,
-feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
-chase, paint, repair; needed: on, in, at, outside, inside, down, on top of, on the back of; joined:
-intersection, meeting, mix; described: and, of, in, on, that, background, with, up, down, about,
-off, which, without; horizon: sky, cloud, mountain, horizon, hill; taken off: jacket, coat, sweater,
-vest, apron, uniform, costume, wetsuit, suit, robe; plural subject: each other, together, both;
-vague numbers: several, many, multiple, few; moving: walk, run, jog, stroll, roam, wander, wonder,
-march, move, travel, go, come, head, pass, race, drive, chase; standing: stand, graze, pose, wait,
-surf, skateboard, skate, ski; plain values: big, large, small, little, old, new, young, red, blue,
-green, yellow, white, black, brown, gray, grey, pink, purple, orange, tan, colorful, wooden, empty,
-dirty, clean; bound to sport: wave, serve, batter, hitter, pitcher, catcher, umpire, inning, bat, at
-bat; before no act: from, without, after, help; by themselves: himself, herself, itself, themselves,
-underneath, beneath, smooth, smoothly; names: red sox, big ben, little league; links: that, who,
-which, while; states: hold, contain, show, include, cover, surround, feature, have, use, make,
-carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
+distance, at night; lackings: without, lacks, lack, lacking, free of, empty of; idioms: stick, area,
+home, leash, way, fire, use, display, line, case, mid; lacking: with, has, have, containing, filled
+with, topped with, covered with, covered in, decorated with, lined with, loaded with; possessive:
+it's, his, her, its, their, my, our, your; not lacked: his, her, its, their, my, our, your, lots,
+dozens, different, lot, variety, more, multiple, just, assorted, many, several, some, few, various,
+other, no, both, all, each, every; seated: lap, laptop, computer, couch, sofa, chair; leading: for,
+after, to, by, like, from, as, of, onto, against; wheeled: traffic, bicycle, bike, scooter, cart,
+carriage, wagon, bicycles, bikes, scooters, carts, carriages, wagons; done feats: do, perform,
+practice, try, make, attempt; airy: air, sky, skies, in the air, in the sky, through the air; swum:
+swim, surf, float, wade; almost: un, non, semi, stir, deep, pan, multi, fully, well, stainless,
+freshly, brightly, dimly, wide, cross, half, partially, partly, almost, nearly; ways: through, down,
+along, across, past, towards, toward; boarded: wave, surfboard, swim, swimming, kiteboarding, surf,
+surfing, surfs, surfer, ski, skiing, skate, skateboarding, skating, snowboarding, snowboard,
+skateboarder; either: wall, snow, sand, window, doorway, boat, canoe, raft, ship, sink, tub,
+bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set phrases: up to bat, at bat, to
+bat, to plate, around corner, at corner, on corner, in corner; built in: window, door, wall, floor,
+roof, doorway; counting: lone, solitary, each, other, each other, one another, another, both,
+together, alone, its, their, it, they, them, itself, one, single, whole, pair, side by side, his,
+her, different; looks: look, stare, gaze, point, watch; aged: bearded, bald, beard, child, kid,
+young, teenager, teen, youth, adult, old, older, elderly, little, small; steered: row, paddle, sail,
+ride, drive, fly, travel; haste: fast, quickly, speed, speeding; desks: keyboard, computer, laptop,
+desk, monitor; afloat: float, sail, water, lake, river, ocean, sea, dock, harbor, pier, row;
+portions: piece, slice, plate; loose: wine, paint, laundry, water, juice, milk, coffee, tea, beer,
+rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butter, cream, honey, jam; mounted:
+horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare, make, get, take,
+have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad, father, mom,
+mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue, open;
+plurals: few, couple, lot, dozen, bunch; vague: beach, shore, river, sink, counter, counter top,
+countertop, stove, oven, window, branch, tree branch, market, slope, ski slope, hillside, mountain,
+mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank, riverbank; of
+leg: short, long, tall; of hat: top, hard; of bike: dirt; of bread: sliced; of sum: dim; of fudge:
+hot; of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski slope: steep; of
+mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young; of puppy: young;
+of kitten: young; of view: full, clear; of jet: military; of flag: american, japanese, chinese; of
+balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark, bright; of
+sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy bear:
+stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of infant:
+old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray, plate,
+basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches: tree,
+fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack, bush; can
+be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore, shoreline,
+beach, track, train track, railroad track, lake, fence, wall, pier; can be across: street, road,
+highway, intersection, track, train track, railroad track, bridge, field, parking lot, lot, freeway,
+avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski slope, ramp,
+staircase, stair, ladder, tree, pole, street, road; surfaces: pole, post, counter top, countertop,
+table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick, stone, wooden,
+wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski, snowboard, surf,
+skate; unnatural: blue, navy, turquoise, teal, green, purple, pink, red, maroon, burgundy, yellow;
+owners: body, section, tarmac, aisle, department, game, set, slope, flight, sill, ledge, frame,
+shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc, pcs; before kept: play,
+playing, take, up, travel, winning, win, won, including, like, as; metals: silver, gold; shades:
+silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load, blow,
+put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter, hitter,
+pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard, pitch, bat,
+base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of, alongside, on, on top
+of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through, along, across;
+floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw, feed, push,
+wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick, chase, paint,
+repair; needed: on, in, at, outside, inside, down, on top of, on the back of; joined: intersection,
+meeting, mix; described: and, of, in, on, that, background, with, up, down, about, off, which,
+without, inside, inside of, on top of; horizon: sky, cloud, mountain, horizon, hill; taken off:
+jacket, coat, sweater, vest, apron, uniform, costume, wetsuit, suit, robe; plural subject: each
+other, together, both; vague numbers: several, many, multiple, few; moving: walk, run, jog, stroll,
+roam, wander, wonder, march, move, travel, go, come, head, pass, race, drive, chase; standing:
+stand, graze, pose, wait, surf, skateboard, skate, ski; plain values: big, large, small, little,
+old, new, young, red, blue, green, yellow, white, black, brown, gray, grey, pink, purple, orange,
+tan, colorful, wooden, empty, dirty, clean; bound to sport: wave, serve, batter, hitter, pitcher,
+catcher, umpire, inning, bat, at bat; before no act: wind, kite, para, sand, water, jet, body, from,
+without, after, help; by themselves: himself, herself, itself, themselves, underneath, beneath,
+smooth, smoothly; parts of toilet: lid, seat, tank; parts of stove: burner, oven; parts of bathroom:
+toilet paper, commode; parts of carriage: drawn, pull; parts of skateboarder: board; parts of
+snowboarder: board; parts of surfer: board; after kept: fashioned, haired, faced, style, other;
+sizes: big, large, small, little, long, short, tall, huge, tiny; in play: hit, serve, swing, catch,
+ready, wait; placing: on, on top of, atop, in, inside, under, over, across, by, near, next to,
+beside; listing: with, has, have, containing, of; names: red sox, big ben, little league; links:
+that, who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use,
+make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
 particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
 baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
 top of, outside, inside, ., together, between, around; fixed next to: right, directly, close; fixed
-in front of: right, directly; fixed on: focus, emphasis, attention, concentrate, stacked, piled,
-stack, pile, surf, lean, talk, work, speak, chat, display, put; fixed in: hide, docked, anchored,
-bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed:
-parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
-throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie,
-lay, hang; fixed covered with: partially, half, partly; fixed covered in: partially, half, partly;
-fixed up: close, lined, dressed, set; fixed behind: hide, right, directly, close; fixed down:
-descent, descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit,
-walk, pose, lie, lay, run, eat, travel, jump; fixed into: look, cut, turn, made; fixed out of: made,
-make; near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange: red,
-yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white,
-yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near silver:
-white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off of,
-through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
-over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
-walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
-woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
-air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa, group, door, wall, fence, beach,
-cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
-stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
-napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest,
-desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never
-on: parking lot, window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup, glass, mug,
-bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp, castle, church,
-village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery,
-museum, library, hospital, park, market, lake, pond, ocean"""
+in front of: right, directly; fixed on: displayed, mount, mounted, hung, hang, load, focus,
+emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean, talk, work, speak, chat,
+display, put; fixed in: partake, hide, docked, anchored, bury, buried, submerged, stuck, bathe,
+wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
+stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed covered with: partially,
+half, partly; fixed covered in: partially, half, partly; fixed up: line, close, lined, dressed, set;
+fixed behind: hide, right, directly, close; fixed down: descent, descend; fixed over: tower, hover,
+lean, bend, reach, all, look, way; alone: stand, sit, walk, pose, lie, lay, run, eat, travel, jump;
+fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near dirt: sandy; near
+sandy: dirt; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near
+purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray,
+grey, silver; near gray: white, black; near silver: white, black; near grey: white, black; near
+yellow: orange; near blue: purple; paths: off of, through the air, down, up, through, along, across,
+past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry,
+push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman,
+dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid,
+child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: log,
+pizza, sofa, group, door, wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
+motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
+farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
+nightstand, zoo; never at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase,
+wardrobe, drawer, cabinet, cupboard; never on: parking lot, window, door, lighthouse, pan, pot,
+skillet, river, vase, bowl, cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest,
+desert, garden, valley, swamp, castle, church, village, city, office, field, hallway, kitchen,
+bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
+ocean"""
 
 
 class DataError(ValueError):
@@ -1318,7 +1327,9 @@ def _relation(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
     for i, token in enumerate(sentence.tokens):
         if token.word in RELATION_ROWS:
             found += [_put(i, i, new) for new in _contradictions(sentence, i, slots)]
-            found += _but_no(sentence, i) + _neither(sentence, i)
+            found += _neither(sentence, i)
+        if token.word in SETS["listing"]:
+            found += _but_no(sentence, i)
     return found or _apart(sentence)
 
 
@@ -1399,7 +1410,7 @@ def _but_no(sentence: Sentence, i: int) -> list[Candidate]:
     """The second of two things after relation i is missing: with a stove but no oven."""
     tokens, phrase = sentence.tokens, sentence.starts.get(i + 1)
     held = i > 0 and tokens[i].word == "of" and KINDS.get(tokens[i - 1].lemma) in HOLDERS
-    if i >= 0 and not held and tokens[i].word not in ("with", "has", "have", "containing"):
+    if i >= 0 and tokens[i].word == "of" and not held:
         return []
     if i < 0 and (SETS["plural subject"] & sentence.own or any(t.tag in "IZB" for t in tokens)):
         return []  # a man but no woman play together
@@ -1421,8 +1432,10 @@ def _no(sentence: Sentence, k: int, phrase: Phrase | None) -> list[Candidate]:
     plain = first.word in ("a", "an") or first.tag in "NS"
     last = k + (first.word in ("a", "an"))
     ends = _word(sentence, phrase.stop) in (".", "in", "on", "next to", "near", "at")
-    if kind in ("body", "idea", "part") or not plain or not ends or (not kind and last == k):
+    if kind in ("body", "idea", "part") or not plain or not ends:
         return []
+    if last == k and (not kind or phrase.stop - phrase.first > 1):
+        return []  # a steak and vegetable meal
     return [(Part(k, last, "but no", ("but", "no", "no")),)]
 
 
@@ -1443,10 +1456,6 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         return []
     if relation == "full of" and _mover(sentence, i)[0].startswith("place"):
         return []  # a city full of buildings
-    if relation == "of" and phrase:
-        again = [t.lemma for t in tokens].count(noun) > 1
-        if again or phrase.stop - phrase.first > 1:
-            return []  # a plate without foreign food
     thing = relation in SETS["lacking"] or kind not in ("idea", "picture", "feat")
     fits = (thing and phrase is not None) or its or relation in SETS["lonely"]
     rows = RELATION_ROWS[relation]
@@ -1454,9 +1463,9 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
     whole = relation not in ("has", "have") or tokens[0].word in ("a", "an")
     if targets and relation in SETS["lacking"] and whole and _has(sentence, i):
         targets = ["without"]
-    elif targets and relation == "with" and _serves(sentence, i, kind):
-        targets = ["without", "next to"] if kind != "food.sauce" else ["without"]
-    barred = frozenset() if _can_lack(sentence, phrase) else SETS["lackings"]
+    barred = set() if _can_lack(sentence, phrase) else {*SETS["lackings"]}
+    if sentence.own & SETS["in play"]:
+        barred.add("after")  # the game in which they serve
     return [
         t
         for t in targets
@@ -1493,7 +1502,9 @@ def _other_side(sentence: Sentence, i: int) -> tuple[str, str]:
 def _stuck(sentence: Sentence, i: int, phrase: Phrase | None) -> bool:
     """Whether what stands around relation i holds it: out in the rain, the sun over a city."""
     tokens, relation = sentence.tokens, sentence.tokens[i].word
-    if not sentence.own.isdisjoint(("sun", "moon")) or (i and tokens[i - 1].lemma == "pass"):
+    if not sentence.own.isdisjoint(("sun", "moon", "only")) or (
+        i and tokens[i - 1].lemma == "pass"
+    ):
         return True
     if relation.startswith(("out", "in")) and not sentence.own.isdisjoint(("rain", "snow")):
         return True
@@ -1514,13 +1525,13 @@ def _open(sentence: Sentence, i: int) -> bool:
     """Whether a picture cannot tell relation i from its opposite, or the opposite never is."""
     relation, kind = sentence.tokens[i].word, _mover(sentence, i)[0]
     if relation == "on the wall":
-        return "up" in sentence.own
+        return not sentence.own.isdisjoint(("up", "hang", "hung", "mounted"))
     if relation == "in the background":
         return not sentence.own.isdisjoint(SETS["horizon"])
     if relation == "in the air":
         return kind.startswith("person")  # near the ground as well
     return relation == "through the air" or (
-        relation in ("into", "on the ground") and kind.startswith("vehicle")
+        relation in ("into", "on the ground", "to", "up to") and kind.startswith("vehicle")
     )
 
 
@@ -1557,6 +1568,11 @@ def _needed(sentence: Sentence, i: int, kind: str, noun: str) -> bool:
         return True
     if i > 1 and tokens[i - 2].lemma in SETS["looks"] and tokens[i - 1].tag in "RP":
         return True
+    after = next(
+        (tokens[p.stop] for p in sentence.phrases if p.first == i + 1 < p.stop < len(tokens)), None
+    )
+    if after and after.lemma in SETS["steered"] and _matches(kind, ridden):
+        return True  # on scooters riding
     owned = _word(sentence, i + 1) in SETS["possessive"] and _matches(kind, ("vehicle", "gear"))
     return owned or (
         kind == "gear.board" and any(t.tag in "GZBEU" and t.lemma not in POSTURES for t in tokens)
@@ -1567,16 +1583,6 @@ def _has(sentence: Sentence, i: int) -> bool:
     """Whether what stands before relation i is a place or a thing that has parts."""
     before = KINDS.get(sentence.tokens[i - 1].lemma, "") if i else ""
     return _matches(before, ("place", "furniture", "structure", "vehicle", "fixture", "picture"))
-
-
-def _serves(sentence: Sentence, i: int, kind: str) -> bool:
-    """Whether "with" stands between a dish and food, which could as well lie beside it."""
-    before = KINDS.get(sentence.tokens[i - 1].lemma, "") if i else ""
-    phrase = sentence.starts.get(i + 1)
-    if phrase is None:
-        return False
-    ends = phrase.stop == len(sentence.tokens) or sentence.tokens[phrase.stop].tag == "."
-    return ends and _matches(before, ("container", "food")) and _matches(kind, ("food", "drink"))
 
 
 def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
@@ -1591,16 +1597,23 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     far = known and first.word != "some" and kind != "place.land"
     if (new == "far from" and not far) or noun not in SETS.get(f"can be {new}", {noun}):
         return False  # nobody writes "far from a hill"
+    standing = next((p for p in sentence.phrases if p.stop == i and p.first), None)
+    if standing and tokens[standing.first - 1].word in SETS["placing"] >= {new}:
+        return False  # by the water in the grass, on a floor on a rack
     if new == "in the middle of" and noun in SETS["vague"] | {"hill"}:
         return False
     if new not in GROUNDS:
         return _around(sentence, i, new, kind, noun)
-    standing = next((p for p in sentence.phrases if p.stop == i and p.first), None)
-    if standing and tokens[standing.first - 1].word in GROUNDS:
-        return False  # on a floor on a rack
-    if _word(sentence, phrase.stop) in ("and", ",") and tokens[i].word not in GROUNDS:
+    if tokens[i].word not in GROUNDS and _goes_on(sentence, phrase):
         return False  # in a tree and a lake
     return _grounded(sentence, i, new, kind, noun)
+
+
+def _goes_on(sentence: Sentence, phrase: Phrase) -> bool:
+    """Whether a phrase is the first of a list: a bowl of soup and a glass."""
+    if _word(sentence, phrase.stop) == "of":
+        phrase = sentence.starts.get(phrase.stop + 1, phrase)
+    return _word(sentence, phrase.stop) in ("and", ",")
 
 
 def _grounded(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
@@ -1646,13 +1659,14 @@ def _around(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
         return False  # swimming next to a pond
     close = new in ("next to", "beside", "by", "near")
     still = new == "far from" or (close and (act not in MOVES or mover.startswith("vehicle")))
-    if tokens[i].word in GROUNDS and _vague(kind, noun, mover, close, still):
+    if tokens[i].word in SETS["placing"] and _vague(kind, noun, mover, close, still):
         return False
-    eats = act == "eat" and mover.startswith("person")
-    if kind.startswith("furniture") and (eats or _handled(sentence, i)):
+    near = new != "far from" and not kind.startswith("place")
+    laid = kind.startswith(("furniture", "container")) and _handled(sentence, i)
+    if laid or (near and act in ("eat", "graze", "feed")):
         return False  # cutting a cake on a table, behind a table
     if noun == "water" and tokens[i + 1].word == "the":
-        return new in ("next to", "beside", "far from")
+        return new == "far from"
     if noun in SETS["never beside"] or not _matches(kind, AROUND.get(new, kind).split()):
         return False
     if new == "outside":
@@ -1687,15 +1701,14 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if slots is None or not before or not noun or noun in NEVER.get(new, ()):
         return False
     first = sentence.tokens[i + 1]
-    listed = _word(sentence, sentence.starts[i + 1].stop) in ("and", ",")
-    fixed = ("clothing", "animal", "nature.tree")
+    listed = _goes_on(sentence, sentence.starts[i + 1])
+    fixed = ("clothing", "animal", "nature.tree", "food", "container")
     if noun in SETS["perches"] or listed or _kind(sentence.starts[i + 1]).startswith(fixed):
         return False  # birds may sit in trees and on fences, cows not
     if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
         return False
     mover, kind = _kind(before[-1]), _kind(sentence.starts[i + 1])
-    still = ("", "place", "picture", "idea", "part", "body", "fixture", "furniture", "vehicle")
-    if not kind or _matches(mover, still):
+    if not kind or mover.startswith("vehicle") or not _matches(mover, (*SEEN, *HANDLED)):
         return False
     _, _, ahead, behind = sentence.contexts[i]
     if behind != sentence.tokens[sentence.starts[i + 1].head].word:
@@ -1719,8 +1732,6 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
         return False  # ridden by a man
     if relation in LED:
         return before.tag in "GZB" and (not LED[relation] or before.lemma in LED[relation])
-    if relation == "of":
-        return KINDS.get(before.lemma, "").startswith("container")
     if relation == "together":
         return before.lemma in POSTURES
     if relation == "with" and before.tag in "GZB":
@@ -1934,7 +1945,7 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     if head.lemma in ("boy", "girl", "child", "kid") and word in (*YOUNGER, "young"):
         fits = head.lemma in CHILDREN and word in YOUNGER
         return [YOUNGER[word]] if fits and YOUNGER[word] not in sentence.named else []
-    if _idiom(sentence, i, phrase, head):
+    if _idiom(sentence, i, phrase, head) or _bound_value(word, _word(sentence, i + 1), head):
         return []
     kind = _kind(phrase)
     for sense in VALUE_SENSES.get(word, ()):
@@ -1951,6 +1962,12 @@ def _misfits(sentence: Sentence, i: int, phrase: Phrase | None, kind: str) -> fr
         misfits |= SETS["shades"]
     if phrase is None or kind.startswith("food"):
         misfits |= {"various", "assorted", "identical", "matching"}
+    if sentence.named & {"night", "dusk", "evening"}:
+        misfits |= {"dark", "dim"}
+    if "snow" in sentence.named:
+        misfits |= {"white"}
+    if not _matches(kind, ("structure", "place", "home.wall", "home.light")):
+        misfits |= {"brick", "stone", "concrete"}
     if phrase and sentence.tokens[phrase.head].lemma == "beach":
         misfits |= {"dirt", "gravel"}
     if _matches(kind, ("place", "nature", "food", "animal")):
@@ -1978,6 +1995,8 @@ def _numbers(sentence: Sentence, i: int, head: Token) -> list[str]:
         t.word for t in sentence.tokens
     }:
         return []  # four elephants, two babies and two adults
+    if "one" in sentence.own or head.lemma in ("half", "side", "end"):
+        return []  # two phones, one open
     return [n for n in wanted if n not in sentence.named] if counted else []
 
 
@@ -1986,13 +2005,17 @@ def _idiom(sentence: Sentence, i: int, phrase: Phrase | None, head: Token) -> bo
     tokens, word = sentence.tokens, sentence.tokens[i].word
     following = _word(sentence, i + 1)
     before = tokens[i - 1] if i else Token("", 0, 0, "", "")
-    if phrase is None and (before.tag in ("D", "N", "S") or word in ("high", "low")):
+    if phrase is None and (before.tag in ("D", "N", "S", "A") or word in ("high", "low")):
         return True
     if phrase is None and word.endswith("ed") and i + 1 < len(tokens) and tokens[i + 1].tag == "P":
         return True
     if before.word == "to" and word in VERB_FORMS:
         return True  # about to cut
-    if before.word == "lush" or word == "french" or word in SETS.get(f"of {head.lemma}", ()):
+    if (
+        "lush" in (before.word, word)
+        or word == "french"
+        or word in SETS.get(f"of {head.lemma}", ())
+    ):
         return True
     around = [t.word for t in tokens[max(i - 2, 0) : i]], [t.word for t in tokens[i + 1 : i + 3]]
     if any(photo in around for photo in (["and", "white"], ["and", "black"], ["black", "and"])):
@@ -2007,6 +2030,13 @@ def _idiom(sentence: Sentence, i: int, phrase: Phrase | None, head: Token) -> bo
         return tokens[phrase.first - 1].word in SETS["reached"]  # into an open box
     sexed = word in ("male", "female") and any(t.word in PRONOUNS for t in tokens)
     return sexed or KINDS.get(head.lemma) in ("measure", "idea")
+
+
+def _bound_value(word: str, following: str, head: Token) -> bool:
+    """Whether a value belongs to the word behind it: old fashioned, large long, little grass."""
+    mass = SENSES.get(head.lemma, [NO_SENSE])[0].mass
+    sizes = {word, following} <= SETS["sizes"]
+    return sizes or following in SETS["after kept"] or (word == "little" and mass)
 
 
 def _object(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
@@ -2027,7 +2057,7 @@ def _renamed(sentence: Sentence, sporty: bool) -> list[Candidate]:
         while first > phrase.first and tokens[first - 1].tag == "N":
             first -= 1  # a kitchen counter becomes a table
         inner = tokens[first : phrase.head]
-        if any(KINDS.get(t.lemma) in ("measure", "body", "part") for t in inner):
+        if any(KINDS.get(t.lemma) in ("measure", "body", "part", "person.group") for t in inner):
             continue  # a lot oranges, a horn steer
         described = tokens[first - 1] if phrase.first < first < phrase.head else tokens[first]
         if described.tag == "A" and described.word not in SETS["plain values"]:
@@ -2080,26 +2110,27 @@ def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
     """Whether the words around a noun need it: on her phone, a game of frisbee, and watches."""
     tokens, noun = sentence.tokens, sentence.tokens[phrase.head]
     kind = KINDS.get(noun.lemma, "")
-    if before in SETS["before kept"]:
+    if before in SETS["before kept"] or "wii" in noun.lemma:
         return True  # to take home
+    if noun.word == "glass" and phrase.first == phrase.head:
+        return True  # behind glass
     if before == "off" and kind.startswith("place"):
         return True
     if kind == "place.water" and any(
         t.word in SETS["watery"] for t in tokens[phrase.first : phrase.head]
     ):
         return True
-    if f"{before} {noun.lemma}" in SETS["set phrases"]:
+    if f"{before} {noun.lemma}" in {"in mirror", *SETS["set phrases"]}:
         return True
-    if (before == "on" and kind == "device.hand") or (before == "in" and noun.lemma == "mirror"):
+    if before == "on" and kind == "device.hand":
         return True
     holder = tokens[phrase.first - 2].lemma if before == "of" else ""
     paired = holder == "pair" and noun.lemma in SETS["plural only"]
     sheet = holder in SETS["portions"] and kind == "home.read"
     if paired or sheet or holder in SETS["owners"]:
         return True
-    if noun.lemma == "pen" and before in ("in", "inside", "inside of", "into"):
-        return True
-    if noun.lemma == "mouse" and sentence.own & SETS["desks"]:
+    penned = noun.lemma == "pen" and before in ("in", "inside", "inside of", "into")
+    if penned or (noun.lemma == "mouse" and sentence.own & SETS["desks"]):
         return True
     if kind == "person.group" and any(t.word in ("its", "their") for t in tokens):
         return True
@@ -2127,7 +2158,10 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
         return []
     if sense.kind == "sport.game" and counted:
         return []  # a baseball is a ball
-    words = [w for w in _unnamed(sense, sentence) if w not in _clashing(sentence, phrase)]
+    clashing = _clashing(sentence, phrase)
+    words = [w for w in _unnamed(sense, sentence) if w not in clashing]
+    if sense.mass and not counted:
+        words = [w for w in words if any(other.mass for other in SENSES.get(w, ()))]
     if _word(sentence, phrase.stop) == "of":
         words = [w for w in words if w in SETS["holding"]]
     if any(t.word in SETS["materials"] for t in tokens[phrase.first : phrase.head]):
@@ -2153,6 +2187,12 @@ def _clashing(sentence: Sentence, phrase: Phrase) -> Set[str]:
         return {"dress", "robe", "kimono", "apron"}
     if kind == "place.water" and own & {"wave", "surf"}:
         return {"forest", "desert"}
+    if kind == "food.mass" and "eat" in own:
+        return {"wine", "paint", "laundry"}
+    if kind == "device.kitchen" and "kitchen" in sentence.named:
+        return {"refrigerator", "fridge", "oven", "stove", "microwave"}
+    if kind == "device.hand" and sentence.named & {"picture", "photo", "selfie"}:
+        return {"camera"}
     child = kind == "person.child" and "people" in own
     return {"man", "woman"} if child else frozenset()
 
@@ -2164,7 +2204,7 @@ def _stays(sentence: Sentence, phrase: Phrase) -> bool:
     holds = KINDS.get(noun.lemma, "").startswith("container")
     if first.word in ("another", "other") or (_word(sentence, phrase.stop) == "of" and not holds):
         return True
-    if noun.lemma == "toilet" and {"lid", "seat"} & sentence.own:
+    if SETS.get(f"parts of {noun.lemma}", frozenset()) & sentence.own:
         return True
     following = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
     if following.word in ("that", "which") and _word(sentence, phrase.stop + 1) in ("has", "have"):
@@ -2298,7 +2338,7 @@ def _takes(sentence: Sentence, last: int, kinds: Sequence[str]) -> bool:
     first, noun, kind = tokens[phrase.first], tokens[phrase.head], _kind(phrase)
     counted = first.tag in "DM" or noun.tag == "S" or kind.startswith("food") or "hay" in kinds
     after = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
-    if not counted or after.word in SETS["goes on"] or after.tag == "B":
+    if not counted or after.word in SETS["goes on"] or after.tag in "BG":
         return False
     if _held(sentence, phrase):
         return False
@@ -2408,6 +2448,8 @@ def _acts(sentence: Sentence, i: int) -> tuple[int, Sequence[str]]:
         return last, ()
     if subject == "person":
         return last, _done(sentence, i, phrase, kind)
+    if _word(sentence, phrase.stop) in SETS["paths"] | {"behind"}:
+        return last, ()
     fits = (acts for who, kinds, acts in DONE_BY if who == subject and _matches(kind, kinds))
     return last, next(fits, ())
 
@@ -2419,8 +2461,8 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
     if _bound(sentence, i, phrase) or (not kind and noun not in SETS["weather"]):
         return ()
     acts = next(DONE[k] for k in (noun, kind, kind.split(".")[0], "any") if k in DONE)
-    if kind == "feat" and tokens[i].lemma in SETS["done feats"]:
-        acts = ["watch", "film"]
+    if kind == "feat":
+        acts = ["watch", "film"] if tokens[i].lemma in SETS["done feats"] else []
     if noun in SETS["weather"]:
         acts = ["watch", "photograph"]
     counted = tokens[phrase.first].tag in "DM"
@@ -2441,10 +2483,18 @@ def _unfit(sentence: Sentence, i: int, kind: str, noun: str) -> set[str]:
     tokens, unfit = sentence.tokens, set()
     if KINDS.get(noun) == "measure":
         unfit |= {"cook", "prepare", "make"}  # a slice of the cake
-    if "wave" in sentence.own:
+    if sentence.own & {"wave", *SETS["airy"]}:
         unfit |= {"wash", "repair", "paint"}
-    if kind == "clothing.hand":
-        unfit |= {"hold", "carry"}  # while wearing it
+    if kind in ("clothing.hand", "gear.glove") or "," in sentence.own:
+        unfit |= {"hold", "carry"}  # while wearing it, or much else
+    if tokens[i].lemma == "play" and sentence.own & SETS["in play"]:
+        unfit |= {"watch", "coach"}
+    if noun == "video game":
+        unfit |= {"coach", "practice"}
+    if noun in ("meal", "dinner", "lunch", "breakfast") or "at" in sentence.own:
+        unfit |= {"throw"}
+    if tokens[i + 1].word in SETS["possessive"]:
+        unfit |= {"buy"}
     if any(t.tag in "GZB" and t.lemma in POSTURES | MOVES for t in tokens[:i] + tokens[i + 1 :]):
         unfit |= {"ride"}  # standing on rocks
     if i and tokens[i - 1].word == "to":
@@ -2483,7 +2533,7 @@ def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
 def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Sequence[str]:
     """Those of free acts that can be done where verb i is done."""
     verb, relation = sentence.tokens[i], _word(sentence, last + 1)
-    if not acts or relation not in SETS["after free acts"]:
+    if not acts or relation not in SETS["after free acts"] or "wheel" in sentence.own:
         return []  # up high, digging in to
     if verb.lemma in MOVES and _on(sentence, SETS["mounted"]):
         return []
@@ -2509,27 +2559,29 @@ def _on_ground(sentence: Sentence, verb: Token, last: int, acts: Sequence[str]) 
     """Those of free acts that go with the relation and the place after them."""
     relation = _word(sentence, last + 1)
     ground = _kind(sentence.starts.get(last + 2))
-    if relation in SETS["leading"] or (relation == "over" and not ground.startswith("place")):
-        return []  # posing for, running after, walking over a laptop
+    over = relation == "over" and not ground.startswith("place")
+    mutual = relation in ("with", "on top of") and _word(sentence, last + 2) in PRONOUN_KINDS
+    if relation in SETS["leading"] or over or mutual:
+        return []  # posing for, walking over a laptop, talking with each other
     if relation in SETS["paths"]:
         led = last + 2 in sentence.starts  # down a street, not up and down
         return [act for act in acts if led and act in MOVES - {"fly", "slide", "jump", "leap"}]
     if relation == "with" or relation == "and":  # sits and reads, runs with a racket
         acts = [act for act in acts if act in POSTURES or (relation == "with" and act in MOVES)]
         return [act for act in acts if act not in ("sleep", "lie")]
-    if (ground == "body" and relation == "on") or ground.startswith("sky"):
-        return []  # on one leg, in the clouds
+    if ground in ("body", "sky.any") or ground.startswith("sport"):
+        return []  # on one leg, in the clouds, playing in a match
     if relation == "around" and ground:
         return [act for act in acts if act in MOVES and act != "crawl"]
-    if ground.startswith("sport") or (relation == "at" and verb.lemma not in STILL):
-        return []  # playing in a match, swinging at a ball
-    if relation == "at":
-        return [act for act in acts if act in ("sit", "stand", "sleep")]
+    if relation == "at" and verb.lemma not in STILL:
+        return []  # swinging at a ball
     if relation in ("on", "on top of") and ground == "place.water":
         return []
+    if relation == "at":
+        return [act for act in acts if act in ("sit", "stand", "sleep")]
     within = relation in ("on", "on top of", "in", "inside")
     if within and _matches(
-        ground, ("furniture", "vehicle", "animal", "gear", "container", "fixture", "body")
+        ground, ("furniture", "vehicle", "animal", "gear", "container", "fixture")
     ):
         return [act for act in acts if act in ("sit", "stand", "sleep", "lie", "kneel", "jump")]
     return acts
