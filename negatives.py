@@ -273,6 +273,7 @@ COUNTED = (
     "device.kitchen",
     "container.box",
     "home.wall",
+    "tool.hand",
 )
 MOVERS = ("person", "animal", "vehicle")
 SEEN = ("person", "animal", "home", "clothing")
@@ -694,41 +695,41 @@ without, after, help; by themselves: himself, herself, itself, themselves, under
 smooth, smoothly; parts of toilet: lid, seat, tank; parts of stove: burner, oven; parts of bathroom:
 toilet paper, commode; parts of carriage: drawn, pull; parts of skateboarder: board; parts of
 snowboarder: board; parts of surfer: board; after kept: fashioned, haired, faced, style, other;
-sizes: big, large, small, little, long, short, tall, huge, tiny; in play: hit, serve, swing, catch,
-ready, wait; placing: on, on top of, atop, in, inside, under, over, across, by, near, next to,
-beside; listing: with, has, have, containing, of; names: red sox, big ben, little league; links:
-that, who, which, while; states: hold, contain, show, include, cover, surround, feature, have, use,
-make, carry; busy: try, get, prepare, attempt, use, go, come; persons: who, he, she, someone, they;
-particles: up, down, out, off; ages: young, little, small, teenage, old, older, elderly, younger,
-baby; after acts: on, in, next to, near, in front of, at, by, behind, under, beside, with, while, on
-top of, outside, inside, ., together, between, around; fixed next to: right, directly, close; fixed
-in front of: right, directly; fixed on: displayed, mount, mounted, hung, hang, load, focus,
-emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean, talk, work, speak, chat,
-display, put; fixed in: partake, hide, docked, anchored, bury, buried, submerged, stuck, bathe,
-wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
-located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
-stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed covered with: partially,
-half, partly; fixed covered in: partially, half, partly; fixed up: line, close, lined, dressed, set;
-fixed behind: hide, right, directly, close; fixed down: descent, descend; fixed over: tower, hover,
-lean, bend, reach, all, look, way; alone: stand, sit, walk, pose, lie, lay, run, eat, travel, jump;
-fixed into: look, cut, turn, made; fixed out of: made, make; near few: many; near dirt: sandy; near
-sandy: dirt; near red: orange, pink; near orange: red, yellow, brown; near pink: red, purple; near
-purple: pink, blue; near brown: orange; near tan: white, yellow; near white: gray; near black: gray,
-grey, silver; near gray: white, black; near silver: white, black; near grey: white, black; near
-yellow: orange; near blue: purple; paths: off of, through the air, down, up, through, along, across,
-past, into, out of, towards, toward, around, over, off, onto, to, away from, from; along: carry,
-push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman,
-dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid,
-child; weather: rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: log,
-pizza, sofa, group, door, wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk,
-motorcycle, scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk,
-farm, harbor, road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser,
-nightstand, zoo; never at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase,
-wardrobe, drawer, cabinet, cupboard; never on: parking lot, window, door, lighthouse, pan, pot,
-skillet, river, vase, bowl, cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest,
-desert, garden, valley, swamp, castle, church, village, city, office, field, hallway, kitchen,
-bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
-ocean"""
+sizes: big, large, small, little, long, short, tall, huge, tiny; in play: hit, serve, swing, swung,
+catch, ready, wait, batter, pitch, bat, prepare; placing: on, on top of, atop, in, inside, under,
+over, across, by, near, next to, beside; listing: with, has, have, containing, of; names: red sox,
+big ben, little league; links: that, who, which, while; states: hold, contain, show, include, cover,
+surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons:
+who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage,
+old, older, elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind,
+under, beside, with, while, on top of, outside, inside, ., together, between, around; fixed next to:
+right, directly, close; fixed in front of: right, directly; fixed on: displayed, mount, mounted,
+hung, hang, load, focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean,
+talk, work, speak, chat, display, put; fixed in: partake, hide, docked, anchored, bury, buried,
+submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated,
+stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
+together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang;
+fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed
+against: up; fixed up: line, close, lined, dressed, set; fixed behind: hide, right, directly, close;
+fixed down: descent, descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone:
+stand, sit, walk, pose, lie, lay, run, eat, travel, jump; fixed into: put, pour, look, cut, turn,
+made; fixed out of: made, make; near few: many; near dirt: sandy; near sandy: dirt; near red:
+orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near
+brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray:
+white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
+purple; paths: off of, through the air, down, up, through, along, across, past, into, out of,
+towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
+drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
+teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
+rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa,
+group, door, wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle,
+scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor,
+road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
+never at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
+cabinet, cupboard; never on: parking lot, window, door, lighthouse, pan, pot, skillet, river, vase,
+bowl, cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley,
+swamp, castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroom,
+restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -1465,7 +1466,7 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         targets = ["without"]
     barred = set() if _can_lack(sentence, phrase) else {*SETS["lackings"]}
     if sentence.own & SETS["in play"]:
-        barred.add("after")  # the game in which they serve
+        barred |= {"after", "before"}  # the game in which they serve
     return [
         t
         for t in targets
@@ -1474,6 +1475,7 @@ def _contradictions(sentence: Sentence, i: int, slots: Slots | None) -> list[str
         and (named or t not in RELATION_ROWS or t in SETS["lonely"] or t == "underneath")
         and f"{t} {noun}" not in sentence.named
         and f"{t} {kind}" not in sentence.named
+        and not _may_hold(sentence, i, t, kind, noun)
         and (_can_be(sentence, i, t, kind, noun) or _seen(sentence, i, t, slots))
     ]
 
@@ -1597,9 +1599,6 @@ def _can_be(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
     far = known and first.word != "some" and kind != "place.land"
     if (new == "far from" and not far) or noun not in SETS.get(f"can be {new}", {noun}):
         return False  # nobody writes "far from a hill"
-    standing = next((p for p in sentence.phrases if p.stop == i and p.first), None)
-    if standing and tokens[standing.first - 1].word in SETS["placing"] >= {new}:
-        return False  # by the water in the grass, on a floor on a rack
     if new == "in the middle of" and noun in SETS["vague"] | {"hill"}:
         return False
     if new not in GROUNDS:
@@ -1652,46 +1651,57 @@ def _mover(sentence: Sentence, i: int) -> tuple[str, str]:
 
 
 def _around(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
-    """Whether something can be next to, behind, far from ... this thing, and not as well be so."""
-    tokens, (mover, act) = sentence.tokens, _mover(sentence, i)
-    swum = {tokens[i - 1].lemma, act} & SETS["swum"] or SETS["boarded"] & sentence.own
-    if (kind == "place.water" or noun == "river") and (swum or mover == "vehicle.water"):
-        return False  # swimming next to a pond
-    close = new in ("next to", "beside", "by", "near")
-    still = new == "far from" or (close and (act not in MOVES or mover.startswith("vehicle")))
-    if tokens[i].word in SETS["placing"] and _vague(kind, noun, mover, close, still):
-        return False
-    near = new != "far from" and not kind.startswith("place")
-    laid = kind.startswith(("furniture", "container")) and _handled(sentence, i)
-    if laid or (near and act in ("eat", "graze", "feed")):
-        return False  # cutting a cake on a table, behind a table
-    if noun == "water" and tokens[i + 1].word == "the":
-        return new == "far from"
+    """Whether something can be next to, behind, far from ... this thing."""
+    if noun == "water" and sentence.tokens[i + 1].word == "the":
+        return True
     if noun in SETS["never beside"] or not _matches(kind, AROUND.get(new, kind).split()):
         return False
-    if new == "outside":
-        own = tokens[i + 1].word in SETS["possessive"] or mover.startswith("home")
-        return not own and [t.word for t in tokens[i + 1 : i + 3]] != ["a", "room"]
-    return new not in ("behind", "in front of") or _can_face(sentence, i, kind, noun, mover)
+    mover = _mover(sentence, i)[0]
+    seated = mover.startswith("person") and (kind == "device.desk" or noun == "podium")
+    lost = not mover and sentence.tokens[i].word in GROUNDS
+    faces = not (seated or lost or noun in SETS["surfaces"])
+    return faces or new not in ("behind", "in front of")
 
 
-def _vague(kind: str, noun: str, mover: str, close: bool, still: bool) -> bool:
+def _may_hold(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
+    """Whether a new relation may hold as well as relation i, or makes no sense beside it."""
+    if i + 1 not in sentence.starts:
+        return False
+    tokens, (mover, act) = sentence.tokens, _mover(sentence, i)
+    standing = next((p for p in sentence.phrases if p.stop == i and p.first), None)
+    if standing and tokens[standing.first - 1].word in SETS["placing"] >= {new}:
+        return True  # by the water in the grass, on a floor on a rack
+    if new in GROUNDS or new in SETS["lackings"]:
+        return False
+    swum = {tokens[i - 1].lemma, act} & SETS["swum"] or SETS["boarded"] & sentence.own
+    if (kind == "place.water" or noun == "river") and (swum or mover == "vehicle.water"):
+        return True  # swimming next to a pond
+    if tokens[i].word in SETS["placing"] and _vague(kind, noun, new, mover, act):
+        return True
+    if kind.startswith(("furniture", "container")) and _handled(sentence, i):
+        return True  # cutting a cake on a table, behind a table
+    if new == "far from":
+        return False
+    if noun == "water" or (act in ("eat", "graze", "feed") and not kind.startswith("place")):
+        return True
+    if new in ("behind", "in front of"):
+        served = mover.startswith(("food", "container", "drink"))
+        return served and kind in ("furniture.top", "container.plate")
+    own = tokens[i + 1].word in SETS["possessive"] or mover.startswith("home")
+    bare = [t.word for t in tokens[i + 1 : i + 3]] == ["a", "room"]
+    return new == "outside" and (own or bare)  # a clock outside its tower
+
+
+def _vague(kind: str, noun: str, new: str, mover: str, act: str) -> bool:
     """Whether what is on or in a thing can also be said to be near to it, or far from it."""
+    close = new in ("next to", "beside", "by", "near")
     if noun == "traffic" or (close and noun in SETS["vague"]):
         return True  # who is in the woods is next to them
-    if kind == "place.road":
-        return still  # what stands on a street may well be beside it
+    if kind == "place.road":  # what stands on a street may well be beside it
+        return new == "far from" or (close and (act not in MOVES or mover.startswith("vehicle")))
     if kind == "place.land":
         return mover.startswith("animal") and close
     return kind == "place.ground" and mover.startswith("structure")  # a fence in a field
-
-
-def _can_face(sentence: Sentence, i: int, kind: str, noun: str, mover: str) -> bool:
-    """Whether something can be behind or in front of this thing instead."""
-    served = mover.startswith(("food", "container", "drink")) and kind == "furniture.top"
-    seated = mover.startswith("person") and (kind == "device.desk" or noun == "podium")
-    lost = not mover and sentence.tokens[i].word in GROUNDS
-    return not (served or seated or lost or noun in SETS["surfaces"])
 
 
 def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
@@ -1721,7 +1731,11 @@ def _may_turn(tokens: list[Token], i: int) -> bool:
     if i == 0:
         return tokens[0].word != "to"  # Two is often written so
     before, relation = tokens[i - 1], tokens[i].word
-    fixed = before.tag == "D" or before.lemma in SETS.get(f"fixed {relation}", ())
+    fixed = (
+        before.tag == "D"
+        or before.word == "being"
+        or before.lemma in SETS.get(f"fixed {relation}", ())
+    )
     if fixed or (relation in ("with", "on") and _tied(before)):
         return False
     if relation.startswith("the "):
@@ -1759,7 +1773,7 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     if sentence.tokens[phrase.head].lemma in SETS["floors"]:
         return False
     after = sentence.tokens[phrase.stop :]
-    if after and (after[0].tag in "ADMR" or (after[0].tag == "G" and kind[:8] != "clothing")):
+    if after and (after[0].tag in "ADMRE" or (after[0].tag == "G" and kind[:8] != "clothing")):
         return False  # with the door open, with a couch a table, with a man swinging
     named = first.tag == "X" and sentence.caption[first.start].isupper()  # Williams Street
     after_word = _word(sentence, phrase.stop)
