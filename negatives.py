@@ -249,6 +249,14 @@ furniture snack produce attire space weather direction construction; picture: pi
 photograph image view shot selfie portrait painting drawing closeup scene close-up; measure: group
 bunch pile stack row line pair herd flock variety assortment lot set piece collection array
 selection series load bouquet bundle handful pack dozen loaf kind type sort number slice"""
+# "kinds: what a caption of the image says > what of these kinds cannot be there then".
+CLASHES = """
+vehicle.water: float sail water lake river ocean sea dock harbor pier row > airplane; animal.bird:
+fly perch nest wing > squirrel lizard monkey rabbit; animal.any: herd > bird robot; clothing.top:
+suit tie tuxedo > dress robe kimono apron; place.water: wave surf > forest desert; gear.ball: fly >
+frisbee disc boomerang beach_ball ball; person.any: hold wear point use talk read write type take >
+dog monkey; food.mass: eat > wine paint laundry; device.kitchen: kitchen > refrigerator fridge oven
+stove microwave; device.hand: picture photo selfie > camera; person.child: people > man woman"""
 HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "container.box")  # of ...
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
@@ -267,6 +275,7 @@ COUNTED = (
     "device.desk",
     "food.meal",
     "food.sweet",
+    "food.fruit",
     "home.toy",
     "furniture.seat",
     "structure.street",
@@ -328,6 +337,16 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
   | dead ; stuffed | real live ; real | fake toy ; larger bigger | smaller; taller | shorter; leafy
   | leafless; wooded forested | barren sandy; partial | full; stacked | scattered
 """
+# "kinds: values that are not of them", "values: the only kinds they are of", "what a caption of the
+# image says: values that may be true then".
+VALUES_NEVER_OF = """
+food: various assorted identical matching; place nature food animal: silver gold; nature: grassy
+sandy; animal place.ground place.land nature.tree food.green: blue navy turquoise teal green purple
+pink red maroon burgundy yellow"""
+VALUES_ONLY_OF = """
+crowded full: place vehicle structure container home picture device.kitchen; brick stone concrete:
+structure place home.wall home.light"""
+VALUES_TOLD = """night dusk evening: dark dim; snow: white"""
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 YOUNGER = {"little": "teenage", "small": "teenage"}  # of a boy or girl
 OTHER_VALUES = """
@@ -422,10 +441,10 @@ ANY_ACT = {"person": ("sleep", "dance", "crawl"), "animal": ("sleep", "run", "ju
 WITH_PREPOSITION = """
 look stare gaze watch at > point yell laugh wave; smile laugh at > cry yell frown point; smile for >
 cry yell; pull drive into > crash; chew on > step; hold onto > jump climb fall; search look for >
-wait; talk speak chat text type on > step sit stand draw; talk speak chat to > wave point bow; talk
-speak chat with > dance wrestle sing; look stare gaze out > climb jump fall; look stare gaze peek
-into > fall climb jump; look stare gaze over > jump climb; play with > sit; jump leap over > crawl
-fly walk; ride on > stand kneel; ride in > sleep dance kneel"""
+wait; talk speak chat text type on > step sit stand; talk speak chat to > wave point bow; talk speak
+chat with > dance wrestle sing; look stare gaze out > climb jump fall; look stare gaze peek into >
+fall climb jump; look stare gaze over > jump climb; play with > sit; jump leap over > crawl fly
+walk; ride on > stand kneel; ride in > sleep dance kneel"""
 # "who: acts, relations or -, things or kinds after them > acts in the place of both".  The act none
 # is for captions that tell no act; ? is a thing that the tables do not know, . no thing at all.
 PAIRS = """
@@ -644,36 +663,34 @@ together, alone, its, their, it, they, them, itself, one, single, whole, pair, s
 her, different; looks: look, stare, gaze, point, watch; aged: bearded, bald, beard, child, kid,
 young, teenager, teen, youth, adult, old, older, elderly, little, small; steered: row, paddle, sail,
 ride, drive, fly, travel; haste: fast, quickly, speed, speeding; desks: keyboard, computer, laptop,
-desk, monitor; afloat: float, sail, water, lake, river, ocean, sea, dock, harbor, pier, row;
-portions: piece, slice, plate; loose: wine, paint, laundry, water, juice, milk, coffee, tea, beer,
-rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butter, cream, honey, jam; mounted:
-horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare, make, get, take,
-have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad, father, mom,
-mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue, open;
-plurals: few, couple, lot, dozen, bunch; vague: beach, shore, river, sink, counter, counter top,
-countertop, stove, oven, window, branch, tree branch, market, slope, ski slope, hillside, mountain,
-mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank, riverbank; of
-leg: short, long, tall; of hat: top, hard; of bike: dirt; of bread: sliced; of sum: dim; of fudge:
-hot; of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski slope: steep; of
-mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young; of puppy: young;
-of kitten: young; of view: full, clear; of jet: military; of flag: american, japanese, chinese; of
-balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark, bright; of
-sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy bear:
-stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of infant:
-old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray, plate,
-basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches: tree,
-fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack, bush; can
-be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore, shoreline,
-beach, track, train track, railroad track, lake, fence, wall, pier; can be across: street, road,
-highway, intersection, track, train track, railroad track, bridge, field, parking lot, lot, freeway,
-avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski slope, ramp,
-staircase, stair, ladder, tree, pole, street, road; surfaces: pole, post, counter top, countertop,
-table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick, stone, wooden,
-wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski, snowboard, surf,
-skate; unnatural: blue, navy, turquoise, teal, green, purple, pink, red, maroon, burgundy, yellow;
-owners: body, section, tarmac, aisle, department, game, set, slope, flight, sill, ledge, frame,
-shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc, pcs; before kept: play,
-playing, take, up, travel, winning, win, won, including, like, as; metals: silver, gold; shades:
+desk, monitor; portions: piece, slice, plate; loose: wine, paint, laundry, water, juice, milk,
+coffee, tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butter, cream, honey,
+jam; mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare,
+make, get, take, have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad,
+father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue,
+open; plurals: few, couple, lot, dozen, bunch; vague: beach, shore, river, sink, counter, counter
+top, countertop, stove, oven, window, branch, tree branch, market, slope, ski slope, hillside,
+mountain, mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank,
+riverbank; of leg: short, long, tall; of hat: top, hard; of bike: dirt; of bread: sliced; of sum:
+dim; of fudge: hot; of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski
+slope: steep; of mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young;
+of puppy: young; of kitten: young; of view: full, clear; of jet: military; of flag: american,
+japanese, chinese; of balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of
+glasses: dark, bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall,
+high; of teddy bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly,
+young; of infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl,
+tray, plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel;
+perches: tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus,
+haystack, bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream,
+shore, shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
+street, road, highway, intersection, bridge, field, parking lot, lot, freeway, avenue, roadway,
+lane; can be up: hill, hillside, mountain, mountainside, slope, ski slope, ramp, staircase, stair,
+ladder, tree, pole, street, road; surfaces: lamp post, telephone pole, pole, post, counter top,
+countertop, table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick,
+stone, wooden, wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski,
+snowboard, surf, skate; owners: roof, body, section, tarmac, aisle, department, game, set, slope,
+flight, sill, ledge, frame, shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc,
+pcs; before kept: play, playing, take, up, travel, winning, win, won, including, like, as; shades:
 silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load, blow,
 put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter, hitter,
 pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard, pitch, bat,
@@ -690,14 +707,15 @@ roam, wander, wonder, march, move, travel, go, come, head, pass, race, drive, ch
 stand, graze, pose, wait, surf, skateboard, skate, ski; plain values: big, large, small, little,
 old, new, young, red, blue, green, yellow, white, black, brown, gray, grey, pink, purple, orange,
 tan, colorful, wooden, empty, dirty, clean; bound to sport: wave, serve, batter, hitter, pitcher,
-catcher, umpire, inning, bat, at bat; before no act: wind, kite, para, sand, water, jet, body, from,
-without, after, help; by themselves: himself, herself, itself, themselves, underneath, beneath,
-smooth, smoothly; parts of toilet: lid, seat, tank; parts of stove: burner, oven; parts of bathroom:
-toilet paper, commode; parts of carriage: drawn, pull; parts of skateboarder: board; parts of
-snowboarder: board; parts of surfer: board; after kept: fashioned, haired, faced, style, other;
-sizes: big, large, small, little, long, short, tall, huge, tiny; in play: hit, serve, swing, swung,
-catch, ready, wait, batter, pitch, bat, prepare; placing: on, on top of, atop, in, inside, under,
-over, across, by, near, next to, beside; listing: with, has, have, containing, of; names: red sox,
+catcher, umpire, inning, bat, at bat; before no act: country, on, wind, kite, para, sand, water,
+jet, body, from, without, after, help; by themselves: himself, herself, itself, themselves,
+underneath, beneath, smooth, smoothly; parts of toilet: lid, seat, tank; parts of stove: burner,
+oven; parts of bathroom: toilet paper, commode; parts of carriage: drawn, pull; parts of
+skateboarder: board; parts of snowboarder: board; parts of surfer: board; after kept: fashioned,
+haired, faced, style, other; sizes: big, large, small, little, long, short, tall, huge, tiny; in
+play: hit, serve, swing, swung, catch, ready, wait, batter, pitch, bat, prepare; placing: on, on top
+of, atop, in, inside, under, over, across, by, near, next to, beside; listing: with, has, have,
+containing, of; held still: wave, wheel, statue, sculpture, figurine, underneath; names: red sox,
 big ben, little league; links: that, who, which, while; states: hold, contain, show, include, cover,
 surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons:
 who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage,
@@ -705,31 +723,32 @@ old, older, elderly, younger, baby; after acts: on, in, next to, near, in front 
 under, beside, with, while, on top of, outside, inside, ., together, between, around; fixed next to:
 right, directly, close; fixed in front of: right, directly; fixed on: displayed, mount, mounted,
 hung, hang, load, focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean,
-talk, work, speak, chat, display, put; fixed in: partake, hide, docked, anchored, bury, buried,
-submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed: parked, seated,
-stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing, throw; fixed
-together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang;
-fixed covered with: partially, half, partly; fixed covered in: partially, half, partly; fixed
-against: up; fixed up: line, close, lined, dressed, set; fixed behind: hide, right, directly, close;
-fixed down: descent, descend; fixed over: tower, hover, lean, bend, reach, all, look, way; alone:
+talk, work, speak, chat, display, put; fixed in: encased, partake, view, hide, docked, anchored,
+bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed:
+parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
+throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie,
+lay, hang; fixed covered with: partially, half, partly; fixed covered in: partially, half, partly;
+fixed against: up; fixed up: line, close, lined, dressed, set; fixed behind: hide, right, directly,
+close; fixed down: descent, descend, snowboard, sled; fixed inside: view; fixed out of: stick, hang,
+peek, peer, pop, made, make; fixed over: tower, hover, lean, bend, reach, all, look, way; alone:
 stand, sit, walk, pose, lie, lay, run, eat, travel, jump; fixed into: put, pour, look, cut, turn,
-made; fixed out of: made, make; near few: many; near dirt: sandy; near sandy: dirt; near red:
-orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near
-brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray:
-white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
-purple; paths: off of, through the air, down, up, through, along, across, past, into, out of,
-towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
-drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
-teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
-rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa,
-group, door, wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle,
-scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor,
-road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
-never at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
-cabinet, cupboard; never on: parking lot, window, door, lighthouse, pan, pot, skillet, river, vase,
-bowl, cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley,
-swamp, castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroom,
-restaurant, store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
+made; near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange: red,
+yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white,
+yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near silver:
+white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off of,
+through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
+over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
+walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
+woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
+air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa, group, door, wall, fence, beach,
+cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
+stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
+napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest,
+desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never
+on: parking lot, window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup, glass, mug,
+bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp, castle, church,
+village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery,
+museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -990,6 +1009,14 @@ SETS["never beside"] = SETS["weather"] | SETS["floors"]
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
 GROUNDS = _read_grounds()
+CLASHING: dict[str, list[tuple[set[str], list[str]]]] = defaultdict(list)
+for _kinds, _row in _entries(CLASHES):
+    _told, _, _ruled_out = _row.partition(">")
+    for _one in _kinds.split():
+        CLASHING[_one].append((set(_names(_told)), _names(_ruled_out)))
+NEVER_VALUES = [(kinds.split(), values.split()) for kinds, values in _entries(VALUES_NEVER_OF)]
+ONLY_VALUES = [(values.split(), kinds.split()) for values, kinds in _entries(VALUES_ONLY_OF)]
+TOLD_VALUES = [(set(told.split()), values.split()) for told, values in _entries(VALUES_TOLD)]
 DONE = {kind: acts.split() for kinds, acts in _entries(DONE_TO) for kind in kinds.split()}
 DONE_BY = [
     (subject, kinds.split(), acts.split())
@@ -1351,7 +1378,7 @@ def _apart(sentence: Sentence) -> list[Candidate]:
                 _put(i, i, new)
                 for new in APART[token.lemma]
                 if new not in sentence.named
-                and (new != "without" or _can_lack(sentence, phrase))
+                and (new != "without" or (before != "I" and _can_lack(sentence, phrase)))
                 and _taken_off(sentence, phrase)
                 and (new != "next to" or not _matches(_kind(phrase), HELD))
                 and _kind(phrase) not in ("body", "idea", "part", "feat")
@@ -1530,8 +1557,10 @@ def _open(sentence: Sentence, i: int) -> bool:
         return not sentence.own.isdisjoint(("up", "hang", "hung", "mounted"))
     if relation == "in the background":
         return not sentence.own.isdisjoint(SETS["horizon"])
-    if relation == "in the air":
-        return kind.startswith("person")  # near the ground as well
+    if relation == "in the air":  # or near the ground
+        return kind not in ("vehicle.air", "gear.ball", "animal.bird")
+    if relation in ("outside", "inside"):
+        return not sentence.own.isdisjoint(("street", "road", "sidewalk"))
     return relation == "through the air" or (
         relation in ("into", "on the ground", "to", "up to") and kind.startswith("vehicle")
     )
@@ -1623,6 +1652,8 @@ def _grounded(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> boo
     person = mover.startswith("person")
     if kind == "place.land" and old not in GROUNDS:
         return False  # near some grass may be on it
+    if kind.startswith("vehicle") and _handled(sentence, i):
+        return False  # checks her phone on a bus
     if (old == "at" and not person) or (old == "over" and person):
         return False  # what is at a table is on it
     if act in SETS["swum"] and kind != "place.water":
@@ -1674,22 +1705,23 @@ def _may_hold(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> boo
     if new in GROUNDS or new in SETS["lackings"]:
         return False
     swum = {tokens[i - 1].lemma, act} & SETS["swum"] or SETS["boarded"] & sentence.own
-    if (kind == "place.water" or noun == "river") and (swum or mover == "vehicle.water"):
+    wet = (kind == "place.water" or noun == "river") and (swum or mover == "vehicle.water")
+    if wet or (tokens[i].word in SETS["placing"] and _vague(kind, noun, new, mover, act)):
         return True  # swimming next to a pond
-    if tokens[i].word in SETS["placing"] and _vague(kind, noun, new, mover, act):
-        return True
     if kind.startswith(("furniture", "container")) and _handled(sentence, i):
         return True  # cutting a cake on a table, behind a table
     if new == "far from":
-        return False
+        return act in MOVES
     if noun == "water" or (act in ("eat", "graze", "feed") and not kind.startswith("place")):
         return True
+    own = tokens[i + 1].word in SETS["possessive"]
+    if mover.startswith("home") and (own or new == "outside"):
+        return True  # a clock behind its tower
     if new in ("behind", "in front of"):
         served = mover.startswith(("food", "container", "drink"))
         return served and kind in ("furniture.top", "container.plate")
-    own = tokens[i + 1].word in SETS["possessive"] or mover.startswith("home")
     bare = [t.word for t in tokens[i + 1 : i + 3]] == ["a", "room"]
-    return new == "outside" and (own or bare)  # a clock outside its tower
+    return new == "outside" and (own or bare)
 
 
 def _vague(kind: str, noun: str, new: str, mover: str, act: str) -> bool:
@@ -1698,9 +1730,10 @@ def _vague(kind: str, noun: str, new: str, mover: str, act: str) -> bool:
     if noun == "traffic" or (close and noun in SETS["vague"]):
         return True  # who is in the woods is next to them
     if kind == "place.road":  # what stands on a street may well be beside it
-        return new == "far from" or (close and (act not in MOVES or mover.startswith("vehicle")))
+        walks = mover.startswith("animal") and act in MOVES
+        return new == "far from" or (close and not walks)
     if kind == "place.land":
-        return mover.startswith("animal") and close
+        return close
     return kind == "place.ground" and mover.startswith("structure")  # a fence in a field
 
 
@@ -1718,6 +1751,8 @@ def _seen(sentence: Sentence, i: int, new: str, slots: Slots | None) -> bool:
     if first.tag not in "DM" or (noun in SETS["either"] and sentence.tokens[i].word in GROUNDS):
         return False
     mover, kind = _kind(before[-1]), _kind(sentence.starts[i + 1])
+    if kind.startswith("place") and new in ("behind", "in front of"):
+        return False
     if not kind or mover.startswith("vehicle") or not _matches(mover, (*SEEN, *HANDLED)):
         return False
     _, _, ahead, behind = sentence.contexts[i]
@@ -1912,6 +1947,7 @@ def _recounted(sentence: Sentence) -> list[Candidate]:
     if not counted or not one or _word(sentence, stop) in ("and", ",", "of", "or"):
         return []
     linked = near > stop and near not in verbs  # a sign that says
+    linked |= any(t.tag == "X" and VERB_FORMS.get(t.word, "  ")[1] == "Z" for t in tokens[stop:])
     if linked or any(i != near for i in verbs):
         return []
     if any(letter.isupper() for letter in sentence.caption[noun.start + 1 : noun.end]):
@@ -1969,28 +2005,22 @@ def _values(sentence: Sentence, i: int) -> list[str]:
     return []
 
 
-def _misfits(sentence: Sentence, i: int, phrase: Phrase | None, kind: str) -> frozenset[str]:
+def _misfits(sentence: Sentence, i: int, phrase: Phrase | None, kind: str) -> set[str]:
     """Values that nobody writes of this thing, or between these words."""
-    misfits: frozenset[str] = frozenset()
+    misfits = {
+        w for values, kinds in ONLY_VALUES if kind and not _matches(kind, kinds) for w in values
+    }
+    misfits.update(w for kinds, values in NEVER_VALUES if _matches(kind, kinds) for w in values)
+    misfits.update(w for told, values in TOLD_VALUES if sentence.named & told for w in values)
     if i and sentence.tokens[i - 1].word in ("light", "dark", "bright", "pale", "neon"):
         misfits |= SETS["shades"]
-    if phrase is None or kind.startswith("food"):
+    if phrase is None:
         misfits |= {"various", "assorted", "identical", "matching"}
-    if sentence.named & {"night", "dusk", "evening"}:
-        misfits |= {"dark", "dim"}
-    if "snow" in sentence.named:
-        misfits |= {"white"}
-    if not _matches(kind, ("structure", "place", "home.wall", "home.light")):
-        misfits |= {"brick", "stone", "concrete"}
-    if phrase and sentence.tokens[phrase.head].lemma == "beach":
+    elif sentence.tokens[phrase.head].lemma == "beach":
         misfits |= {"dirt", "gravel"}
-    if _matches(kind, ("place", "nature", "food", "animal")):
-        misfits |= SETS["metals"]
-    after = {t.word for t in sentence.tokens[i + 1 :]}
-    if after & {"with", "of", "full of", "filled with"}:
+    if any(t.word in ("with", "of", "full of", "filled with") for t in sentence.tokens[i + 1 :]):
         misfits |= {"empty", "vacant", "deserted"}  # a crowded shelf with a variety of items
-    wild = _matches(kind, ("animal", "place.ground", "place.land", "nature.tree", "food.green"))
-    return misfits | SETS["unnatural"] if wild else misfits
+    return misfits
 
 
 def _numbers(sentence: Sentence, i: int, head: Token) -> list[str]:
@@ -2146,7 +2176,7 @@ def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
     penned = noun.lemma == "pen" and before in ("in", "inside", "inside of", "into")
     if penned or (noun.lemma == "mouse" and sentence.own & SETS["desks"]):
         return True
-    if kind == "person.group" and any(t.word in ("its", "their") for t in tokens):
+    if kind == "person.group" and any(t.word in SETS["possessive"] for t in tokens):
         return True
     return before == "and" and noun.lemma in ("watch", "fly", "ride", "look")
 
@@ -2188,27 +2218,10 @@ def _things(sentence: Sentence, phrase: Phrase) -> list[str]:
     return [w for w in words if w not in PARTICULAR or _fits(sentence, phrase, w, before)]
 
 
-def _clashing(sentence: Sentence, phrase: Phrase) -> Set[str]:
-    """Things that the rest of the caption rules out in this place."""
-    kind, own = KINDS.get(sentence.tokens[phrase.head].lemma, ""), sentence.own
-    if kind == "vehicle.water" and own & SETS["afloat"]:
-        return {"airplane"}
-    if kind == "animal.bird" and own & {"fly", "perch", "nest", "wing"}:
-        return {"squirrel", "lizard", "monkey", "rabbit"}
-    if kind == "animal.any" and "herd" in own:
-        return {"bird", "robot"}
-    if kind == "clothing.top" and own & {"suit", "tie", "tuxedo"}:
-        return {"dress", "robe", "kimono", "apron"}
-    if kind == "place.water" and own & {"wave", "surf"}:
-        return {"forest", "desert"}
-    if kind == "food.mass" and "eat" in own:
-        return {"wine", "paint", "laundry"}
-    if kind == "device.kitchen" and "kitchen" in sentence.named:
-        return {"refrigerator", "fridge", "oven", "stove", "microwave"}
-    if kind == "device.hand" and sentence.named & {"picture", "photo", "selfie"}:
-        return {"camera"}
-    child = kind == "person.child" and "people" in own
-    return {"man", "woman"} if child else frozenset()
+def _clashing(sentence: Sentence, phrase: Phrase) -> set[str]:
+    """Things that the captions of the image rule out in this place."""
+    rows = CLASHING.get(KINDS.get(sentence.tokens[phrase.head].lemma, ""), ())
+    return {thing for told, things in rows if sentence.named & told for thing in things}
 
 
 def _stays(sentence: Sentence, phrase: Phrase) -> bool:
@@ -2224,6 +2237,8 @@ def _stays(sentence: Sentence, phrase: Phrase) -> bool:
     if following.word in ("that", "which") and _word(sentence, phrase.stop + 1) in ("has", "have"):
         return True  # a stove that has two ovens
     bare = phrase.first == phrase.head > 0 and noun.tag == "N"
+    if following.word in ("boarding", "skiing"):
+        return True
     looks = following.word == "looking" and phrase.stop + 1 in sentence.starts
     if looks or (bare and following.tag == "G" and tokens[phrase.first - 1].tag == "I"):
         return True  # pizza looking food, are snow skiing
@@ -2495,13 +2510,14 @@ def _done(sentence: Sentence, i: int, phrase: Phrase, kind: str) -> Sequence[str
 def _unfit(sentence: Sentence, i: int, kind: str, noun: str) -> set[str]:
     """Acts that the rest of the caption keeps from a thing."""
     tokens, unfit = sentence.tokens, set()
-    if KINDS.get(noun) == "measure":
+    if KINDS.get(noun) in HOLDERS:
         unfit |= {"cook", "prepare", "make"}  # a slice of the cake
     if sentence.own & {"wave", *SETS["airy"]}:
         unfit |= {"wash", "repair", "paint"}
     if kind in ("clothing.hand", "gear.glove") or "," in sentence.own:
         unfit |= {"hold", "carry"}  # while wearing it, or much else
-    if tokens[i].lemma == "play" and sentence.own & SETS["in play"]:
+    others = {t.lemma for t in tokens[:i] + tokens[i + 1 :] if t.tag in "GZB"}
+    if tokens[i].lemma == "play" and (others or sentence.own & SETS["in play"]):
         unfit |= {"watch", "coach"}
     if noun == "video game":
         unfit |= {"coach", "practice"}
@@ -2509,7 +2525,7 @@ def _unfit(sentence: Sentence, i: int, kind: str, noun: str) -> set[str]:
         unfit |= {"throw"}
     if tokens[i + 1].word in SETS["possessive"]:
         unfit |= {"buy"}
-    if any(t.tag in "GZB" and t.lemma in POSTURES | MOVES for t in tokens[:i] + tokens[i + 1 :]):
+    if others & (POSTURES | MOVES):
         unfit |= {"ride"}  # standing on rocks
     if i and tokens[i - 1].word == "to":
         unfit |= {"watch", "film", "drop", "hold", "carry"}  # learning to watch
@@ -2535,6 +2551,8 @@ def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
         return False
     if after.tag in "DMBE" or after.word in ("to", "as", "off", "out of"):
         return True
+    if _goes_along(sentence, phrase, after):
+        return True
     rest = {t.word for t in tokens[phrase.stop :]}
     if rest & SETS["by themselves"] or (after.tag == "G" and after.lemma in SETS["done feats"]):
         return True
@@ -2544,14 +2562,26 @@ def _bound(sentence: Sentence, i: int, phrase: Phrase) -> bool:
     return after.word == "with" and _matches(tool, ("gear", "tool", "body"))
 
 
+def _goes_along(sentence: Sentence, phrase: Phrase, after: Token) -> bool:
+    """Whether a second act goes with the first: holding pens and pointing, watching women play."""
+    if after.word == "and" and phrase.stop + 1 < len(sentence.tokens):
+        return sentence.tokens[phrase.stop + 1].tag in "GZB"
+    return after.tag == "G" and phrase.kind.startswith("person")
+
+
 def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Sequence[str]:
     """Those of free acts that can be done where verb i is done."""
     verb, relation = sentence.tokens[i], _word(sentence, last + 1)
-    if not acts or relation not in SETS["after free acts"] or "wheel" in sentence.own:
+    if not acts or relation not in SETS["after free acts"]:
         return []  # up high, digging in to
     if verb.lemma in MOVES and _on(sentence, SETS["mounted"]):
         return []
-    if sentence.own & {"wave", *SETS["airy"]} or verb.lemma in ("ride", "drive", "go", "get"):
+    if sentence.own & {*SETS["held still"], *SETS["airy"]} or verb.lemma in (
+        "ride",
+        "drive",
+        "go",
+        "get",
+    ):
         return []  # sleeping on a wave
     if SETS["ways"] & {t.word for t in sentence.tokens[last + 1 : i + 12]}:
         acts = [act for act in acts if act in MOVES]
@@ -2583,7 +2613,8 @@ def _on_ground(sentence: Sentence, verb: Token, last: int, acts: Sequence[str]) 
     if relation == "with" or relation == "and":  # sits and reads, runs with a racket
         acts = [act for act in acts if act in POSTURES or (relation == "with" and act in MOVES)]
         return [act for act in acts if act not in ("sleep", "lie")]
-    if ground in ("body", "sky.any") or ground.startswith("sport"):
+    worked = ground.startswith("device") and verb.lemma not in POSTURES
+    if worked or ground in ("body", "sky.any") or ground.startswith("sport"):
         return []  # on one leg, in the clouds, playing in a match
     if relation == "around" and ground:
         return [act for act in acts if act in MOVES and act != "crawl"]

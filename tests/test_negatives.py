@@ -306,8 +306,8 @@ def test_forbidden_words_are_respected_in_any_form():
     assert "A cat" in everything
     assert "A cat" not in answers("A dog", "object", forbidden=frozenset({"cats"}))
     assert "A cat" not in answers("A dog", "object", forbidden=frozenset({"kitten"}))
-    assert answers("An open umbrella", "attribute") == {"A closed umbrella", "A shut umbrella"}
-    assert answers("An open umbrella", "attribute", forbidden=frozenset({"shut"})) == {None}
+    assert answers("Open umbrellas", "attribute") == {"Closed umbrellas", "Shut umbrellas"}
+    assert answers("Open umbrellas", "attribute", forbidden=frozenset({"shut"})) == {None}
 
 
 def test_a_word_named_elsewhere_in_the_caption_is_not_brought_in():
