@@ -44,7 +44,7 @@ import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp, expm1, inf, log
 from multiprocessing import Pool
 from pathlib import Path
@@ -277,6 +277,7 @@ COUNTED = (
     "food.sweet",
     "food.fruit",
     "home.toy",
+    "structure.house",
     "furniture.seat",
     "structure.street",
     "device.kitchen",
@@ -1134,6 +1135,7 @@ class Sentence:
     named: Set[str]
     barred: Set[str]  # these, and what means the same
     contexts: list[Context]  # of each token its neighbours, see Slots
+    movers: dict[int, tuple[str, str]] = field(default_factory=dict)  # by relation, see _mover
 
 
 WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
@@ -1676,9 +1678,12 @@ def _handled(sentence: Sentence, i: int) -> bool:
 
 def _mover(sentence: Sentence, i: int) -> tuple[str, str]:
     """Kind of what stands before relation i, and what it does there."""
-    phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
-    between = sentence.tokens[phrase.stop if phrase else 0 : i]
-    return _kind(phrase), next((t.lemma for t in between if t.tag in "GZB"), "")
+    if i not in sentence.movers:
+        phrase = next((p for p in reversed(sentence.phrases) if p.stop <= i), None)
+        between = sentence.tokens[phrase.stop if phrase else 0 : i]
+        act = next((t.lemma for t in between if t.tag in "GZB"), "")
+        sentence.movers[i] = _kind(phrase), act
+    return sentence.movers[i]
 
 
 def _around(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> bool:
