@@ -251,18 +251,18 @@ bunch pile stack row line pair herd flock variety assortment lot set piece colle
 selection series load bouquet bundle handful pack dozen loaf kind type sort number slice"""
 # "kinds: what a caption of the image says > what of these kinds cannot be there then".
 CLASHES = """
-vehicle.water: float sail water lake river ocean sea dock harbor pier row > airplane; animal.bird:
-fly perch nest wing > squirrel lizard monkey rabbit; animal.any: herd > bird robot; clothing.top:
-suit tie tuxedo > dress robe kimono apron; place.water: wave surf > forest desert; gear.ball: fly >
-frisbee disc boomerang beach_ball ball; person.any: hold wear point use talk read write type take >
-dog monkey; food.mass: eat > wine paint laundry; device.kitchen: kitchen > refrigerator fridge oven
+vehicle.water: float sail water lake river ocean sea dock harbor pier row > airplane;
+animal.bird: fly perch nest wing > squirrel lizard monkey rabbit; animal.any: herd > bird robot;
+clothing.top: suit tie tuxedo > dress robe kimono apron; place.water: wave surf > forest desert;
+gear.ball: serve bat > frisbee disc boomerang kite balloon; gear.ball: fly > frisbee disc
+boomerang beach_ball ball; person.any: hold wear point use talk read write type take > dog
+monkey; food.mass: eat > wine paint laundry; device.kitchen: kitchen > refrigerator fridge oven
 stove microwave; device.hand: picture photo selfie > camera; person.child: people > man woman"""
 HOLDERS = ("measure", "person.group", "container.plate", "container.cup", "container.box")  # of ...
 PLURALS = """child:children person:people foot:feet tooth:teeth mouse:mice goose:geese knife:knives
 shelf:shelves leaf:leaves wolf:wolves calf:calves sheep:sheep deer:deer fish:fish scarf:scarves
 loaf:loaves bookshelf:bookshelves half:halves photo:photos video:videos"""
 SPORTS = ("person.player", "person.sport", "sport.event", "sport.game", "gear.board")
-HELD = ("food", "tool", "device.hand", "container.cup", "container.plate", "drink")  # in a hand
 HANDLED = ("animal", "vehicle", "gear", "food", "device", "tool", "container")
 COUNTED = (
     "animal",
@@ -341,9 +341,9 @@ any: many numerous | few ; red ~crimson maroon ~burgundy | blue ~navy turquoise 
 # "kinds: values that are not of them", "values: the only kinds they are of", "what a caption of the
 # image says: values that may be true then".
 VALUES_NEVER_OF = """
-food: various assorted identical matching; place nature food animal: silver gold; nature: grassy
-sandy; animal place.ground place.land nature.tree food.green: blue navy turquoise teal green purple
-pink red maroon burgundy yellow"""
+food: various assorted identical matching; place nature food animal: silver gold; place.land:
+white; nature: grassy sandy; animal place.ground place.land nature.tree food.green: blue navy
+turquoise teal green purple pink red maroon burgundy yellow"""
 VALUES_ONLY_OF = """
 crowded full: place vehicle structure container home picture device.kitchen; brick stone concrete:
 structure place home.wall home.light"""
@@ -486,21 +486,22 @@ road street highway sidewalk > drive_down travel_down; vehicle: parked sit stopp
 parking_lot city town village > drive_through; vehicle: parked sit stopped stand rest, on on_top_of,
 track train_track railroad_track > travel_down move_along; vehicle.road: parked sit stopped stand
 wait, at outside outside_of in_front_of next_to by near beside, structure place.shop place.venue >
-drive_past pass; vehicle.road: drive travel move go come ride head, down along up through,
-place.road > park_beside; vehicle.road: drive travel move go roll come, down along on, track
-train_track railroad_track > park_on; vehicle.road: drive travel move go, on, street road highway >
-park_on; vehicle.road: drive travel move go come pass, through, intersection city town village
-crossing > park_in; vehicle.water: drive travel move go come head, down along up through, river >
-park_beside; vehicle.water: sit float sail move travel, in on through across, place.water > sink_in;
-vehicle.air: parked sit stopped stand, on on_top_of, place.road place.land > fly_over take_off_from;
-vehicle.air: fly soar glide, in through across, sky > fall_from; vehicle.air gear.ball: fly soar
-glide float, in_the_sky in_the_air through_the_air, . > fall_from_the_sky; vehicle.air: fly, over
-above, runway tarmac airport > park_on; food container device tool home gear clothing: none, on
-on_top_of, furniture container device fixture structure.pole > fall_off; food tool home gear: none,
-in, container.plate container.box container.pan container.bin > fall_out_of; vehicle.water: none, in
-on, place.water > sink_in; vehicle.air: none, on, place.road > fly_over; vehicle.road: none, on,
-place.road > burn_on; vehicle.air gear.ball: none, in, sky > fall_from; vehicle.air gear.ball: none,
-in_the_sky in_the_air, . > fall_from_the_sky; structure.street: none, on on_the_side_of, place.road
+drive_past pass; vehicle.road: drive travel move go come ride head, down along up through, street
+road highway path lane avenue driveway hill > park_beside; vehicle.road: drive travel move go roll
+come, down along on, track train_track railroad_track > park_on; vehicle.road: drive travel move go,
+on, street road highway > park_on; vehicle.road: drive travel move go come pass, through,
+intersection city town village crossing > park_in; vehicle.water: drive travel move go come head,
+down along up through, river > park_beside; vehicle.water: sit float sail move travel, in on through
+across, place.water > sink_in; vehicle.air: parked sit stopped stand, on on_top_of, place.road
+place.land > fly_over take_off_from; vehicle.air: fly soar glide, in through across, sky >
+fall_from; vehicle.air gear.ball: fly soar glide float, in_the_sky in_the_air through_the_air, . >
+fall_from_the_sky; vehicle.air: fly, over above, runway tarmac airport > park_on; food container
+device tool home gear clothing: none, on on_top_of, furniture container device fixture
+structure.pole > fall_off; food tool home gear: none, in, container.plate container.box
+container.pan container.bin > fall_out_of; vehicle.water: none, in on, place.water > sink_in;
+vehicle.air: none, on, place.road > fly_over; vehicle.road: none, on, place.road > burn_on;
+vehicle.air gear.ball: none, in, sky > fall_from; vehicle.air gear.ball: none, in_the_sky
+in_the_air, . > fall_from_the_sky; structure.street: none, on on_the_side_of, place.road
 place.ground place.land > lie_on; home.wall home.light: none, on, home.wall structure > fall_off;
 animal: none, in, place.ground place.land place.water place.cage > sleep_in jump_in run_in; animal:
 none, on, place.ground place.land place.road furniture structure > sleep_on run_on; animal: none, by
@@ -524,56 +525,57 @@ lined up: scattered; scattered: stacked, lined up"""
 SOLID = "furniture vehicle animal container fixture device food tool home structure nature gear"
 INDOORS = "place.room place.shop place.venue structure.house"
 RELATIONS = f"""
-on, atop, on top of: furniture vehicle gear.board animal container structure nature device fixture =
-under, next to, behind, beside, in front of | food tool home gear = next to, behind, beside |
-place.road place.ground place.court = next to, beside, far from | place.land = next to, far from,
-beside | place.water = next to, beside | other = next to, behind, beside | ? = behind, next to; in:
-sport.event = after | place.room = outside | {INDOORS} = outside, in front of, behind | place.water
-= next to, beside | place.ground place.cage place.court = next to, outside, beside, far from |
-place.city = outside, far from | place.road = next to, beside | place.land = next to, far from,
-beside | furniture.seat furniture.bed = next to, behind, beside, in front of, under | {SOLID} = next
-to, behind, beside, in front of, on, on top of, under | clothing = without; underneath, under,
-beneath: nature.tree tool = far from | {SOLID} = on top of, on, behind, in front of, far from | it
-other = behind, on | ? = behind; over: {SOLID} = under | place.road place.ground place.water
-place.city = far from; above: {SOLID} = below, under | sky ? = below; below: {SOLID} = above, on,
-behind | ? it = above; inside, inside of: {INDOORS} = outside, behind, in front of | {SOLID} =
-outside of, next to, behind, in front of, beside, on, under; outside, outside of: {INDOORS} =
-inside, in | = inside; in front of: {INDOORS} = behind, in, inside | {SOLID} = behind, on, under, on
-top of, in, inside | person ? = behind | place.water place.ground place.road place.land = in, on,
-behind, far from; behind: {INDOORS} = in front of, in, inside | {SOLID} = in front of, on, under,
-in, on top of | person ? = in front of; next to, beside: {INDOORS} = in, inside, far from | {SOLID}
-= on, under, in, on top of, inside, far from | place.water place.ground place.court place.road
-place.land = in, on, far from | person other ? = far from; by, near, close to: {INDOORS} = in,
-inside, far from | {SOLID} = on, under, in, on top of, inside, far from | place.water place.ground
-place.court place.road place.land = in, on, far from | person other ? = far from; at: furniture.top
-= under, on, far from, on top of | place.room = far from, outside | place structure fixture ? = far
-from | sport.event = before, after; around: {SOLID} place = far from; surrounded by: = far from;
-between: = behind, in front of; along: place.road place.water = far from, across | place.ground =
-far from; through: place.ground place.cage place.city structure = past | place.water = past, along;
-down, up: place.road = across | place.ground structure = up, down; across: place.road = along, down
-| place.ground place.court place.water = past; from: {SOLID} = behind; into: place vehicle structure
-container fixture ? = out of, past, away from; out of: place vehicle structure fixture container =
-into, past, away from; towards, toward: person {SOLID} place ? = away from, past; to, up to: person
-{SOLID} place = away from, past; on the front of: {SOLID} = on the back of, behind; on the left side
-of: = on the right side of; on the right side of: = on the left side of; on the left of: = on the
-right of; on the right of: = on the left of; on the inside of: = on the outside of; on the outside
-of: = on the inside of; at the base of, at the foot of: = at the top of; the top of: = the bottom
-of; the bottom of: = the top of; the inside of: = the outside of; the outside of: = the inside of;
-the front of: = the back of; the back of: = the front of; the edge of: = the middle of; at the end
-of: place.road structure = in the middle of; against: {SOLID} = away from, behind, far from; away
-from: = towards, near; past: place structure = into; onto: {SOLID} place = off of; off, off of:
-furniture vehicle structure gear.board place = onto; with: = without; without: = with; to the left
-of: = to the right of; to the right of: = to the left of; on the side of, on the edge of: place
-furniture = in the middle of, far from; in the middle of: place.road place.ground place.court
-place.land place.water furniture = on the edge of, far from; during: sport.event = before; in the
-distance, in the background: = in the foreground; at night: = at noon; at the top of, on the top of:
-= at the bottom of; at the bottom of: = at the top of; on the back of, in the back of: = in front
-of, next to, under, near; in the foreground: = in the background; full of, filled with, topped with,
-covered with, covered in, decorated with, lined with, loaded with: = without; has: = lacks; have: =
-lack; containing: = lacking, beside, next to; outdoors: = indoors; indoors: = outdoors; in the sky,
-in the air, through the air: = near the ground; on the ground: = on the roof; on the wall: = on the
-floor; attached to: = detached from, behind; side by side: = far apart; together: = apart; among,
-amongst: = far from; within: = outside; on top: = underneath"""
+on, atop, on top of: furniture vehicle gear.board animal container structure nature device
+fixture = under, next to, behind, beside, in front of | food tool home gear = next to, behind,
+beside | place.road place.ground place.court = next to, beside, far from | place.land = next to,
+far from, beside | place.water = next to, beside | other = next to, behind, beside | ? = behind,
+next to; in: sport.event = after | place.room = outside | {INDOORS} = outside, in front of,
+behind | place.water = next to, beside | place.ground place.cage place.court = next to, outside,
+beside, far from | place.city = outside, far from | place.road = next to, beside | place.land =
+next to, far from, beside | furniture.seat furniture.bed = next to, behind, beside, in front of,
+under | {SOLID} = next to, behind, beside, in front of, on, on top of, under | clothing =
+without; underneath, under, beneath: nature.tree tool = far from | {SOLID} = on top of, on,
+behind, in front of, far from | it other = behind, on | ? = behind; over: {SOLID} = under |
+place.road place.ground place.water place.city = far from; above: {SOLID} = below, under | sky ?
+= below; below: {SOLID} = above, on, behind | ? it = above; inside, inside of: {INDOORS} =
+outside, behind, in front of | {SOLID} = outside of, next to, behind, in front of, beside, on,
+under; outside, outside of: {INDOORS} = inside, in | = inside; in front of: {INDOORS} = behind,
+in, inside | {SOLID} = behind, on, under, on top of, in, inside | person ? = behind | place.water
+place.ground place.road place.land = in, on, behind, far from; behind: {INDOORS} = in front of,
+in, inside | {SOLID} = in front of, on, under, in, on top of | person ? = in front of; next to,
+beside: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top of, inside, far from |
+place.water place.ground place.court place.road place.land = in, on, far from | person other ? =
+far from; by, near, close to: {INDOORS} = in, inside, far from | {SOLID} = on, under, in, on top
+of, inside, far from | place.water place.ground place.court place.road place.land = in, on, far
+from | person other ? = far from; at: furniture.top = under, on, far from, on top of | place.room
+= far from, outside | place structure fixture ? = far from | sport.event = before, after; around:
+{SOLID} place = far from; surrounded by: = far from; between: = behind, in front of; along:
+place.road place.water = far from, across | place.ground = far from; through: place.ground
+place.cage place.city structure = past | place.water = past, along; down, up: place.road = across
+| place.ground structure = up, down; across: place.road = along, down | place.ground place.court
+place.water = past; into: place vehicle structure container fixture ? = out of, past, away from;
+out of: place vehicle structure fixture container = into, past, away from; towards, toward:
+person {SOLID} place ? = away from, past; to, up to: person {SOLID} place = away from, past; on
+the front of: {SOLID} = on the back of, behind; on the left side of: = on the right side of; on
+the right side of: = on the left side of; on the left of: = on the right of; on the right of: =
+on the left of; on the inside of: = on the outside of; on the outside of: = on the inside of; at
+the base of, at the foot of: = at the top of; the top of: = the bottom of; the bottom of: = the
+top of; the inside of: = the outside of; the outside of: = the inside of; the front of: = the
+back of; the back of: = the front of; the edge of: = the middle of; at the end of: place.road
+structure = in the middle of; against: {SOLID} = away from, behind, far from; away from: =
+towards, near; past: place structure = into; onto: {SOLID} place = off of; off, off of: furniture
+vehicle structure gear.board place = onto; with: = without; without: = with; to the left of: = to
+the right of; to the right of: = to the left of; on the side of, on the edge of: place furniture
+= in the middle of, far from; in the middle of: place.road place.ground place.court place.land
+place.water furniture = on the edge of, far from; during: sport.event = before; in the distance,
+in the background: = in the foreground; at night: = at noon; at the top of, on the top of: = at
+the bottom of; at the bottom of: = at the top of; on the back of, in the back of: = in front of,
+next to, under, near; in the foreground: = in the background; full of, filled with, topped with,
+covered with, covered in, decorated with, lined with, loaded with: = without; has: = lacks; have:
+= lack; containing: = lacking, beside, next to; outdoors: = indoors; indoors: = outdoors; in the
+sky, in the air, through the air: = near the ground; on the ground: = on the roof; on the wall: =
+on the floor; attached to: = detached from, behind; side by side: = far apart; together: = apart;
+among, amongst: = far from; within: = outside; on top: = underneath"""
 # Relations that mean much the same.
 SAME_PLACES = """
 on, on top of, atop, onto; in, inside, inside of, within; outside, outside of; across, over; next
@@ -669,47 +671,48 @@ coffee, tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butte
 jam; mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare,
 make, get, take, have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad,
 father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue,
-open; plurals: few, couple, lot, dozen, bunch; vague: beach, shore, river, sink, counter, counter
-top, countertop, stove, oven, window, branch, tree branch, market, slope, ski slope, hillside,
-mountain, mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank,
-riverbank; of leg: short, long, tall; of hat: top, hard; of bike: dirt; of bread: sliced; of sum:
-dim; of fudge: hot; of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski
-slope: steep; of mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young;
-of puppy: young; of kitten: young; of view: full, clear; of jet: military; of flag: american,
-japanese, chinese; of balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of
-glasses: dark, bright; of sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall,
-high; of teddy bear: stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly,
-young; of infant: old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl,
-tray, plate, basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel;
-perches: tree, fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus,
-haystack, bush; can be along: street, road, highway, path, trail, sidewalk, walkway, river, stream,
-shore, shoreline, beach, track, train track, railroad track, lake, fence, wall, pier; can be across:
-street, road, highway, intersection, bridge, field, parking lot, lot, freeway, avenue, roadway,
-lane; can be up: hill, hillside, mountain, mountainside, slope, ski slope, ramp, staircase, stair,
-ladder, tree, pole, street, road; surfaces: lamp post, telephone pole, pole, post, counter top,
+open; plurals: few, couple, lot, dozen, bunch; vague: savannah, savanna, plain, grassland, beach,
+shore, river, sink, counter, counter top, countertop, stove, oven, window, branch, tree branch,
+market, slope, ski slope, hillside, mountain, mountainside, wood, forest, jungle, shore, shoreline,
+coast, bank, edge, river bank, riverbank; of leg: short, long, tall; of hat: top, hard; of boy:
+baby; of girl: baby; of side: country; of bike: dirt; of bread: sliced; of sum: dim; of fudge: hot;
+of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski slope: steep; of
+mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young; of puppy: young;
+of kitten: young; of view: full, clear; of jet: military; of flag: american, japanese, chinese; of
+balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark, bright; of
+sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy bear:
+stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of infant:
+old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray, plate,
+basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches: tree,
+fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack, bush; can
+be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore, shoreline,
+beach, track, train track, railroad track, lake, fence, wall, pier; can be across: street, road,
+highway, intersection, bridge, field, parking lot, lot, freeway, avenue, roadway, lane; can be up:
+hill, hillside, mountain, mountainside, slope, ski slope, ramp, staircase, stair, ladder, tree,
+pole, street, road; surfaces: surface, lamp post, telephone pole, pole, post, counter top,
 countertop, table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick,
 stone, wooden, wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski,
-snowboard, surf, skate; owners: roof, body, section, tarmac, aisle, department, game, set, slope,
-flight, sill, ledge, frame, shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs, pc,
-pcs; before kept: play, playing, take, up, travel, winning, win, won, including, like, as; shades:
-silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load, blow,
-put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter, hitter,
-pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard, pitch, bat,
-base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of, alongside, on, on top
-of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through, along, across;
-floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw, feed, push,
-wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick, chase, paint,
-repair; needed: on, in, at, outside, inside, down, on top of, on the back of; joined: intersection,
-meeting, mix; described: and, of, in, on, that, background, with, up, down, about, off, which,
-without, inside, inside of, on top of; horizon: sky, cloud, mountain, horizon, hill; taken off:
-jacket, coat, sweater, vest, apron, uniform, costume, wetsuit, suit, robe; plural subject: each
-other, together, both; vague numbers: several, many, multiple, few; moving: walk, run, jog, stroll,
-roam, wander, wonder, march, move, travel, go, come, head, pass, race, drive, chase; standing:
-stand, graze, pose, wait, surf, skateboard, skate, ski; plain values: big, large, small, little,
-old, new, young, red, blue, green, yellow, white, black, brown, gray, grey, pink, purple, orange,
-tan, colorful, wooden, empty, dirty, clean; bound to sport: wave, serve, batter, hitter, pitcher,
-catcher, umpire, inning, bat, at bat; before no act: country, on, wind, kite, para, sand, water,
-jet, body, from, without, after, help; by themselves: himself, herself, itself, themselves,
+snowboard, surf, skate; owners: trunk, roof, body, section, tarmac, aisle, department, game, set,
+slope, flight, sill, ledge, frame, shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs,
+pc, pcs; before kept: play, playing, take, up, travel, winning, win, won, including, like, as;
+shades: silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load,
+blow, put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter,
+hitter, pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard,
+pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of, alongside,
+on, on top of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through,
+along, across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw,
+feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
+chase, paint, repair; needed: on, in, at, outside, inside, down, on top of, on the back of; joined:
+intersection, meeting, mix; described: and, of, in, on, that, background, with, up, down, about,
+off, which, without, inside, inside of, on top of; horizon: sky, cloud, mountain, horizon, hill;
+taken off: jacket, coat, sweater, vest, apron, uniform, costume, wetsuit, suit, robe; plural
+subject: each other, together, both; vague numbers: several, many, multiple, few; moving: walk, run,
+jog, stroll, roam, wander, wonder, march, move, travel, go, come, head, pass, race, drive, chase;
+standing: stand, graze, pose, wait, surf, skateboard, skate, ski; plain values: big, large, small,
+little, old, new, young, red, blue, green, yellow, white, black, brown, gray, grey, pink, purple,
+orange, tan, colorful, wooden, empty, dirty, clean; bound to sport: wave, serve, batter, hitter,
+pitcher, catcher, umpire, inning, bat, at bat; before no act: country, on, wind, kite, para, sand,
+water, jet, body, from, without, after, help; by themselves: himself, herself, itself, themselves,
 underneath, beneath, smooth, smoothly; parts of toilet: lid, seat, tank; parts of stove: burner,
 oven; parts of bathroom: toilet paper, commode; parts of carriage: drawn, pull; parts of
 skateboarder: board; parts of snowboarder: board; parts of surfer: board; after kept: fashioned,
@@ -733,23 +736,24 @@ fixed against: up; fixed up: line, close, lined, dressed, set; fixed behind: hid
 close; fixed down: descent, descend, snowboard, sled; fixed inside: view; fixed out of: stick, hang,
 peek, peer, pop, made, make; fixed over: tower, hover, lean, bend, reach, all, look, way; alone:
 stand, sit, walk, pose, lie, lay, run, eat, travel, jump; fixed into: put, pour, look, cut, turn,
-made; near few: many; near dirt: sandy; near sandy: dirt; near red: orange, pink; near orange: red,
-yellow, brown; near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white,
-yellow; near white: gray; near black: gray, grey, silver; near gray: white, black; near silver:
-white, black; near grey: white, black; near yellow: orange; near blue: purple; paths: off of,
-through the air, down, up, through, along, across, past, into, out of, towards, toward, around,
-over, off, onto, to, away from, from; along: carry, push, pull, ride, drive, lead, throw, chase,
-walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F:
-woman, lady, girl, female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky,
-air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa, group, door, wall, fence, beach,
-cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch,
-stool, skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray,
-napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest,
-desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never
-on: parking lot, window, door, lighthouse, pan, pot, skillet, river, vase, bowl, cup, glass, mug,
-bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp, castle, church,
-village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant, store, bakery,
-museum, library, hospital, park, market, lake, pond, ocean"""
+made; near few: many; near dirt: sandy; near sandy: dirt; near snowy: rocky, muddy; near red:
+orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near
+brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray:
+white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
+purple; paths: off of, through the air, down, up, through, along, across, past, into, out of,
+towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
+drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
+teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
+rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa,
+group, door, wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle,
+scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor,
+road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
+never at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
+cabinet, cupboard; never on: swimming pool, pool, parking lot, window, door, lighthouse, pan, pot,
+skillet, river, vase, bowl, cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest,
+desert, garden, valley, swamp, castle, church, village, city, office, field, hallway, kitchen,
+bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
+ocean"""
 
 
 class DataError(ValueError):
@@ -1382,7 +1386,6 @@ def _apart(sentence: Sentence) -> list[Candidate]:
                 if new not in sentence.named
                 and (new != "without" or (before != "I" and _can_lack(sentence, phrase)))
                 and _taken_off(sentence, phrase)
-                and (new != "next to" or not _matches(_kind(phrase), HELD))
                 and _kind(phrase) not in ("body", "idea", "part", "feat")
                 and tokens[phrase.head].lemma not in SETS["weather"]
                 and (_kind(phrase) or tokens[phrase.first].tag in "DM")
@@ -1652,8 +1655,9 @@ def _grounded(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> boo
     if (noun in SETS["either"] and old in GROUNDS) or (new == "under" and noun in SETS["low"]):
         return False  # on a boat, in a boat
     person = mover.startswith("person")
-    if kind == "place.land" and old not in GROUNDS:
-        return False  # near some grass may be on it
+    vague = kind == "place.land" or (kind == "nature.tree" and new == "under")
+    if vague and old not in GROUNDS:
+        return False  # near some grass may be on it, near a tree under it
     if kind.startswith("vehicle") and _handled(sentence, i):
         return False  # checks her phone on a bus
     if (old == "at" and not person) or (old == "over" and person):
@@ -1708,12 +1712,12 @@ def _may_hold(sentence: Sentence, i: int, new: str, kind: str, noun: str) -> boo
     if standing and tokens[standing.first - 1].word in SETS["placing"] >= {new}:
         return True  # by the water in the grass, on a floor on a rack
     if new in GROUNDS or new in SETS["lackings"]:
-        return False
+        return new == "in" and noun == "window"
     swum = {tokens[i - 1].lemma, act} & SETS["swum"] or SETS["boarded"] & sentence.own
     wet = (kind == "place.water" or noun == "river") and (swum or mover == "vehicle.water")
     if wet or (tokens[i].word in SETS["placing"] and _vague(kind, noun, new, mover, act)):
         return True  # swimming next to a pond
-    if kind.startswith(("furniture", "container")) and _handled(sentence, i):
+    if kind.startswith(("furniture", "container", "device")) and _handled(sentence, i):
         return True  # cutting a cake on a table, behind a table
     if new == "far from":
         return act in MOVES
@@ -2020,7 +2024,7 @@ def _misfits(sentence: Sentence, i: int, phrase: Phrase | None, kind: str) -> se
     if i and sentence.tokens[i - 1].word in ("light", "dark", "bright", "pale", "neon"):
         misfits |= SETS["shades"]
     if phrase is None:
-        misfits |= {"various", "assorted", "identical", "matching"}
+        misfits |= {"various", "assorted", "identical", "matching", "crowded"}
     elif sentence.tokens[phrase.head].lemma == "beach":
         misfits |= {"dirt", "gravel"}
     if any(t.word in ("with", "of", "full of", "filled with") for t in sentence.tokens[i + 1 :]):
@@ -2321,7 +2325,7 @@ def _action(sentence: Sentence, slots: Slots | None) -> list[Candidate]:
 def _participles(sentence: Sentence, i: int) -> list[Candidate]:
     """What else than parked, seated, stacked ... something can be there."""
     word, following = sentence.tokens[i].word, _word(sentence, i + 1)
-    if i and sentence.tokens[i - 1].lemma in ("sit", "stand"):
+    if i and sentence.tokens[i - 1].lemma in ("sit", "stand", "has", "have", "had"):
         return []  # sits parked
     if following in SETS["paths"] | {"at", "together"} or "dock" in sentence.own:
         return []
@@ -2331,7 +2335,9 @@ def _participles(sentence: Sentence, i: int) -> list[Candidate]:
         return []
     if word in ("parked", "stopped") and SETS["wheeled"] & sentence.own:
         return []  # a bicycle does not drive
-    return [_put(i, i, act) for act in PARTICIPLE_ACTS[word] if not _said(sentence, act)]
+    flown = any(_kind(p) == "vehicle.air" for p in sentence.phrases)
+    acts = [act for act in PARTICIPLE_ACTS[word] if not (flown and act == "driving")]
+    return [_put(i, i, act) for act in acts if not _said(sentence, act)]
 
 
 def _noun_like(sentence: Sentence, i: int) -> bool:
@@ -2346,6 +2352,8 @@ def _noun_like(sentence: Sentence, i: int) -> bool:
 def _paired(sentence: Sentence, i: int) -> list[Candidate]:
     """Acts in the place of verb i and the relation after it: next to a horse, riding it."""
     verb, tokens, found = sentence.tokens[i], sentence.tokens, []
+    if verb.tag == "E" and _word(sentence, i - 1) in ("has", "have", "had"):
+        return []
     form = verb.tag if verb.tag in "GZB" else "G"
     posed = any(t.lemma in POSTURES for t in tokens[:i] + tokens[i + 1 :] if t.tag in "GZB")
     bent = i > 0 and tokens[i - 1].word == "to"  # getting ready to
@@ -2374,8 +2382,10 @@ def _takes(sentence: Sentence, last: int, kinds: Sequence[str]) -> bool:
     after = tokens[phrase.stop] if phrase.stop < len(tokens) else noun
     if not counted or after.word in SETS["goes on"] or after.tag in "BG":
         return False
-    if _held(sentence, phrase):
-        return False
+    second = sentence.starts.get(phrase.stop + 1) if after.word == "and" else None
+    mixed = second and tokens[last].tag in "GZB" and not _matches(_kind(second) or "?", kinds)
+    if mixed or _held(sentence, phrase):
+        return False  # a bike and a parking meter
     return noun.lemma in kinds or (noun.lemma != "curb" and _matches(kind or "?", kinds))
 
 
@@ -2516,7 +2526,7 @@ def _unfit(sentence: Sentence, i: int, kind: str, noun: str) -> set[str]:
     """Acts that the rest of the caption keeps from a thing."""
     tokens, unfit = sentence.tokens, set()
     if KINDS.get(noun) in HOLDERS:
-        unfit |= {"cook", "prepare", "make"}  # a slice of the cake
+        unfit |= {"cook", "prepare", "make", "kiss", "lift"}  # a slice of the cake
     if sentence.own & {"wave", *SETS["airy"]}:
         unfit |= {"wash", "repair", "paint"}
     if kind in ("clothing.hand", "gear.glove") or "," in sentence.own:
