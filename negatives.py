@@ -97,11 +97,10 @@ animal.any: animal > bird, robot
 animal.bird: duck, goose, seagull/gull, pigeon, parrot, owl, swan, eagle, flamingo, penguin; bird
   > squirrel, lizard, monkey, rabbit
 animal.other: squirrel, mouse, turtle, frog, lizard, snake
-vehicle.road: car/sedan, truck/~pickup/~pickup truck/~lorry, bus/~double decker bus/~double
-  decker, van/minivan, taxi/cab, train/~locomotive/~passenger train, tractor,
-  motorcycle/motorbike/~motor bike, scooter/moped, bicycle, trolley/tram, ambulance, fire truck,
-  carriage, ~wagon, jeep; bike > horse, car, tractor; vehicle, traffic, automobile > boat, horse,
-  airplane
+vehicle.road: car/sedan/taxi/~cab/jeep, truck/~pickup/~pickup truck/~lorry/fire truck, bus/~double
+  decker bus/~double decker, van/minivan, train/~locomotive/~passenger train, tractor,
+  motorcycle/motorbike/~motor bike, scooter/moped, bicycle, trolley/tram, ambulance, carriage,
+  ~wagon; bike > horse, car, tractor; vehicle, traffic, automobile > boat, horse, airplane
 vehicle.road: shopping cart/cart > sled, tractor
 vehicle.air: airplane/plane/jet/~airliner/~jetliner/~aeroplane/~jumbo jet/~biplane, helicopter,
   ~hot air balloon; aircraft > helicopter, hot air balloon
@@ -174,7 +173,7 @@ clothing.leg: pants/~trousers/~jeans, shorts/~swim trunks/~trunks, skirt, pajama
 clothing.head: hat/cap/~baseball cap/~baseball hat/~beanie/headband, helmet, crown, wig, scarf,
   turban
 clothing.face: glasses/eyeglasses/~goggles, sunglasses, headphones, earrings
-clothing.foot: shoe/sneaker, boot, sandal/~flip flop, sock, slipper
+clothing.foot: shoe/sneaker > sock, glove; boot, sandal/~flip flop, sock, slipper
 clothing.neck: tie/necktie/~neck tie/~bow tie/~bowtie, scarf, necklace, badge
 clothing.hand: purse/handbag, backpack/~back pack/~pack, suitcase/~luggage/~briefcase, umbrella,
   guitar; bag > umbrella, guitar, box; mask, watch, collar, ribbon, leash > scarf, bell
