@@ -48,7 +48,7 @@ from dataclasses import dataclass, field, replace
 from math import exp, expm1, inf, log
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -653,106 +653,106 @@ other, no, both, all, each, every; seated: lap, laptop, computer, couch, sofa, c
 after, to, by, like, from, as, of, onto, against; wheeled: traffic, bicycle, bike, scooter, cart,
 carriage, wagon, bicycles, bikes, scooters, carts, carriages, wagons; done feats: do, perform,
 practice, try, make, attempt; airy: air, sky, skies, in the air, in the sky, through the air; swum:
-swim, surf, float, wade; almost: un, non, semi, stir, deep, pan, multi, fully, well, stainless,
-freshly, brightly, dimly, wide, cross, half, partially, partly, almost, nearly; ways: through, down,
-along, across, past, towards, toward; boarded: wave, surfboard, swim, swimming, kiteboarding, surf,
-surfing, surfs, surfer, ski, skiing, skate, skateboarding, skating, snowboarding, snowboard,
-skateboarder; either: wall, snow, sand, window, doorway, boat, canoe, raft, ship, sink, tub,
-bathtub, bed, grass, chair, couch, sofa, street, plate, corner; set phrases: up to bat, at bat, to
-bat, to plate, around corner, at corner, on corner, in corner; built in: window, door, wall, floor,
-roof, doorway; counting: lone, solitary, each, other, each other, one another, another, both,
-together, alone, its, their, it, they, them, itself, one, single, whole, pair, side by side, his,
-her, different; looks: look, stare, gaze, point, watch; aged: bearded, bald, beard, child, kid,
-young, teenager, teen, youth, adult, old, older, elderly, little, small; steered: row, paddle, sail,
-ride, drive, fly, travel; haste: fast, quickly, speed, speeding; desks: keyboard, computer, laptop,
-desk, monitor; portions: piece, slice, plate; loose: wine, paint, laundry, water, juice, milk,
-coffee, tea, beer, rice, soup, pasta, spaghetti, cereal, ketchup, mustard, butter, cream, honey,
-jam; mounted: horseback, horse, bicycle, bike, motorcycle, scooter, elephant; made for: prepare,
-make, get, take, have, do; compared: larger, bigger, smaller, taller, shorter, longer; parents: dad,
-father, mom, mother, parent, mommy, daddy; watery: clear, deep, shallow, choppy, calm, rough, blue,
-open; plurals: few, couple, lot, dozen, bunch; vague: savannah, savanna, plain, grassland, beach,
-shore, river, sink, counter, counter top, countertop, stove, oven, window, branch, tree branch,
-market, slope, ski slope, hillside, mountain, mountainside, wood, forest, jungle, shore, shoreline,
-coast, bank, edge, river bank, riverbank; of leg: short, long, tall; of hat: top, hard; of boy:
-baby; of girl: baby; of side: country; of bike: dirt; of bread: sliced; of sum: dim; of fudge: hot;
-of sundae: hot; of hill: steep; of hillside: steep; of slope: steep; of ski slope: steep; of
-mountain: steep, tall, high; of ramp: steep; of calf: old, older, elderly, young; of puppy: young;
-of kitten: young; of view: full, clear; of jet: military; of flag: american, japanese, chinese; of
-balcony: sunny; of bus: passenger, commuter, subway, freight, cargo; of glasses: dark, bright; of
-sunglasses: dark, bright; of city: urban, rural; of cliff: steep, tall, high; of teddy bear:
-stuffed, real, live, fake; of town: urban, rural; of baby: old, older, elderly, young; of infant:
-old, older, elderly, young; of toddler: old, older, elderly, young; holding: bowl, tray, plate,
-basket, box, bucket, cup, glass, bottle, mug, jar, pitcher, pot, bag, crate, barrel; perches: tree,
-fence, branch, tree branch, pole, bush; low: rock, boulder, stone, log, cactus, haystack, bush; can
-be along: street, road, highway, path, trail, sidewalk, walkway, river, stream, shore, shoreline,
-beach, track, train track, railroad track, lake, fence, wall, pier; can be across: street, road,
-highway, intersection, bridge, field, parking lot, lot, freeway, avenue, roadway, lane; can be up:
-hill, hillside, mountain, mountainside, slope, ski slope, ramp, staircase, stair, ladder, tree,
-pole, street, road; surfaces: surface, lamp post, telephone pole, pole, post, counter top,
-countertop, table top, tabletop, tablecloth, table cloth, cloth, mat, floor; materials: brick,
-stone, wooden, wood, metal, steel, glass, concrete, leather, plastic; geared: skateboard, ski,
-snowboard, surf, skate; owners: trunk, roof, body, section, tarmac, aisle, department, game, set,
-slope, flight, sill, ledge, frame, shore, shoreline, skyline, floor, coast, bank; letters: tv, tvs,
-pc, pcs; before kept: play, playing, take, up, travel, winning, win, won, including, like, as;
-shades: silver, gold, white, black; reached: in, into, inside, out of, through, from; needy: load,
-blow, put, place, mix, work, get, pass; denials: no, not, without, nor; sporty: serve, batter,
-hitter, pitcher, catcher, inning, motorcycle, bike, bicycle, skateboard, surfboard, snowboard,
-pitch, bat, base, plate, umpire, racket, racquet, wave, slope, ski; aims: above, off of, alongside,
-on, on top of, from, off, out of, with, to, at, for, over, up, down, as, while, around, through,
-along, across; floors: floor, ceiling, tile, sill, window sill, wall; often on: hold, carry, throw,
-feed, push, wash, repair, paint, lead, kick, chase; often with: throw, wash, push, lead, kick,
-chase, paint, repair; needed: on, in, at, outside, inside, down, on top of, on the back of; joined:
-intersection, meeting, mix; described: and, of, in, on, that, background, with, up, down, about,
-off, which, without, inside, inside of, on top of; horizon: sky, cloud, mountain, horizon, hill;
-taken off: jacket, coat, sweater, vest, apron, uniform, costume, wetsuit, suit, robe; plural
-subject: each other, together, both; vague numbers: several, many, multiple, few; moving: walk, run,
-jog, stroll, roam, wander, wonder, march, move, travel, go, come, head, pass, race, drive, chase;
-standing: stand, graze, pose, wait, surf, skateboard, skate, ski; plain values: big, large, small,
-little, old, new, young, red, blue, green, yellow, white, black, brown, gray, grey, pink, purple,
-orange, tan, colorful, wooden, empty, dirty, clean; bound to sport: wave, serve, batter, hitter,
-pitcher, catcher, umpire, inning, bat, at bat; before no act: country, on, wind, kite, para, sand,
-water, jet, body, from, without, after, help; by themselves: himself, herself, itself, themselves,
-underneath, beneath, smooth, smoothly; parts of toilet: lid, seat, tank; parts of stove: burner,
-oven; parts of bathroom: toilet paper, commode; parts of carriage: drawn, pull; parts of
-skateboarder: board; parts of snowboarder: board; parts of surfer: board; after kept: fashioned,
-haired, faced, style, other; sizes: big, large, small, little, long, short, tall, huge, tiny; in
-play: hit, serve, swing, swung, catch, ready, wait, batter, pitch, bat, prepare; placing: on, on top
-of, atop, in, inside, under, over, across, by, near, next to, beside; listing: with, has, have,
-containing, of; held still: wave, wheel, statue, sculpture, figurine, underneath; names: red sox,
-big ben, little league; links: that, who, which, while; states: hold, contain, show, include, cover,
-surround, feature, have, use, make, carry; busy: try, get, prepare, attempt, use, go, come; persons:
-who, he, she, someone, they; particles: up, down, out, off; ages: young, little, small, teenage,
-old, older, elderly, younger, baby; after acts: on, in, next to, near, in front of, at, by, behind,
-under, beside, with, while, on top of, outside, inside, ., together, between, around; fixed next to:
-right, directly, close; fixed in front of: right, directly; fixed on: displayed, mount, mounted,
-hung, hang, load, focus, emphasis, attention, concentrate, stacked, piled, stack, pile, surf, lean,
-talk, work, speak, chat, display, put; fixed in: encased, partake, view, hide, docked, anchored,
-bury, buried, submerged, stuck, bathe, wash, fenced, closed, dressed, covered, wrapped; placed:
-parked, seated, stopped, docked, gathered, located; fixed at: point, yell, laugh, wave, swing,
-throw; fixed together: play; fixed off: sit, stand, lie, lay, hang; fixed off of: sit, stand, lie,
-lay, hang; fixed covered with: partially, half, partly; fixed covered in: partially, half, partly;
-fixed against: up; fixed up: line, close, lined, dressed, set; fixed behind: hide, right, directly,
-close; fixed down: descent, descend, snowboard, sled; fixed inside: view; fixed out of: stick, hang,
-peek, peer, pop, made, make; fixed over: tower, hover, lean, bend, reach, all, look, way; alone:
-stand, sit, walk, pose, lie, lay, run, eat, travel, jump; fixed into: put, pour, look, cut, turn,
-made; near few: many; near dirt: sandy; near sandy: dirt; near snowy: rocky, muddy; near red:
-orange, pink; near orange: red, yellow, brown; near pink: red, purple; near purple: pink, blue; near
-brown: orange; near tan: white, yellow; near white: gray; near black: gray, grey, silver; near gray:
-white, black; near silver: white, black; near grey: white, black; near yellow: orange; near blue:
-purple; paths: off of, through the air, down, up, through, along, across, past, into, out of,
-towards, toward, around, over, off, onto, to, away from, from; along: carry, push, pull, ride,
-drive, lead, throw, chase, walk, kick; sex M: man, guy, boy, male, gentleman, dude, he, his, him,
-teenager, kid, child; sex F: woman, lady, girl, female, she, her, teenager, kid, child; weather:
-rain, snow, fog, water, sky, air, wave, surf, ground, smoke, fire; never in: log, pizza, sofa,
-group, door, wall, fence, beach, cliff, hill, rooftop, runway, pier, bridge, sidewalk, motorcycle,
-scooter, bicycle, bench, couch, stool, skateboard, surfboard, snowboard, table, desk, farm, harbor,
-road, river, plate, tray, napkin, cutting board, driveway, railroad track, dresser, nightstand, zoo;
-never at: field, forest, desert, shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer,
-cabinet, cupboard; never on: swimming pool, pool, parking lot, window, door, lighthouse, pan, pot,
-skillet, river, vase, bowl, cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest,
-desert, garden, valley, swamp, castle, church, village, city, office, field, hallway, kitchen,
-bathroom, bedroom, restaurant, store, bakery, museum, library, hospital, park, market, lake, pond,
-ocean"""
+swim, surf, float, wade; almost: year, years, foot, feet, inch, inches, month, months, day, meter,
+un, non, semi, stir, deep, pan, multi, fully, well, stainless, freshly, brightly, dimly, wide,
+cross, half, partially, partly, almost, nearly; ways: through, down, along, across, past, towards,
+toward; boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski,
+skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: wall, snow,
+sand, window, doorway, boat, canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa,
+street, plate, corner; set phrases: up to bat, at bat, to bat, to plate, around corner, at corner,
+on corner, in corner; built in: window, door, wall, floor, roof, doorway; counting: lone, solitary,
+each, other, each other, one another, another, both, together, alone, its, their, it, they, them,
+itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze,
+point, watch; aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult, old,
+older, elderly, little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste: fast,
+quickly, speed, speeding; desks: keyboard, computer, laptop, desk, monitor; portions: piece, slice,
+plate; loose: wine, paint, laundry, water, juice, milk, coffee, tea, beer, rice, soup, pasta,
+spaghetti, cereal, ketchup, mustard, butter, cream, honey, jam; mounted: horseback, horse, bicycle,
+bike, motorcycle, scooter, elephant; made for: prepare, make, get, take, have, do; compared: larger,
+bigger, smaller, taller, shorter, longer; parents: dad, father, mom, mother, parent, mommy, daddy;
+watery: clear, deep, shallow, choppy, calm, rough, blue, open; plurals: few, couple, lot, dozen,
+bunch; vague: savannah, savanna, plain, grassland, beach, shore, river, sink, counter, counter top,
+countertop, stove, oven, window, branch, tree branch, market, slope, ski slope, hillside, mountain,
+mountainside, wood, forest, jungle, shore, shoreline, coast, bank, edge, river bank, riverbank; of
+leg: short, long, tall; of hat: top, hard; of boy: baby; of girl: baby; of side: country; of bike:
+dirt; of bread: sliced; of sum: dim; of fudge: hot; of sundae: hot; of hill: steep; of hillside:
+steep; of slope: steep; of ski slope: steep; of mountain: steep, tall, high; of ramp: steep; of
+calf: old, older, elderly, young; of puppy: young; of kitten: young; of view: full, clear; of jet:
+military; of flag: american, japanese, chinese; of balcony: sunny; of bus: passenger, commuter,
+subway, freight, cargo; of glasses: dark, bright; of sunglasses: dark, bright; of city: urban,
+rural; of cliff: steep, tall, high; of teddy bear: stuffed, real, live, fake; of town: urban, rural;
+of baby: old, older, elderly, young; of infant: old, older, elderly, young; of toddler: old, older,
+elderly, young; holding: bowl, tray, plate, basket, box, bucket, cup, glass, bottle, mug, jar,
+pitcher, pot, bag, crate, barrel; perches: tree, fence, branch, tree branch, pole, bush; low: rock,
+boulder, stone, log, cactus, haystack, bush; can be along: street, road, highway, path, trail,
+sidewalk, walkway, river, stream, shore, shoreline, beach, track, train track, railroad track, lake,
+fence, wall, pier; can be across: street, road, highway, intersection, bridge, field, parking lot,
+lot, freeway, avenue, roadway, lane; can be up: hill, hillside, mountain, mountainside, slope, ski
+slope, ramp, staircase, stair, ladder, tree, pole, street, road; surfaces: surface, lamp post,
+telephone pole, pole, post, counter top, countertop, table top, tabletop, tablecloth, table cloth,
+cloth, mat, floor; materials: brick, stone, wooden, wood, metal, steel, glass, concrete, leather,
+plastic; geared: skateboard, ski, snowboard, surf, skate; owners: trunk, roof, body, section,
+tarmac, aisle, department, game, set, slope, flight, sill, ledge, frame, shore, shoreline, skyline,
+floor, coast, bank; letters: tv, tvs, pc, pcs; before kept: play, playing, take, up, travel,
+winning, win, won, including, like, as; shades: silver, gold, white, black; reached: in, into,
+inside, out of, through, from; needy: load, blow, put, place, mix, work, get, pass; denials: no,
+not, without, nor; sporty: serve, batter, hitter, pitcher, catcher, inning, motorcycle, bike,
+bicycle, skateboard, surfboard, snowboard, pitch, bat, base, plate, umpire, racket, racquet, wave,
+slope, ski; aims: above, off of, alongside, on, on top of, from, off, out of, with, to, at, for,
+over, up, down, as, while, around, through, along, across; floors: floor, ceiling, tile, sill,
+window sill, wall; often on: hold, carry, throw, feed, push, wash, repair, paint, lead, kick, chase;
+often with: throw, wash, push, lead, kick, chase, paint, repair; needed: on, in, at, outside,
+inside, down, on top of, on the back of; joined: intersection, meeting, mix; described: and, of, in,
+on, that, background, with, up, down, about, off, which, without, inside, inside of, on top of;
+horizon: sky, cloud, mountain, horizon, hill; taken off: jacket, coat, sweater, vest, apron,
+uniform, costume, wetsuit, suit, robe; plural subject: each other, together, both; vague numbers:
+several, many, multiple, few; moving: walk, run, jog, stroll, roam, wander, wonder, march, move,
+travel, go, come, head, pass, race, drive, chase; standing: stand, graze, pose, wait, surf,
+skateboard, skate, ski; plain values: big, large, small, little, old, new, young, red, blue, green,
+yellow, white, black, brown, gray, grey, pink, purple, orange, tan, colorful, wooden, empty, dirty,
+clean; bound to sport: wave, serve, batter, hitter, pitcher, catcher, umpire, inning, bat, at bat;
+before no act: country, on, wind, kite, para, sand, water, jet, body, from, without, after, help; by
+themselves: himself, herself, itself, themselves, underneath, beneath, smooth, smoothly; parts of
+toilet: lid, seat, tank; parts of stove: burner, oven; parts of bathroom: toilet paper, commode;
+parts of carriage: drawn, pull; parts of skateboarder: board; parts of snowboarder: board; parts of
+surfer: board; after kept: fashioned, haired, faced, style, other; sizes: big, large, small, little,
+long, short, tall, huge, tiny; in play: hit, serve, swing, swung, catch, ready, wait, batter, pitch,
+bat, prepare; placing: on, on top of, atop, in, inside, under, over, across, by, near, next to,
+beside; listing: with, has, have, containing, of; held still: wave, wheel, statue, sculpture,
+figurine, underneath; names: red sox, big ben, little league; links: that, who, which, while;
+states: hold, contain, show, include, cover, surround, feature, have, use, make, carry; busy: try,
+get, prepare, attempt, use, go, come; persons: who, he, she, someone, they; particles: up, down,
+out, off; ages: young, little, small, teenage, old, older, elderly, younger, baby; after acts: on,
+in, next to, near, in front of, at, by, behind, under, beside, with, while, on top of, outside,
+inside, ., together, between, around; fixed next to: right, directly, close; fixed in front of:
+right, directly; fixed on: displayed, mount, mounted, hung, hang, load, focus, emphasis, attention,
+concentrate, stacked, piled, stack, pile, surf, lean, talk, work, speak, chat, display, put; fixed
+in: encased, partake, view, hide, docked, anchored, bury, buried, submerged, stuck, bathe, wash,
+fenced, closed, dressed, covered, wrapped; placed: parked, seated, stopped, docked, gathered,
+located; fixed at: point, yell, laugh, wave, swing, throw; fixed together: play; fixed off: sit,
+stand, lie, lay, hang; fixed off of: sit, stand, lie, lay, hang; fixed covered with: partially,
+half, partly; fixed covered in: partially, half, partly; fixed against: up; fixed up: line, close,
+lined, dressed, set; fixed behind: hide, right, directly, close; fixed down: descent, descend,
+snowboard, sled; fixed inside: view; fixed out of: stick, hang, peek, peer, pop, made, make; fixed
+over: tower, hover, lean, bend, reach, all, look, way; alone: stand, sit, walk, pose, lie, lay, run,
+eat, travel, jump; fixed into: put, pour, look, cut, turn, made; near few: many; near dirt: sandy;
+near sandy: dirt; near snowy: rocky, muddy; near red: orange, pink; near orange: red, yellow, brown;
+near pink: red, purple; near purple: pink, blue; near brown: orange; near tan: white, yellow; near
+white: gray; near black: gray, grey, silver; near gray: white, black; near silver: white, black;
+near grey: white, black; near yellow: orange; near blue: purple; paths: off of, through the air,
+down, up, through, along, across, past, into, out of, towards, toward, around, over, off, onto, to,
+away from, from; along: carry, push, pull, ride, drive, lead, throw, chase, walk, kick; sex M: man,
+guy, boy, male, gentleman, dude, he, his, him, teenager, kid, child; sex F: woman, lady, girl,
+female, she, her, teenager, kid, child; weather: rain, snow, fog, water, sky, air, wave, surf,
+ground, smoke, fire; never in: log, pizza, sofa, group, door, wall, fence, beach, cliff, hill,
+rooftop, runway, pier, bridge, sidewalk, motorcycle, scooter, bicycle, bench, couch, stool,
+skateboard, surfboard, snowboard, table, desk, farm, harbor, road, river, plate, tray, napkin,
+cutting board, driveway, railroad track, dresser, nightstand, zoo; never at: field, forest, desert,
+shelf, dresser, nightstand, bookshelf, bookcase, wardrobe, drawer, cabinet, cupboard; never on:
+swimming pool, pool, parking lot, window, door, lighthouse, pan, pot, skillet, river, vase, bowl,
+cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp,
+castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant,
+store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
 class DataError(ValueError):
@@ -790,7 +790,8 @@ def make_negatives(
         key: tells equal captions apart, such as the id of the image.
         types: which of ``NEGATIVE_TYPES`` to make.
         forbidden: lower-case words that no negative may bring in, such as the words of the other
-            captions of the image, which may well be true of it.
+            captions of the image, which may well be true of it; a relation of several words, such
+            as "next to", as one of them.
         slots: what ``learn_slots`` learned from the corpus; without it every safe edit is as
             likely as another, and odd ones are easy to tell from captions.
 
@@ -799,11 +800,10 @@ def make_negatives(
         the caption (without regard to case, spaces and inflection) or another of the four.
 
     Raises:
-        ValueError: a type is unknown.
+        ValueError: a type is unknown, or ``forbidden`` is a text.
     """
-    unknown = [types] if isinstance(types, str) else sorted(set(types) - set(NEGATIVE_TYPES))
-    if unknown:
-        raise ValueError(f"unknown negative type {unknown[0]!r}; known are {NEGATIVE_TYPES}")
+    if isinstance(forbidden, str):
+        raise ValueError(f"forbidden: want a set of words, not the text {forbidden!r}")
     made = edit_sentence(_read(caption, forbidden), seed=seed, key=key, types=types, slots=slots)
     return {name: negative and negative.text for name, negative in made.items()}
 
@@ -818,7 +818,7 @@ def edit_sentence(
     masked: MaskedModel | None = None,
 ) -> dict[str, Negative | None]:
     """What ``make_negatives`` returns, with the edits, of a caption that has been read."""
-    negatives: dict[str, Negative | None] = {name: None for name in NEGATIVE_TYPES if name in types}
+    negatives: dict[str, Negative | None] = dict.fromkeys(_ordered(types))
     if sentence is None:
         return negatives
     seen = {_plain(sentence.caption)}
@@ -846,6 +846,15 @@ def edit_sentence(
                 negatives[name] = Negative(text, tuple(edits))
                 break
     return negatives
+
+
+def _ordered(types: Iterable[str]) -> list[str]:
+    """The types in the order of NEGATIVE_TYPES; a ValueError names one that is unknown."""
+    wanted = [types] if isinstance(types, str) else list(types)
+    for name in wanted:
+        if name not in NEGATIVE_TYPES or isinstance(types, str):
+            raise ValueError(f"unknown negative type {name!r}; known are {NEGATIVE_TYPES}")
+    return [name for name in NEGATIVE_TYPES if name in wanted]
 
 
 def _plain(text: str) -> str:
@@ -1956,8 +1965,11 @@ def _recounted(sentence: Sentence) -> list[Candidate]:
         return []
     linked = near > stop and near not in verbs  # a sign that says
     linked |= any(t.tag == "X" and VERB_FORMS.get(t.word, "  ")[1] == "Z" for t in tokens[stop:])
-    if linked or any(i != near for i in verbs):
-        return []
+    split = any(
+        t.tag == "G" and tokens[i].tag != "I" for i, t in enumerate(tokens[1:]) if i in verbs
+    )
+    if linked or split or any(i != near for i in verbs):
+        return []  # skate boarding
     if any(letter.isupper() for letter in sentence.caption[noun.start + 1 : noun.end]):
         return []  # a STOP sign
     plural = _plural(noun.lemma)
@@ -2115,6 +2127,8 @@ def _renamed(sentence: Sentence, sporty: bool) -> list[Candidate]:
         if described.tag == "A" and described.word not in SETS["plain values"]:
             continue  # pulled pork sandwich, wet paint sign
         first -= first > phrase.first and tokens[first - 1].tag == "X"  # a fighter jet
+        if tokens[phrase.head].tag == "N" and phrase.first < first and tokens[first - 1].tag == "M":
+            continue  # a two level city bus
         plural = tokens[phrase.head].tag == "S" or _many(sentence, phrase)
         for new in _things(sentence, phrase):
             found += [_put(first, phrase.head, _plural(new) if plural else new)]
@@ -2799,18 +2813,20 @@ def learn_slots(
 
     The order of the captions does not matter.
     """
-    slots, some = Slots(refine), []
+    slots, some, collects = Slots(refine), [], gc.isenabled()
     gc.disable()  # nothing here is ever garbage, and there is much of it
-    for sentence in sentences:
-        slots.learn(sentence)
-        digest = zlib.crc32(sentence.caption.encode("utf-8", "surrogatepass"))
-        some.append((digest, sentence.caption, sentence))
-    slots.finish()
-    some.sort(key=lambda item: item[:2])
-    for name in types:
-        slots.balance[name] = _balanced([s for _, _, s in some[:BALANCED]], name, slots)
-    gc.freeze()
-    gc.enable()
+    try:
+        for sentence in sentences:
+            slots.learn(sentence)
+            digest = zlib.crc32(sentence.caption.encode("utf-8", "surrogatepass"))
+            some.append((digest, sentence.caption, sentence))
+        slots.finish()
+        some.sort(key=lambda item: item[:2])
+        for name in _ordered(types):
+            slots.balance[name] = _balanced([s for _, _, s in some[:BALANCED]], name, slots)
+    finally:
+        if collects:
+            gc.enable()
     return slots
 
 
@@ -2995,6 +3011,8 @@ def _written(sentence: Sentence, candidate: Candidate) -> list[Edit]:
     for part in candidate:
         start, end = tokens[part.first].start, tokens[part.last].end
         new = part.new if part.moved else _cased(part.new, caption[start:end], loud)
+        if part.first == 0 and not part.moved and caption[start].isupper():
+            new = new[0].upper() + new[1:]  # TV on a stand
         before = tokens[part.first - 1] if part.first else None
         fixed = part.moved or part.first - 1 in edited
         if before and before.word in ("a", "an") and not fixed:
@@ -3221,12 +3239,14 @@ class MaskedModel:
         self.torch = torch
         self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device
         self.device = "cpu" if self.device == "auto" else self.device
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DataError("--device cuda: this machine has no CUDA device; use cpu or auto")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, report = AutoModelForMaskedLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each of its readers has errors of its own
             reason = str(error).splitlines()[0]
             raise DataError(f"--mlm {name}: cannot be loaded ({reason})") from None
         missing = sorted(report["missing_keys"])
@@ -3377,6 +3397,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("want either CAPTIONS or --text")
     if args.text is not None and args.out:
         parser.error("--out goes with CAPTIONS; --text prints")
+    if args.text is not None and (args.engine != "lexicon" or args.filler == "mlm"):
+        parser.error("--engine and --filler go with CAPTIONS; --text shows the lexicon's edits")
     if args.captions and args.out is None:
         parser.error("--out is missing: name the .jsonl file to write")
     if args.workers < 1 or (args.limit is not None and args.limit < 1):
@@ -3425,6 +3447,8 @@ def _edits(caption: str, negative: Negative) -> list[dict[str, Any]]:
 
 def _rewrite_file(args: argparse.Namespace) -> None:
     out, source = args.out, args.captions[0]
+    if out.is_dir() or not out.name:
+        raise DataError(f"--out {out} is a folder; name a file in it")
     if _rank()[1] > 1:
         raise DataError(f"{source}: ranks share .tar shards; run one process with --workers")
     if out.exists() and not args.overwrite:
@@ -3464,6 +3488,7 @@ def _engine(args: argparse.Namespace, captions: Iterable[str]) -> Engine:
     engine = engine._replace(
         slots=learn_slots((s for s in read if s), args.types, refine=args.refine)
     )
+    gc.freeze()  # what was learned is never garbage, and workers share it
     _start(engine)
     return engine
 
@@ -3581,11 +3606,12 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
     fates: Counter[tuple[str, str]] = Counter()
     checksum = hashlib.sha256()
     try:
-        done = _resume(partial, first, fates, checksum, args.overwrite)
-        with partial.open("r+b" if done else "wb") as file:
-            file.seek(0, os.SEEK_END)
+        with _claimed(partial) as file:
+            done = _resume(partial, first, fates, checksum, args.overwrite)
             if not done:
+                file.truncate(0)
                 file.write(first.encode())
+            file.seek(0, os.SEEK_END)
             for line, fate in _results(jobs[done:], engine, args.workers):
                 file.write(line.encode())
                 checksum.update(line.encode())
@@ -3606,6 +3632,23 @@ def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter
             f"--out {args.out}: cannot be written ({error.strerror}); check it and start again"
         ) from None
     return fates
+
+
+def _claimed(partial: Path) -> BinaryIO:
+    """Open a .partial file that no other run writes, where the system can tell."""
+    file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(file.fileno()), partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            file.close()
+            raise DataError(f"{partial}: another run is writing it; wait, or name another --out")
+    return file
 
 
 def _header(args: argparse.Namespace, captions: int) -> dict[str, Any]:
@@ -3634,8 +3677,6 @@ def _resume(
     partial: Path, first: str, fates: Counter[tuple[str, str]], checksum: Any, overwrite: bool
 ) -> int:
     """How many records a .partial file of the same command holds; what was torn is cut off."""
-    if not partial.exists():
-        return 0
     done, end = 0, len(first)
     with partial.open("r+b") as file:
         head = file.readline()
@@ -3651,11 +3692,16 @@ def _resume(
         for number, line in enumerate(file, 2):
             if not line.endswith(b"\n"):
                 break
-            row = _parse(line.decode("utf-8", "replace"), partial.name, number)
+            try:
+                row = json.loads(line)
+                found = {n: t or _reason(row["caption"], n) for n, t in row["negatives"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise DataError(
+                    f"{partial}: line {number} is damaged; move the file away"
+                ) from None
             done, end = done + 1, end + len(line)
             checksum.update(line)
-            for name, text in row["negatives"].items():
-                fates[name, "" if text else _reason(row["caption"], name)] += 1
+            fates.update((n, "" if row["negatives"][n] else why) for n, why in found.items())
         file.truncate(end)
     return done
 
@@ -3663,6 +3709,7 @@ def _resume(
 def _results(jobs: list[Job], engine: Engine, workers: int) -> Iterator[tuple[str, Fates]]:
     """Results of jobs in their order, from one process or several."""
     blocks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
+    workers = min(workers, len(blocks))
     with contextlib.ExitStack() as stack:
         if workers > 1 and engine.masked is None:
             pool = stack.enter_context(Pool(workers, _start, (engine,)))
@@ -3750,14 +3797,22 @@ def _samples(path: Path) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
     """Members and record of every sample of a shard; the caption is in its .json or .txt."""
     try:
         with tarfile.open(path) as tar:
-            files = (member for member in tar if member.isfile())
+            files = (member for member in tar if not member.isdir())
             for stem, members in itertools.groupby(files, key=lambda m: _stem(m.name)):
                 parts: dict[str, bytes] = {}
                 for member in members:
                     if member.name in parts:
                         raise DataError(f"{path.name}: {member.name} is in it twice")
-                    parts[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    content = tar.extractfile(member)
+                    if content is None:
+                        raise DataError(f"{path.name}: {member.name} is neither file nor link")
+                    parts[member.name] = content.read()
                 yield parts, _sample_record(path, stem, parts)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise DataError(f"{path}: damaged or cut off; what is behind {stem} cannot be read")
+    except KeyError as error:
+        raise DataError(f"{path.name}: a link to what is not in it ({error})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name}: sample {stem}: not UTF-8 ({error.reason})") from None
     except (OSError, tarfile.TarError) as error:
@@ -3784,6 +3839,12 @@ def _sample_record(path: Path, stem: str, parts: dict[str, bytes]) -> dict[str, 
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # as by "| head"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         print(f"negatives.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("negatives.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,5 +1,6 @@
 """negatives.py: edits, determinism, sources, errors.  No test needs a download or a GPU."""
 
+import gc
 import hashlib
 import io
 import itertools
@@ -1103,6 +1104,75 @@ def test_what_another_caption_implies_is_not_made(caption, name, told, wrong):
 def test_captions_tell_relations_and_numbers_of_their_things():
     sentence = negatives._read("Several dogs sleep on top of a table")
     assert {"several dog", "on top of table", "on table"} <= negatives._facts(sentence)
+
+
+def test_a_shard_that_was_cut_is_not_taken_for_a_whole_one(tmp_path):
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as tar:
+        for number in range(3):
+            info = tarfile.TarInfo(f"{number}.txt")
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"A dog"))
+    for size in (1024, 1024 + 200, 2048):  # after a member, in a header, after another member
+        cut = tmp_path / "cut.tar"
+        cut.write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(DataError, match=r"cut\.tar: damaged or cut off"):
+            main([str(cut), "--out", str(tmp_path / "out")])
+    main([str(whole), "--out", str(tmp_path / "out")])
+
+
+def test_a_link_in_a_shard_is_followed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.txt", "0.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"A dog"))
+        info = tarfile.TarInfo("0.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "0.jpg"
+        tar.addfile(info)
+    main([str(tmp_path / "a.tar"), "--out", str(tmp_path / "out")])
+    with tarfile.open(tmp_path / "out" / "a.tar") as tar:
+        assert tar.extractfile("0.png").read() == b"A dog"
+
+
+def test_two_runs_do_not_write_one_file(manifest, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / "a.partial").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"a\.partial: another run is writing it"):
+            main([str(manifest), "--out", str(tmp_path / "a")])
+    main([str(manifest), "--out", str(tmp_path / "a")])
+
+
+def test_a_damaged_partial_file_is_named(manifest, tmp_path, monkeypatch):
+    def killed(jobs, *_):
+        yield from negatives._work(jobs[:256])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("negatives._results", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(manifest), "--out", str(tmp_path / "a")])
+    partial = tmp_path / "a.partial"
+    lines = partial.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(b"".join([*lines[:3], b"{}\n", *lines[4:]]))
+    with pytest.raises(DataError, match=r"a\.partial: line 4 is damaged"):
+        main([str(manifest), "--out", str(tmp_path / "a")])
+
+
+def test_learning_leaves_the_garbage_collector_as_it_was():
+    assert gc.isenabled()
+    with pytest.raises(AttributeError):
+        negatives.learn_slots([None])
+    assert gc.isenabled()
+
+
+def test_words_of_measures_and_first_capitals_stay():
+    assert answers("A 2 year old boy", "attribute") == {None}
+    assert answers("An 8 foot tall man", "attribute") == {None}
+    found = answers("TV on a wooden stand.", "object")
+    assert all(n[0].isupper() for n in found if n)
+    assert len(found) > 1
 
 
 def test_whoever_stands_apart_from_the_verb_does_it():
