@@ -44,7 +44,25 @@ Pair = tuple[str, str, str]  # image, caption, negative
 
 
 def read_pairs(path: Path) -> dict[str, list[Pair]]:
-    """(image, caption, negative) of every negative of a file, by type."""
+    """(image, caption, negative) of every negative of a file, by type.
+
+    Raises:
+        DataError: the file cannot be read, or is not of its kind.
+    """
+    try:
+        pairs = _read_pairs(path)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        raise DataError(
+            f"{path}: cannot be read as {path.suffix or 'a manifest'} ({error!r})"
+        ) from None
+    if not pairs:
+        raise DataError(f"{path}: has no negatives")
+    return pairs
+
+
+def _read_pairs(path: Path) -> dict[str, list[Pair]]:
     pairs: dict[str, list[Pair]] = defaultdict(list)
     if path.suffix == ".tsv":
         with path.open(encoding="utf-8", newline="") as lines:
@@ -56,7 +74,7 @@ def read_pairs(path: Path) -> dict[str, list[Pair]]:
             pairs[path.stem].append((row["filename"], row["caption"], row["negative_caption"]))
     else:
         for row in read_manifest(path):
-            image = str(row.get("image_id") or row.get("image"))
+            image = str(row.get("image_id") or row.get("image") or row["caption"])
             for name, negative in row["negatives"].items():
                 if negative is not None:
                     pairs[name].append((image, row["caption"], negative))
@@ -158,6 +176,8 @@ def ngram_reader(pairs: list[Pair]) -> float:
     from sklearn.linear_model import LogisticRegression
 
     half = np.array([zlib.crc32(image.encode()) % 2 == 0 for image, _, _ in pairs])
+    if not 0 < half.sum() < len(half) or len(half) < 100:
+        raise DataError(f"--ngrams: {len(half)} negatives are too few to learn from and count")
     counter = CountVectorizer(ngram_range=(1, 3), token_pattern=r"[^\s.,!?]+", min_df=2)
     texts = [clean(text) for _, *both in pairs for text in both]
     counts = counter.fit_transform(texts).astype(np.float32)
@@ -310,6 +330,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.speed and not args.spacy:
         parser.error("--speed needs --spacy")
+    if args.pairs < 1:
+        parser.error("--pairs must be at least 1")
+    for path in filter(None, (args.out, args.gallery)):
+        if not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
     return args
 
 
@@ -319,8 +344,10 @@ def main(argv: list[str] | None = None) -> None:
     pairs = read_pairs(args.file)
     report: dict[str, Any] = {"file": args.file.name, "types": {}}
     if args.file.suffix == ".jsonl":
-        first = json.loads(args.file.open(encoding="utf-8").readline())
-        report["header"] = first if "manifest" in first else None
+        with args.file.open(encoding="utf-8-sig") as lines:
+            line = next(lines)
+        first = json.loads(line) if line.strip() else {}
+        report["header"] = first if "captions" in first else None
     reader = MaskedReader(args.mlm) if args.mlm else None
     parse = kit._load_spacy(args.spacy, tags_only=True) if args.spacy else None
     for name, found in pairs.items():
