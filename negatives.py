@@ -659,14 +659,14 @@ cross, half, partially, partly, almost, nearly; ways: through, down, along, acro
 toward; boarded: wave, surfboard, swim, swimming, kiteboarding, surf, surfing, surfs, surfer, ski,
 skiing, skate, skateboarding, skating, snowboarding, snowboard, skateboarder; either: wall, snow,
 sand, window, doorway, boat, canoe, raft, ship, sink, tub, bathtub, bed, grass, chair, couch, sofa,
-street, plate, corner; set phrases: up to bat, at bat, to bat, to plate, around corner, at corner,
-on corner, in corner; built in: window, door, wall, floor, roof, doorway; counting: lone, solitary,
-each, other, each other, one another, another, both, together, alone, its, their, it, they, them,
-itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare, gaze,
-point, watch; aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult, old,
-older, elderly, little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste: fast,
-quickly, speed, speeding; desks: keyboard, computer, laptop, desk, monitor; portions: piece, slice,
-plate; loose: wine, paint, laundry, water, juice, milk, coffee, tea, beer, rice, soup, pasta,
+street, plate, corner; set phrases: in mirror, up to bat, at bat, to bat, to plate, around corner,
+at corner, on corner, in corner; built in: window, door, wall, floor, roof, doorway; counting: lone,
+solitary, each, other, each other, one another, another, both, together, alone, its, their, it,
+they, them, itself, one, single, whole, pair, side by side, his, her, different; looks: look, stare,
+gaze, point, watch; aged: bearded, bald, beard, child, kid, young, teenager, teen, youth, adult,
+old, older, elderly, little, small; steered: row, paddle, sail, ride, drive, fly, travel; haste:
+fast, quickly, speed, speeding; desks: keyboard, computer, laptop, desk, monitor; portions: piece,
+slice, plate; loose: wine, paint, laundry, water, juice, milk, coffee, tea, beer, rice, soup, pasta,
 spaghetti, cereal, ketchup, mustard, butter, cream, honey, jam; mounted: horseback, horse, bicycle,
 bike, motorcycle, scooter, elephant; made for: prepare, make, get, take, have, do; compared: larger,
 bigger, smaller, taller, shorter, longer; parents: dad, father, mom, mother, parent, mommy, daddy;
@@ -1018,6 +1018,8 @@ SETS["can be down"] = SETS["can be up"]
 SETS["goes on"] = SETS["paths"] | {"at", "for", "as"}
 SETS["owned"] = SETS["possessive"] | {"one", "each", "both", "right", "left"}
 SAME_RELATIONS = {w: _items(same) for same in SAME_PLACES.split(";") for w in _items(same)}
+SETS["aloft"] = SETS["airy"] | {"wave"}
+SETS["held still"] |= SETS["airy"]
 SETS["never beside"] = SETS["weather"] | SETS["floors"]
 IRREGULAR_PLURALS = dict(pair.split(":") for pair in PLURALS.split())
 SENSES, VALUE_SENSES, RELATION_ROWS = _read_things(), _read_values(), _read_relations()
@@ -1181,8 +1183,9 @@ def _sentence(
     starts = {p.first: p for p in phrases}
     for phrase in reversed(phrases):
         phrase.kind = KINDS.get(tokens[phrase.head].lemma, "")
-        if phrase.kind in HOLDERS and [t.word for t in tokens[phrase.head + 1 :][:1]] == ["of"]:
-            phrase.kind = _kind(starts.get(phrase.head + 2)) or phrase.kind
+        inner = starts.get(phrase.head + 2)
+        if inner and phrase.kind in HOLDERS and tokens[phrase.head + 1].word == "of":
+            phrase.kind = inner.kind or phrase.kind
     none: frozenset[str] = frozenset()
     own = frozenset([t.word for t in tokens] + [t.lemma for t in tokens])
     sentence = Sentence(caption, tokens, phrases, starts, own, none, none, _contexts(tokens))
@@ -1385,15 +1388,15 @@ def _apart(sentence: Sentence) -> list[Candidate]:
             continue
         free = before in "NSX" or (before == "I" and token.tag == "G")
         after = tokens[phrase.stop] if phrase.stop < len(tokens) else token
-        aims = after.word in SETS["aims"] or (token.tag != "G" and "," in sentence.own)
-        aims = aims or after.tag in "EA" or _held(sentence, phrase)
-        if free and not aims and _subject(sentence, i) in MOVERS[:2]:
+        aims = after.word in SETS["aims"] or after.tag in "EA" or _held(sentence, phrase)
+        aims |= token.tag != "G" and "," in sentence.own
+        free &= not aims and _taken_off(sentence, phrase)
+        if free and _subject(sentence, i) in MOVERS[:2]:
             found += [
                 _put(i, i, new)
                 for new in APART[token.lemma]
                 if new not in sentence.named
                 and (new != "without" or (before != "I" and _can_lack(sentence, phrase)))
-                and _taken_off(sentence, phrase)
                 and _kind(phrase) not in ("body", "idea", "part", "feat")
                 and tokens[phrase.head].lemma not in SETS["weather"]
                 and (_kind(phrase) or tokens[phrase.first].tag in "DM")
@@ -1828,12 +1831,8 @@ def _can_lack(sentence: Sentence, phrase: Phrase | None) -> bool:
     if after and (after[0].tag in "ADMRE" or (after[0].tag == "G" and kind[:8] != "clothing")):
         return False  # with the door open, with a couch a table, with a man swinging
     named = first.tag == "X" and sentence.caption[first.start].isupper()  # Williams Street
-    after_word = _word(sentence, phrase.stop)
-    return (
-        not named
-        and first.word not in SETS["not lacked"]
-        and after_word not in {",", *SETS["described"]}
-    )
+    goes_on = after and (after[0].word == "," or after[0].word in SETS["described"])
+    return not (named or goes_on or first.word in SETS["not lacked"])
 
 
 def _swaps(sentence: Sentence) -> list[Candidate]:
@@ -2186,7 +2185,7 @@ def _kept(sentence: Sentence, phrase: Phrase, before: str) -> bool:
         t.word in SETS["watery"] for t in tokens[phrase.first : phrase.head]
     ):
         return True
-    if f"{before} {noun.lemma}" in {"in mirror", *SETS["set phrases"]}:
+    if f"{before} {noun.lemma}" in SETS["set phrases"]:
         return True
     if before == "on" and kind == "device.hand":
         return True
@@ -2540,7 +2539,7 @@ def _unfit(sentence: Sentence, i: int, kind: str, noun: str) -> set[str]:
     tokens, unfit = sentence.tokens, set()
     if KINDS.get(noun) in HOLDERS:
         unfit |= {"cook", "prepare", "make", "kiss", "lift"}  # a slice of the cake
-    if sentence.own & {"wave", *SETS["airy"]}:
+    if sentence.own & SETS["aloft"]:
         unfit |= {"wash", "repair", "paint"}
     if kind in ("clothing.hand", "gear.glove") or "," in sentence.own:
         unfit |= {"hold", "carry"}  # while wearing it, or much else
@@ -2604,7 +2603,7 @@ def _placed(sentence: Sentence, i: int, last: int, acts: Sequence[str]) -> Seque
         return []  # up high, digging in to
     if verb.lemma in MOVES and _on(sentence, SETS["mounted"]):
         return []
-    if sentence.own & {*SETS["held still"], *SETS["airy"]} or verb.lemma in (
+    if sentence.own & SETS["held still"] or verb.lemma in (
         "ride",
         "drive",
         "go",
@@ -3413,7 +3412,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--refine must be above 0")
     if args.refine < inf and not counted:
         parser.error("--refine needs a file's statistics: CAPTIONS, with --filler ngram or mlm")
-    args.types = tuple(name for name in NEGATIVE_TYPES if name in args.types)
+    args.types = tuple(_ordered(args.types))
     return args
 
 
@@ -3694,14 +3693,15 @@ def _resume(
                 break
             try:
                 row = json.loads(line)
-                found = {n: t or _reason(row["caption"], n) for n, t in row["negatives"].items()}
+                negatives = row["negatives"].items()
+                fate = [(n, "" if text else _reason(row["caption"], n)) for n, text in negatives]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(
                     f"{partial}: line {number} is damaged; move the file away"
                 ) from None
             done, end = done + 1, end + len(line)
             checksum.update(line)
-            fates.update((n, "" if row["negatives"][n] else why) for n, why in found.items())
+            fates.update(fate)
         file.truncate(end)
     return done
 

@@ -870,7 +870,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monkeypatch):
+def stop_after_a_block(monkeypatch, argv):
     def killed(jobs, *_):
         yield from negatives._work(jobs[:256])
         raise KeyboardInterrupt
@@ -878,7 +878,11 @@ def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr("negatives._results", killed)
         with pytest.raises(KeyboardInterrupt):
-            main([str(manifest), "--out", str(tmp_path / "a"), "--seed", "1"])
+            main(argv)
+
+
+def test_what_another_command_left_is_not_gone_on_with(manifest, tmp_path, monkeypatch):
+    stop_after_a_block(monkeypatch, [str(manifest), "--out", str(tmp_path / "a"), "--seed", "1"])
     with pytest.raises(DataError, match=r"other options.*--overwrite"):
         main([str(manifest), "--out", str(tmp_path / "a")])
     main([str(manifest), "--out", str(tmp_path / "a"), "--overwrite"])
@@ -1145,14 +1149,7 @@ def test_two_runs_do_not_write_one_file(manifest, tmp_path):
 
 
 def test_a_damaged_partial_file_is_named(manifest, tmp_path, monkeypatch):
-    def killed(jobs, *_):
-        yield from negatives._work(jobs[:256])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("negatives._results", killed)
-        with pytest.raises(KeyboardInterrupt):
-            main([str(manifest), "--out", str(tmp_path / "a")])
+    stop_after_a_block(monkeypatch, [str(manifest), "--out", str(tmp_path / "a")])
     partial = tmp_path / "a.partial"
     lines = partial.read_bytes().splitlines(keepends=True)
     partial.write_bytes(b"".join([*lines[:3], b"{}\n", *lines[4:]]))
