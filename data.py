@@ -5,6 +5,9 @@ A manifest is JSON lines, one caption a line, written by negatives.py:
 
   {"image": "a.jpg", "image_id": 9, "caption": "...", "negatives": {"relation": "...", ...}}
 
+A negative is a sentence, null, or a list of sentences of which training draws one an epoch.  The
+types are NEGATIVE_TYPES, or those that a first line {"manifest": 1, "types": [...]} names.
+
 The shapes world is the embedded data set: scenes of one to three coloured shapes, drawn on demand
 from (split, seed, index) alone, whose captions, paraphrases and hard negatives are known exactly.
 
@@ -42,7 +45,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from negatives import NEGATIVE_TYPES, DataError, read_captions
+from negatives import (
+    NEGATIVE_TYPES,
+    DataError,
+    Record,
+    Wording,
+    add_sample,
+    header_types,
+    parse_record,
+    read_captions,
+    read_records,
+    read_samples,
+    run_script,
+    sample_row,
+    split_types,
+    write_lines,
+    writing,
+)
 
 Image.MAX_IMAGE_PIXELS = 200_000_000  # a larger picture is refused, not decoded
 
@@ -412,6 +431,8 @@ class ShapesDataset(Dataset[Item]):
     """The training scenes of the shapes world; indices are (epoch, index) pairs."""
 
     has_negatives = True
+    types = NEGATIVE_TYPES
+    made = frozenset(NEGATIVE_TYPES)
     image_of: np.ndarray | None = None  # every caption has a picture of its own
 
     def __init__(self, width: int, seed: int) -> None:
@@ -433,9 +454,10 @@ class ShapesDataset(Dataset[Item]):
 class ManifestDataset(Dataset[Item]):
     """Photos and captions of a manifest; indices are (epoch, index) pairs.
 
-    What is random (the crop, which other caption of the photo is t⁺) depends on (seed, epoch,
-    index) alone, so neither workers nor a resumed run change it. Lines stay on disk: in memory a
-    caption is where its line begins and the number of its picture, 16 to 24 bytes.
+    What is random (the crop, which other caption of the photo is t⁺, which negative of a list)
+    depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it. Lines
+    stay on disk: in memory a caption is where its line begins and the number of its picture, 16 to
+    24 bytes. `types` names the K negatives of an item.
     """
 
     def __init__(
@@ -445,8 +467,17 @@ class ManifestDataset(Dataset[Item]):
         transform: Transform,
         seed: int = 0,
         on_bad_image: str = "stop",
+        types: Sequence[str] = (),
     ) -> None:
         """Index the manifest at `path`; its photos are looked up in the folder `images`.
+
+        Args:
+            path: the manifest.
+            images: the folder.
+            transform: of each photo.
+            seed: of all that is random.
+            on_bad_image: "stop" or "skip".
+            types: of the negatives to read; () for all that the manifest names.
 
         Raises:
             DataError: a line is malformed, or a photo is missing (checked before training).
@@ -456,8 +487,10 @@ class ManifestDataset(Dataset[Item]):
         offsets, names = array("q"), array("q")
         seen: set[int] = set()
         missing: list[str] = []
-        self.has_negatives = False
-        for offset, record in _read_lines(self.path):
+        made: set[str] = set()
+        self.types: tuple[str, ...] = tuple(types)
+        for offset, record in read_records(self.path, types, need_image=True):
+            assert record.image is not None
             digest = hashlib.blake2b(record.image.encode(), digest_size=8).digest()
             name = int.from_bytes(digest, "little", signed=True)
             if name not in seen:
@@ -466,7 +499,8 @@ class ManifestDataset(Dataset[Item]):
                     missing.append(record.image)
             offsets.append(offset)
             names.append(name)
-            self.has_negatives |= any(record.negatives)
+            self.types = tuple(record.negatives)  # a header further down may name more
+            made.update(name for name, given in record.negatives.items() if given)
         if not offsets:
             raise DataError(f"{path}: holds no captions; make it with negatives.py")
         if missing and (on_bad_image == "stop" or len(missing) == len(seen)):
@@ -475,6 +509,7 @@ class ManifestDataset(Dataset[Item]):
                 f"are not there, the first is {missing[0]}; point --images at their folder"
                 + (" or pass --on-bad-image skip" if len(missing) < len(seen) else "")
             )
+        self.has_negatives, self.made = bool(made), made  # types that some caption has
         self.offsets = np.array(offsets)
         _, numbers = np.unique(np.array(names), return_inverse=True)
         self.image_of: np.ndarray = numbers.astype(np.int32)  # the number of each one's picture
@@ -489,7 +524,8 @@ class ManifestDataset(Dataset[Item]):
         """Read the line of a caption."""
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[index]))
-            return parse_record(file.readline(), f"{self.path}, byte {self.offsets[index]}")
+            place = f"{self.path}, byte {self.offsets[index]}"
+            return parse_record(file.readline(), place, self.types, some=True, need_image=True)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         """Load the example (epoch, index), or the next readable one where that is asked for."""
@@ -499,7 +535,7 @@ class ManifestDataset(Dataset[Item]):
             i = (index + step) % len(self)
             record = self.record(i)
             try:
-                image = open_image(self.images / record.image)
+                image = open_image(self.images / str(record.image))
             except DataError as error:
                 if self.on_bad_image == "stop":
                     raise
@@ -507,7 +543,8 @@ class ManifestDataset(Dataset[Item]):
                 continue
             rng = random.Random(f"{self.seed}:{epoch}:{i}")
             tensor = self.transform(image, rng)
-            captions = Captions(record.caption, self._positive(i, record, rng), record.negatives)
+            positive = self._positive(i, record, rng)
+            captions = Captions(record.caption, positive, draw_negatives(record, rng))
             return Item(tensor, captions, "; ".join(faults))
         raise DataError(f"--images {self.images}: not one picture could be read; {faults[0]}")
 
@@ -520,8 +557,20 @@ class ManifestDataset(Dataset[Item]):
         return next((text for text in texts if text != record.caption), None)
 
 
+def draw_negatives(record: Record, rng: random.Random) -> tuple[str | None, ...]:
+    """One negative of each type, or None."""
+
+    def draw(given: Wording) -> str | None:
+        return rng.choice(given) if isinstance(given, list) else given
+
+    return tuple(draw(given) for given in record.negatives.values())
+
+
 class Mixture(Dataset[Item]):
-    """Several sources, each with a share of every batch; keys are (source, epoch, index)."""
+    """Several sources, each with a share of every batch; keys are (source, epoch, index).
+
+    `types` are those of all sources in order; a source has None where a type is not its own.
+    """
 
     def __init__(
         self,
@@ -544,6 +593,7 @@ class Mixture(Dataset[Item]):
             DataError: a source is too small for its share, or its share is less than one item.
         """
         self.sources, self.seed, self.one_caption = sources, seed, one_caption
+        self.types = tuple(dict.fromkeys(name for source in sources for name in source.types))
         self.shares = share_batch(batch, weights)
         self.steps = [
             len(self._order(s, 0)) if share else 0 for s, share in enumerate(self.shares)
@@ -583,7 +633,13 @@ class Mixture(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         """Load the example (source, epoch, index)."""
-        return self.sources[key[0]][key[1:]]
+        source = self.sources[key[0]]
+        item = source[key[1:]]
+        if source.types == self.types:
+            return item
+        own = dict(zip(source.types, item.captions.negatives, strict=True))
+        negatives = tuple(own.get(name) for name in self.types)
+        return item._replace(captions=item.captions._replace(negatives=negatives))
 
 
 class ShardStream(IterableDataset[Item]):
@@ -602,6 +658,7 @@ class ShardStream(IterableDataset[Item]):
         seed: int,
         place: tuple[int, int, int],
         on_bad_image: str = "stop",
+        types: Sequence[str] = (),
     ) -> None:
         """Read the shards of a brace pattern, "cc3m-{000..331}.tar".
 
@@ -611,6 +668,8 @@ class ShardStream(IterableDataset[Item]):
             seed: of the order.
             place: the step to begin with, this rank, the number of ranks.
             on_bad_image: "stop" or "skip".
+            types: of the negatives to read; () for those that the first sample names, else
+                NEGATIVE_TYPES.
 
         Raises:
             DataError: webdataset is missing, or a shard is.
@@ -627,7 +686,16 @@ class ShardStream(IterableDataset[Item]):
         if missing:
             raise DataError(f"--data {missing[0]}: no such shard; check the pattern")
         self.transform, self.seed, self.place = transform, seed, place
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.some = on_bad_image, bool(types)
+        self.types = tuple(types) or self._named_types()
+
+    def _named_types(self) -> tuple[str, ...]:
+        """The types of the first sample of the first shard that is a file."""
+        first = next((x for x in self.shards if os.path.exists(x)), None)
+        for stem, parts in read_samples(first) if first else ():
+            place = f"{first}: {stem}"
+            return header_types(sample_row(stem, parts, place), place) or NEGATIVE_TYPES
+        return NEGATIVE_TYPES
 
     def __iter__(self) -> Iterator[Item]:
         """Yield this worker's examples."""
@@ -645,13 +713,13 @@ class ShardStream(IterableDataset[Item]):
             chosen = rng.randrange(len(waiting))
             waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
             try:
-                record, image = _read_sample(waiting.pop())
+                record, image = self._read_sample(waiting.pop())
             except DataError as error:
                 if self.on_bad_image == "stop":
                     raise
                 faults.append(str(error))
                 continue
-            captions = Captions(record.caption, None, record.negatives)
+            captions = Captions(record.caption, None, draw_negatives(record, rng))
             yield Item(self.transform(image, rng), captions, "; ".join(faults))
             faults = []
 
@@ -666,18 +734,15 @@ class ShardStream(IterableDataset[Item]):
             except (OSError, ValueError, tarfile.TarError) as error:
                 raise DataError(f"--data: a shard cannot be read ({error})") from None
 
-
-def _read_sample(sample: dict[str, Any]) -> tuple[Record, Image.Image]:
-    """The record and the picture of a shard's sample: .json (or .txt), and .jpg, .png or .webp."""
-    place = f"{sample['__url__']}: {sample['__key__']}"
-    fields = {"image": sample["__key__"]}
-    if "txt" in sample:
-        fields["caption"] = sample["txt"].decode("utf-8", "replace")
-    record = parse_record(sample.get("json", b"{}"), place, fields)
-    kind = next((kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
-    if kind is None:
-        raise DataError(f"{place}: has no .jpg, .png or .webp")
-    return record, open_image(io.BytesIO(sample[kind]), place)
+    def _read_sample(self, sample: dict[str, Any]) -> tuple[Record, Image.Image]:
+        """Record and picture of a sample: .json (or .txt), and .jpg, .png or .webp."""
+        place = f"{sample['__url__']}: {sample['__key__']}"
+        row = {"image": sample["__key__"], **sample_row(sample["__key__"], sample, place)}
+        record = parse_record(row, place, self.types, some=self.some, need_image=True)
+        kind = next((kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
+        if kind is None:
+            raise DataError(f"{place}: has no .jpg, .png or .webp")
+        return record, open_image(io.BytesIO(sample[kind]), place)
 
 
 def open_image(file: str | Path | io.BytesIO, name: str | None = None) -> Image.Image:
@@ -697,67 +762,9 @@ def open_image(file: str | Path | io.BytesIO, name: str | None = None) -> Image.
         raise DataError(f"{name}: cannot be decoded ({error})") from None
 
 
-class Record(NamedTuple):
-    """A line of a manifest."""
-
-    image: str
-    image_id: int | str | None
-    caption: str
-    negatives: tuple[str | None, ...]  # in the order of NEGATIVE_TYPES
-
-
-def read_manifest(path: str | Path) -> Iterator[Record]:
-    """Read a manifest line by line; a header line and empty lines are skipped.
-
-    Raises:
-        DataError: naming file and line, if a line is not a record or its image leaves the folder.
-    """
-    return (record for _, record in _read_lines(Path(path)))
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, Record]]:
-    """Yield where each record's line begins, and the record."""
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                header = number == 1 and line.lstrip().startswith(b'{"manifest"')
-                if line.strip() and not header:
-                    yield offset, parse_record(line, f"{path}:{number}")
-                offset += len(line)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
-def parse_record(line: bytes, place: str, known: dict[str, str] | None = None) -> Record:
-    """Read one record, whose missing fields may be known already.
-
-    Raises:
-        DataError: naming the place, if it is not a record or its image leaves the folder.
-    """
-    try:
-        fields = json.loads(line)
-    except UnicodeDecodeError:
-        raise DataError(f"{place}: is not UTF-8 text; a manifest is JSON lines") from None
-    except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{place}: is not JSON; a manifest has one record a line") from None
-    if not isinstance(fields, dict):
-        raise DataError(f'{place}: is not a record {{"image": ..., "caption": ...}}')
-    fields = {**(known or {}), **fields}
-    image, caption = fields.get("image"), fields.get("caption")
-    if not isinstance(image, str) or not image:
-        raise DataError(f'{place}: "image" must be a file name, not {image!r}')
-    if image.startswith("/") or "\\" in image or (".." in image and ".." in image.split("/")):
-        raise DataError(f'{place}: "image" {image!r} leaves the folder of --images')
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f'{place}: "caption" must be a sentence, not {caption!r}')
-    negatives = fields.get("negatives") or {}
-    if not isinstance(negatives, dict) or not negatives.keys() <= set(NEGATIVE_TYPES):
-        raise DataError(f'{place}: "negatives" must have the keys {", ".join(NEGATIVE_TYPES)}')
-    texts = tuple(negatives.get(name) for name in NEGATIVE_TYPES)
-    if any(text is not None and (not isinstance(text, str) or not text.strip()) for text in texts):
-        raise DataError(f"{place}: every negative must be a sentence or null")
-    return Record(image, fields.get("image_id"), caption, texts)
+def read_manifest(path: str | Path, types: Sequence[str] = ()) -> Iterator[Record]:
+    """Read the records of a manifest, each with its image; see `negatives.read_records`."""
+    return (record for _, record in read_records(Path(path), types, need_image=True))
 
 
 class PackedText(NamedTuple):
@@ -1153,24 +1160,6 @@ def normalise(images: Tensor, model: Any) -> Tensor:
     return (images.contiguous().float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
-def write_manifest(path: Path, records: Iterable[dict[str, Any]], overwrite: bool) -> int:
-    """Write records to NAME.partial, rename it to NAME, and count them."""
-    if path.exists() and not overwrite:
-        raise DataError(f"--out {path}: exists; pass --overwrite or choose another name")
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for count, record in enumerate(records, 1):  # noqa: B007 - the count is returned
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"--out {path}: cannot be written ({error.strerror}); check it") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
 def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[dict[str, Any]]:
     """Draw scenes as PNG files and yield two records for each, the caption and its paraphrase."""
     images.mkdir(parents=True, exist_ok=True)
@@ -1185,53 +1174,53 @@ def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[
         yield {"image": name, "image_id": index, "caption": said.positive, "negatives": nothing}
 
 
-def write_shards(manifest: Path, images: Path, out: Path, size: int) -> int:
+def write_shards(
+    manifest: Path, images: Path, out: Path, size: int, types: Sequence[str] = ()
+) -> int:
     """Write a manifest and its pictures as webdataset shards of `size` examples, and count them."""
     if out.exists() and any(out.iterdir()):
         raise DataError(f"--out {out}: is not empty; choose another folder")
+    named: tuple[str, ...] = NEGATIVE_TYPES
+    for record in read_manifest(manifest, types):  # a header further down may name more
+        named = tuple(record.negatives)
+    records = read_manifest(manifest, named)
     count = 0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        records = read_manifest(manifest)
-        for number in itertools.count():
-            chunk = list(itertools.islice(records, size))
-            if not chunk:
-                break
-            name = out / f"{number:06d}.tar"
-            partial = name.with_name(name.name + ".partial")
-            with tarfile.open(partial, "w") as tar:
-                for record in chunk:
-                    _add_sample(tar, f"{count:09d}", record, images)
-                    count += 1
-            os.replace(partial, name)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error})") from None
+    out.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        chunk = list(itertools.islice(records, size))
+        if not chunk:
+            return count
+        with (
+            writing(out / f"{number:06d}.tar") as file,
+            tarfile.open(fileobj=file, mode="w") as tar,
+        ):
+            for record in chunk:
+                add_sample(tar, f"{count:09d}", _sample_parts(record, images))
+                count += 1
     return count
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, record: Record, images: Path) -> None:
+def _sample_parts(record: Record, images: Path) -> dict[str, bytes]:
+    """The members of a record's sample; types that are not the default ones are named in it."""
+    path = images / str(record.image)
     try:
-        picture = (images / record.image).read_bytes()
+        picture = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{images / record.image}: cannot be read ({error.strerror})") from None
-    fields = record._asdict() | {
-        "negatives": dict(zip(NEGATIVE_TYPES, record.negatives, strict=True))
-    }
-    suffix = Path(record.image).suffix.lower()
-    for ending, content in ((suffix, picture), (".json", json.dumps(fields).encode())):
-        info = tarfile.TarInfo(key + ending)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    types = tuple(record.negatives)
+    named = {} if types == NEGATIVE_TYPES else {"types": types}
+    suffix = path.suffix.lower().removeprefix(".")
+    return {suffix: picture, "json": json.dumps({**record._asdict(), **named}).encode()}
 
 
-def check(path: Path, images: Path) -> None:
+def check(path: Path, images: Path, types: Sequence[str] = ()) -> None:
     """Decode every picture of a manifest and print what it holds.
 
     Raises:
         DataError: pictures are missing or broken; the first ones are named.
     """
-    records = list(read_manifest(path))
-    names = dict.fromkeys(record.image for record in records)
+    records = list(read_manifest(path, types))
+    names = dict.fromkeys(str(record.image) for record in records)
     broken = []
     for name in names:
         try:
@@ -1239,13 +1228,18 @@ def check(path: Path, images: Path) -> None:
         except DataError as error:
             broken.append(str(error))
     pairs = Counter((record.image, record.caption) for record in records)
-    same = sum(record.caption in record.negatives for record in records)
     print(f"{len(records)} captions of {len(names)} pictures in {path}")
-    for k, kind in enumerate(NEGATIVE_TYPES):
-        count = sum(record.negatives[k] is not None for record in records)
+    same = 0
+    for kind in records[-1].negatives if records else ():
+        made = [(record, record.negatives.get(kind)) for record in records]
+        count = sum(given is not None for _, given in made)
         print(f"  {kind:9} {count} negatives ({100 * count / max(1, len(records)):.1f} %)")
+        same += sum(
+            record.caption in (given if isinstance(given, list) else [given])
+            for record, given in made
+        )
     print(f"  {sum(pairs.values()) - len(pairs)} captions repeated for the same picture")
-    print(f"  {same} captions with a negative that is the caption itself")
+    print(f"  {same} negatives that are the caption itself")
     if broken:
         for line in broken[:10]:
             print(f"  {line}")
@@ -1272,6 +1266,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "csv":
             sub.add_argument("--image-column", help="name of the column of file names")
             sub.add_argument("--caption-column", help="name of the column of captions")
+            sub.add_argument(
+                "--negative",
+                nargs="+",
+                default=(),
+                metavar="COLUMN[:TYPE]",
+                help="columns of negatives (default: neg_caption, where there is one)",
+            )
     sub = commands.add_parser("shapes", help="draw the shapes world to PNG files and a manifest")
     sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
     sub.add_argument("--images", type=Path, required=True, help="folder for the pictures")
@@ -1284,39 +1285,57 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
     sub.add_argument("--out", type=Path, required=True, help="folder of the shards to write")
     sub.add_argument("--size", type=int, default=10_000, help="examples of a shard (default 10000)")
+    add_types(sub)
     sub = commands.add_parser(
         "check", help="decode every picture of a manifest, count, find copies"
     )
     sub.add_argument("manifest", type=Path, help="manifest (.jsonl)")
     sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+    add_types(sub)
     return parser.parse_args(argv)
+
+
+def add_types(parser: argparse.ArgumentParser) -> None:
+    """The option --types, which train.py has too."""
+    text = "of negatives to read, as counting,negation (default: all that the manifest names)"
+    parser.add_argument("--types", type=split_types, default=(), metavar="A,B", help=text)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of the commands."""
     args = parse_args(argv)
     if args.command == "check":
-        check(args.manifest, args.images)
+        check(args.manifest, args.images, args.types)
         return
     if args.command == "shards":
-        count = write_shards(args.manifest, args.images, args.out, max(1, args.size))
+        count = write_shards(args.manifest, args.images, args.out, max(1, args.size), args.types)
         print(f"{count} examples written to {args.out}")
         return
     if args.out.exists() and not args.overwrite:
         raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")
     if args.command == "shapes":
-        records = shapes_records(args.split, args.seed, args.images, args.limit)
+        rows = shapes_records(args.split, args.seed, args.images, args.limit)
     else:
-        columns = {"image_column": None, "caption_column": None}
-        columns |= {key: vars(args)[key] for key in columns if key in args}
-        nothing = {"negatives": dict.fromkeys(NEGATIVE_TYPES)}
-        records = ({**record, **nothing} for record in read_captions(args.captions, **columns))
-    print(f"{write_manifest(args.out, records, args.overwrite)} captions written to {args.out}")
+        columns: dict[str, Any] = {}
+        if args.command == "csv":
+            columns = {
+                "image_column": args.image_column,
+                "caption_column": args.caption_column,
+                "negatives": args.negative,
+            }
+        rows = manifest_rows(read_captions(args.captions, **columns))
+    count = write_lines(args.out, rows, args.overwrite)
+    print(f"{count} lines written to {args.out}")
+
+
+def manifest_rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest; it has a header where the types are not the default ones."""
+    for number, record in enumerate(records):
+        types = tuple(record.negatives) or NEGATIVE_TYPES
+        if not number and types != NEGATIVE_TYPES:
+            yield {"manifest": 1, "types": types}
+        yield record._asdict() | {"negatives": {**dict.fromkeys(types), **record.negatives}}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "data.py"))

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,16 +46,19 @@ from data import (
     PackedText,
     ShapesDataset,
     ShardStream,
+    add_types,
     encode_image,
     encode_text,
     normalise,
     picture_size,
+    run_script,
     split_features,
     text_layout,
     train_transform,
+    writing,
 )
 from evaluate import PRECISIONS, TINY_CONFIG, Model, load_model, pick_device, write_text
-from losses import IMC_VARIANTS, RECIPES, THRESHOLDS, CEClipLoss
+from losses import IMC_VARIANTS, NEGATIVE_TYPES, RECIPES, THRESHOLDS, CEClipLoss
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
 DEFAULTS = {
@@ -177,14 +180,20 @@ def start_process(device: str) -> Rank:
     return Rank(dist.get_rank(), dist.get_world_size(), place)
 
 
-def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
-    """The towers, the loss, AdamW and the scaler that only fp16 needs."""
+def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -> CEClipLoss:
+    """The loss of the recipe and the options, for K types of negatives."""
     given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
     try:
-        loss = CEClipLoss(args.recipe, **given).to(rank.device)
+        return CEClipLoss(args.recipe, types=types, **given)
     except ValueError as error:
         raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
-    net = model.net
+
+
+def make_run(
+    args: argparse.Namespace, model: Model, rank: Rank, types: Sequence[str] = NEGATIVE_TYPES
+) -> Run:
+    """The towers, the loss of K types, AdamW and the scaler that only fp16 needs."""
+    loss, net = make_loss(args, types).to(rank.device), model.net
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
     if args.tune == "text":
@@ -226,10 +235,16 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
         raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
     transform = train_transform(model.net)
     sources = [
-        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image)
+        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image, args.types)
         for (path, _), folder in zip(pairs, folders * (len(pairs) // len(folders)), strict=True)
     ]
     named = " ".join(args.data)
+    lacking = [name for name in args.types if not any(name in source.made for source in sources)]
+    if lacking:
+        raise DataError(
+            f"--types: {named} has no negative of the type {lacking[0]}; "
+            "data.py check counts what it has"
+        )
     if loss.needs_negatives and not any(source.has_negatives for source in sources):
         raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
     if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
@@ -280,14 +295,20 @@ def make_loader(
                 "--imc paired needs a second caption of each picture, which shards lack; "
                 "use --imc repulsion or --imc none"
             )
-        transform, place = train_transform(model.net), (start, rank.number, rank.world)
-        stream = ShardStream(args.data[0], transform, args.seed, place, args.on_bad_image)
+        stream = make_stream(args, model, rank, start)
         loader = DataLoader(stream, batch_size=local, **options)
     else:
         batches = data.batches(start, args.steps)
         mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
         loader = DataLoader(data, batch_sampler=mine, **options)
     return iter(loader)
+
+
+def make_stream(args: argparse.Namespace, model: Model, rank: Rank, start: int) -> ShardStream:
+    """The shards of --data, from step `start` on."""
+    place = (start, rank.number, rank.world)
+    transform = train_transform(model.net)
+    return ShardStream(args.data[0], transform, args.seed, place, args.on_bad_image, args.types)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -422,30 +443,26 @@ def checkpoint(
         train["net"] = run.net.state_dict()
     if run.teacher is not None:
         train["teacher"] = run.teacher.net.state_dict()
-    kit = {**about, "recipe": args.recipe, "step": step, **versions()}
+    kit = {**about, "recipe": args.recipe, "types": run.loss.types, "step": step, **versions()}
     return {"state_dict": plain_weights(run.net), "kit": kit, "train": train}
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all: the one before it stays until this one is on disk."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with writing(path, overwrite=True) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise DataError(f"--out {path}: cannot be written ({error}); the last one stays") from None
+    except RuntimeError as error:  # what torch makes of a disk that is full
+        raise DataError(f"{path}: cannot be written ({error}); the last one stays") from None
 
 
 def resume(run: Run, path: Path) -> int:
     """Load latest.pt into the run; returns the step to go on with."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        train = content["train"]
+        train, types = content["train"], content["kit"].get("types", NEGATIVE_TYPES)
+        if tuple(types) != run.loss.types:
+            raise ValueError(f"types {', '.join(types)}, now {', '.join(run.loss.types)}")
         run.net.load_state_dict(train.get("net", content["state_dict"]))
         if run.teacher is not None:
             run.teacher.net.load_state_dict(train["teacher"])
@@ -713,6 +730,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE[:WEIGHT]", help="manifests, or .tar shards")
+    add_types(parser)
     add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
     add("--out", type=Path, help="run directory (default runs/RECIPE)")
     add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
@@ -840,8 +858,9 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(args.model, weights, device=str(rank.device))
     if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
         raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
-    run = make_run(args, model, rank)
-    data = None if reads_shards(args) else make_data(args, model, run.loss)
+    data = None if reads_shards(args) else make_data(args, model, make_loss(args))
+    types = make_stream(args, model, rank, 0).types if data is None else data.types
+    run = make_run(args, model, rank, types)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     if args.dry_run:
@@ -870,18 +889,8 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def run_main() -> int:
-    """Run main; a user's mistake is one sentence and exit code 2."""
-    try:
-        return main()
-    except DataError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    code = run_main()
+    code = run_script(main, "train.py", quiet=os.environ.get("RANK", "0") != "0")
     gc.collect()  # DistributedDataParallel must go before its group: its threads would abort
     if dist.is_initialized():
         dist.destroy_process_group()

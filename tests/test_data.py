@@ -215,7 +215,7 @@ def test_every_source_has_its_share_of_each_batch_and_its_own_epochs():
     assert data.share_batch(10, [1, 1, 1]) == [4, 3, 3]
 
     class Source(list):
-        image_of = None
+        image_of, types = None, ()
         path = "a.jsonl"
 
     sources = [Source(range(20)), Source(range(9))]
@@ -334,7 +334,8 @@ def test_shards_hold_what_the_manifest_held(tmp_path):
     for rank in (0, 1):  # fewer shards than ranks: all read all, in orders of their own
         stream = data.ShardStream(pattern, plainly, 0, (0, rank, 2))
         found[rank] = [item.captions.caption for item, _ in zip(stream, range(60), strict=False)]
-    captions = {record.caption: record.negatives for record in data.read_manifest(path)}
+    records = data.read_manifest(path)
+    captions = {record.caption: tuple(record.negatives.values()) for record in records}
     assert set(found[0]) == set(captions)
     assert found[0] != found[1]
     first = next(iter(data.ShardStream(pattern, plainly, 0, (0, 0, 1))))
