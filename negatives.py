@@ -3180,10 +3180,9 @@ def launcher() -> tuple[int, int, int]:
 def writing(
     path: Path, overwrite: bool = False, *, partial: Path | None = None
 ) -> Iterator[BinaryIO]:
-    """Open NAME.partial, and rename it to NAME when the block ends; after an error neither is left.
+    """Open NAME.partial, and rename it to NAME when the block ends; after an error it goes.
 
-    Raises:
-        DataError: the file exists and may not be replaced, or cannot be written.
+    Files are never replaced without ``overwrite``; that, or a full disk, is a DataError.
     """
     if path.is_dir() or not path.name:
         raise DataError(f"{path}: is a folder; name a file in it")
@@ -3242,11 +3241,7 @@ class Record(NamedTuple):
 
 
 def split_types(text: str) -> tuple[str, ...]:
-    """The types of ``--types relation,counting``.
-
-    Raises:
-        argparse.ArgumentTypeError: no names, or one that is given twice.
-    """
+    """The types of ``--types relation,counting``."""
     try:
         return _checked_types(text.split(","), "--types")
     except DataError as error:
@@ -3276,17 +3271,11 @@ def parse_record(
     some: bool = False,
     need_image: bool = False,
 ) -> Record:
-    """Read one record of a manifest.
+    """Read one record of a manifest, from its line or the JSON object of it.
 
-    Args:
-        line: the line, or the JSON object of it.
-        place: stands for the line in messages.
-        types: keys that the negatives may have; the record has all of them, null if missing.
-        some: leave out negatives of other types, instead of refusing them.
-        need_image: whether the record must name its image.
-
-    Raises:
-        DataError: naming the place, if it is not a record or its image leaves the folder.
+    The negatives of the record have the keys ``types``, null where one is missing; ``some`` leaves
+    out those of other types, which are else a DataError, as is all that is no record: it names
+    the place.
     """
     row = line if isinstance(line, dict) else _parse_row(line, place)
     image, caption, given = row.get("image"), row.get("caption"), row.get("negatives")
@@ -3349,11 +3338,7 @@ def _parse_row(line: bytes, place: str) -> dict[str, Any]:
 def read_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Read a manifest: where each line begins, its name in messages, and its JSON object.
 
-    Empty lines and byte order marks are stepped over.  A header, a row with the key ``manifest``,
-    may stand anywhere, for manifests can be joined with ``cat``.
-
-    Raises:
-        DataError: the file cannot be read, or a line is no JSON object.
+    A header, a row with the key ``manifest``, may stand anywhere: ``cat`` joins manifests.
     """
     offset = 0
     try:
@@ -3372,17 +3357,8 @@ def read_records(
 ) -> Iterator[tuple[int, Record]]:
     """Read the records of a manifest, and where their lines begin.
 
-    Args:
-        path: the manifest.
-        types: which negatives to read; () for those that its headers name, else NEGATIVE_TYPES.
-        need_image: whether every record must name its image.
-
-    Yields:
-        offset in bytes and record.  Negatives have the keys ``types``, or those that the headers
-        named so far: the last record has all types of the file.
-
-    Raises:
-        DataError: as read_rows and parse_record.
+    Their negatives have the keys ``types``; without, those that headers named so far, else
+    NEGATIVE_TYPES: the last record has all types of the file.
     """
     named = tuple(types)
     for offset, place, row in read_rows(path):
@@ -3401,17 +3377,11 @@ def read_captions(
     caption_column: str | None = None,
     negatives: Sequence[str] = (),
 ) -> Iterator[Record]:
-    """Read captions from any of the formats of the module's docstring.
+    """Read captions from any of the formats of the module's docstring, "-" for stdin.
 
-    Args:
-        path: a .jsonl, .json, .csv or .tsv file, or "-" for one caption a line on stdin.
-        image_column: column of the images in a table; ``filepath`` or ``image`` if not given.
-        caption_column: column of the captions; ``title`` or ``caption`` if not given.
-        negatives: columns of negatives, as COLUMN or COLUMN:TYPE; ``neg_caption``, as NegCLIP has
-            it, if not given.  A cell holds a sentence, or several as a Python list.
-
-    Raises:
-        DataError: the file cannot be read, or a record is not what it should be.
+    Columns of a table, if not given: ``filepath`` or ``image``, ``title`` or ``caption``, and
+    ``neg_caption``.  Columns of negatives are named COLUMN or COLUMN:TYPE, and a cell of one holds
+    a sentence, or several as a Python list.  A DataError names what is not as it should be.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -3546,15 +3516,8 @@ def read_samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Read the samples of a webdataset shard: members whose names agree up to the first dot.
 
-    Args:
-        path: the shard; its name in messages where ``file`` is given.
-        file: an open stream to read instead, which need not be able to seek.
-
-    Yields:
-        the name, with its folder, and the contents by what follows the dot, in lower case.
-
-    Raises:
-        DataError: the shard cannot be read, was cut off, or has a member twice.
+    Yields that name, with its folder, and the contents by what follows the dot, in lower case.
+    ``file`` is a stream to read instead of the path.  A shard that was cut off is a DataError.
     """
     try:
         with tarfile.open(
@@ -3599,11 +3562,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def sample_row(stem: str, parts: dict[str, bytes], place: str) -> dict[str, Any]:
-    """The row of a manifest that a sample holds: its .json, whose caption may stand in a .txt.
-
-    Raises:
-        DataError: naming the place, if the .json is no object or the .txt is not UTF-8.
-    """
+    """The row of a manifest that a sample holds: its .json, whose caption may stand in a .txt."""
     row = _parse_row(parts["json"], place) if "json" in parts else {}
     if row.get("caption") is None and "txt" in parts:
         try:
@@ -3653,30 +3612,24 @@ def _engine(args: argparse.Namespace) -> Engine:
     if args.engine == "released":
         masked = MaskedModel(args.mlm, args.device)
     if args.engine == "llm":
-        chat = _local_chat(args) if os.path.isdir(args.llm) else _server_chat(args)
+        chat = _server_chat(args)
     tag = parse if args.engine == "spacy" else None
     options = Options(args.types, args.seed, args.exchange, args.plausible, args.refine, tag)
-    requests = 1 if args.llm and os.path.isdir(args.llm) else args.llm_requests
-    return Engine(
-        args.engine, options, None, args.explain, parse, masked, chat, requests, args.fallback
-    )
+    more = (parse, masked, chat, args.llm_requests, args.fallback)
+    return Engine(args.engine, options, None, args.explain, *more)
 
 
 def _taught(engine: Engine, rows: Iterable[dict[str, Any]]) -> Engine:
     """The engine with what it learns from the captions, if it does."""
-    if engine.name == "released" or (engine.name == "llm" and engine.fallback == "null"):
+    if engine.name == "released" or (engine.chat and engine.fallback == "null"):
         return engine
-    some = [(row["caption"], _image_of(row)) for row in itertools.islice(rows, LEARNED)]
-    captions, images = zip(*some, strict=True) if some else ((), ())
-    return engine._replace(learned=learn(captions, images, engine.options))
+    some = list(itertools.islice(rows, LEARNED))
+    images = [_image_of(row) for row in some]
+    return engine._replace(learned=learn([row["caption"] for row in some], images, engine.options))
 
 
 def load_spacy(name: str, *, tags_only: bool) -> Callable[[str], Any]:
-    """An English pipeline of spaCy.
-
-    Raises:
-        DataError: spaCy or the model is not installed.
-    """
+    """An English pipeline of spaCy."""
     try:
         import spacy
     except ImportError:
@@ -3699,7 +3652,10 @@ class MaskedModel:
             from transformers import AutoModelForMaskedLM, AutoTokenizer
         except ImportError:
             raise DataError("--mlm: transformers is missing; pip install transformers") from None
-        self.torch, self.device = torch, _device(device)
+        if device == "cuda" and not torch.cuda.is_available():
+            raise DataError("--device cuda: this machine has no CUDA device; use cpu or auto")
+        cuda = device != "cpu" and torch.cuda.is_available()
+        self.torch, self.device = torch, "cuda" if cuda else "cpu"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, report = AutoModelForMaskedLM.from_pretrained(
@@ -3736,14 +3692,6 @@ class MaskedModel:
                     filled = filled[filled != self.tokenizer.pad_token_id]
                     found[text] = str(self.tokenizer.decode(filled, skip_special_tokens=True))
         return found
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda: this machine has no CUDA device; use cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> list[Made]:
@@ -3811,111 +3759,77 @@ AGAIN = "Not accepted: {reasons}. Answer again, with one JSON object that has th
 NONE_GIVEN = "the model gave none"
 ANSWER_WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
 TRIES = 6  # of a request
-PAUSE = 0.5  # seconds before the second try; doubled before each one after it
+PAUSE = 0.5  # seconds after the first try; doubled after each one
 LONGEST_PAUSE = 60.0
 ANSWER_TOKENS = 1024
 
 
-class Server(NamedTuple):
-    """A server that speaks the OpenAI-compatible chat protocol."""
-
-    url: str
-    host: str
-    path: str
-    model: str
-    seed: int
-    key: str
-    timeout: float
-
-
-def _server_chat(
-    args: argparse.Namespace,
-) -> Chat:
-    """What asks the server of --llm."""
-    parts = urllib.parse.urlsplit(args.llm)
+def _server_of(args: argparse.Namespace) -> tuple[urllib.parse.SplitResult, str]:
+    """The address of --llm, and the key, which no message shows."""
     try:
-        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        parts = urllib.parse.urlsplit(args.llm)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         good = False
-    if not good or parts.username or parts.query:
-        raise DataError(f"--llm {args.llm}: want a URL like http://localhost:8000/v1, or a folder")
+    if not good or parts.username:
+        raise DataError(f"--llm {args.llm}: want a URL like http://localhost:8000/v1")
     key = os.environ.get(args.llm_key_env, "").strip() if args.llm_key_env else ""
     if args.llm_key_env and not re.fullmatch("[!-~]+", key):
         raise DataError(
             f"--llm-key-env {args.llm_key_env}: the environment has no such key, or one with "
             "spaces or other letters than ASCII; export it first"
         )
-    path = parts.path.rstrip("/") + "/chat/completions"
-    server = Server(args.llm, parts.netloc, path, args.llm_model, args.seed, key, args.llm_timeout)
-    return functools.partial(_ask_server, server)
+    return parts, key
 
 
-def _ask_server(server: Server, messages: list[dict[str, str]], stop: threading.Event) -> str:
-    """The text of one answer; a server that is busy or breaks off is asked again, ever later.
-
-    Raises:
-        DataError: it refuses, or TRIES were in vain.
-    """
-    request = {"model": server.model, "messages": messages, "temperature": 0, "seed": server.seed}
-    body = json.dumps({**request, "max_tokens": ANSWER_TOKENS}).encode()
-    headers = {"Content-Type": "application/json"}
-    if server.key:
-        headers["Authorization"] = f"Bearer {server.key}"
-    secure = server.url.startswith("https")
+def _server_chat(args: argparse.Namespace) -> Chat:
+    """What asks the server of --llm, in the OpenAI-compatible chat protocol."""
+    parts, key = _server_of(args)
+    secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    reason, wait = "", 0.0
-    for attempt in range(TRIES):
-        if attempt and stop.wait(max(wait, min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))):
-            break
-        connection, wait = kind(server.host, timeout=server.timeout), 0.0
+    path = parts.path.rstrip("/") + "/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    shape = {"model": args.llm_model, "temperature": 0, "seed": args.seed}
+    shape["max_tokens"] = ANSWER_TOKENS
+
+    def send(body: bytes) -> tuple[int, bytes, float]:
+        """Status, content, and seconds that the server wants us to wait."""
+        connection = kind(parts.netloc, timeout=args.llm_timeout)
         try:
-            connection.request("POST", server.path, body, headers)
+            connection.request("POST", path, body, headers)
             response = connection.getresponse()
-            status, content = response.status, response.read()
-            after = response.headers.get("Retry-After", "")
-            wait = min(float(after), LONGEST_PAUSE) if after.isdecimal() else 0.0
+            wait = response.headers.get("Retry-After", "")
+            content = response.read()
+            return response.status, content, float(wait) if wait.isdecimal() else 0.0
         except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-            continue
+            return 0, (str(error) or type(error).__name__).encode(), 0.0
         finally:
             connection.close()
-        if status == 200:
-            try:
-                text = json.loads(content)["choices"][0]["message"]["content"]
-                return text if isinstance(text, str) else ""
-            except (ValueError, LookupError, TypeError, RecursionError):
-                reason = "its answer is not of the chat protocol"
-                continue
-        said = " ".join(content.decode("utf-8", "replace").split())[:200]
-        reason = f"{status} {said}".strip()
-        if server.key:
-            reason = reason.replace(server.key, "***")
-        if status not in (408, 425, 429) and status < 500:
-            raise DataError(
-                f"--llm {server.url}: refuses a request ({reason}); "
-                "check the address, --llm-model and --llm-key-env"
-            )
-    raise DataError(
-        f"--llm {server.url}: gave no answer ({reason}); the same command goes on where it was"
-    )
-
-
-def _local_chat(args: argparse.Namespace) -> Chat:
-    """What asks the transformers model in the folder --llm."""
-    try:
-        from transformers import pipeline
-
-        device = _device(args.device)
-        model = pipeline("text-generation", model=args.llm, device=device)
-    except ImportError:
-        raise DataError("--llm: transformers is missing; pip install transformers") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--llm {args.llm}: cannot be loaded ({reason})") from None
 
     def ask(messages: list[dict[str, str]], stop: threading.Event) -> str:
-        found = model(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        return found[0]["generated_text"][-1]["content"]
+        """The text of one answer; who is busy or breaks off is asked again, ever later."""
+        body = json.dumps({**shape, "messages": messages}).encode()
+        for attempt in range(TRIES):
+            status, content, wait = send(body)
+            if status == 200:
+                try:
+                    return str(json.loads(content)["choices"][0]["message"]["content"])
+                except (ValueError, LookupError, TypeError, RecursionError):
+                    content = b"that is not of the chat protocol: " + content
+            said = " ".join(content.decode("utf-8", "replace").split())[:200]
+            said = f"{status or ''} {said}".replace(key or "\0", "***").strip()
+            if status not in (0, 200, 408, 425, 429) and status < 500:
+                raise DataError(
+                    f"--llm {args.llm}: refuses a request ({said}); "
+                    "check the address, --llm-model and --llm-key-env"
+                )
+            pause = min(max(wait, PAUSE * 2**attempt), LONGEST_PAUSE)
+            if attempt == TRIES - 1 or stop.wait(pause):
+                break
+        raise DataError(
+            f"--llm {args.llm}: gave no answer ({said}); the same command goes on where it was"
+        )
 
     return ask
 
@@ -4131,8 +4045,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model("--spacy-model", metavar="NAME", default="en_core_web_sm", help="of spacy and released")
     model("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="of released")
     model("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of models in here")
-    model("--llm", metavar="URL_OR_DIR", help="chat server, as http://localhost:8000/v1, or a "
-          "folder with a model of transformers")  # fmt: skip
+    text = "server of the OpenAI-compatible chat protocol, as http://localhost:8000/v1"
+    model("--llm", metavar="URL", help=text)
     model("--llm-model", metavar="NAME", help="the server's name of the model")
     model("--llm-key-env", metavar="NAME", help="environment variable that holds the key")
     model("--llm-requests", type=int, default=16, metavar="N", help="at once")
@@ -4148,7 +4062,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _faults(args: argparse.Namespace) -> Iterator[str]:
     """What cannot be meant."""
     shards = [name.endswith(".tar") for name in args.captions]
-    folder = bool(args.llm) and os.path.isdir(args.llm)
     unknown = [name for name in args.types if name not in NEGATIVE_TYPES]
     counts = (args.workers, args.llm_requests, 1 if args.limit is None else args.limit)
     rules = {
@@ -4165,10 +4078,8 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         "--refine and --plausible must be numbers": args.refine != args.refine
         or args.plausible != args.plausible,
         f"--types {','.join(unknown)}: want some of {','.join(NEGATIVE_TYPES)}": unknown,
-        "--engine llm and --llm URL_OR_DIR go together": (args.engine == "llm") != bool(args.llm),
-        "--llm-model is missing, the server's name of the model": (
-            args.llm and not folder and not args.llm_model
-        ),
+        "--engine llm and --llm URL go together": (args.engine == "llm") != bool(args.llm),
+        "--llm-model is missing, the server's name of the model": args.llm and not args.llm_model,
     }
     return (rule for rule, broken in rules.items() if broken)
 
@@ -4220,8 +4131,8 @@ def _rewrite_file(args: argparse.Namespace) -> None:
     jobs = _jobs(rows)
     engine = _engine(args)
     with Journal(args, out, jobs, source) as journal:
-        if journal.left():
-            journal.fill(jobs, _taught(engine, rows))
+        if -1 in journal.at:
+            journal.fill(_taught(engine, rows))
         header = _header(args, journal, types, Path(source).name)
         with writing(out, args.overwrite, partial=out.with_name(out.name + ".new")) as file:
             file.write(json_line(header))
@@ -4330,7 +4241,7 @@ def _header(
         header |= {"exchange": args.exchange, "plausible": args.plausible}
         header |= {"refine": args.refine} if args.refine < inf else {}
     if args.engine == "llm":
-        header |= {"llm": args.llm_model or Path(args.llm).name, "fallback": args.fallback}
+        header |= {"llm": args.llm_model, "fallback": args.fallback}
     checksum = hashlib.sha256()
     for number in range(len(journal.at)):
         checksum.update(journal.line(number))
@@ -4376,25 +4287,23 @@ class Journal:
     """
 
     def __init__(self, args: argparse.Namespace, out: Path, jobs: list[Job], source: str) -> None:
-        """Open the journal of ``out``, and read what a run that was stopped has left.
-
-        Raises:
-            DataError: it is in use, damaged, of another command, or cannot be written.
-        """
-        self.path, self.args = out.with_name(out.name + ".partial"), args
+        """Open the journal of ``out``, and read what a run that was stopped has left."""
+        self.path, self.args, self.jobs = out.with_name(out.name + ".partial"), args, jobs
         self.counts: Counts = Counter()
         self.at = array("q", [-1]) * len(jobs)  # where the line of each job begins
         mark = json_line({"manifest": 1, "unfinished": _fingerprint(args, jobs, source)})
-        with self._faults():
-            self.file = self._claimed()
+        with self._writable():
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.file = os.fdopen(file, "r+b")
             try:
+                self._claim()
                 self._read(mark)
             except BaseException:
                 self.file.close()
                 raise
 
     @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
+    def _writable(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -4403,39 +4312,31 @@ class Journal:
                 "check folder and disk, and start again"
             ) from None
 
-    def _claimed(self) -> BinaryIO:
-        """Open the file, which no other run may write, where the system can tell."""
-        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    def _claim(self) -> None:
+        """Lock the file, where the system can."""
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
 
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
             except (BlockingIOError, FileNotFoundError):
                 free = False
             if not free:
-                file.close()
                 raise DataError(
                     f"{self.path}: another run is writing it; wait, or name another --out"
                 )
-        return file
 
     def _read(self, mark: bytes) -> None:
         head, end = self.file.readline(), len(mark)
-        if head != mark:
-            if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
-                raise DataError(f"{self.path}: not of a run of this script; move it away")
-            if head and not self.args.overwrite:
-                raise DataError(
-                    f"{self.path}: left by a run with other options, captions or another version "
-                    "of this script; go on with those, move it away or add --overwrite"
-                )
-            self.file.seek(0)
-            self.file.truncate()
-            self.file.write(mark)
-            return
-        for number, line in enumerate(self.file, 2):
+        if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
+            raise DataError(f"{self.path}: not of a run of this script; move it away")
+        if head not in (b"", mark) and not self.args.overwrite:
+            raise DataError(
+                f"{self.path}: left by a run with other options, captions or another version "
+                "of this script; go on with those, move it away or add --overwrite"
+            )
+        for number, line in enumerate(self.file if head == mark else (), 2):
             if not line.endswith(b"\n"):
                 break  # torn
             try:
@@ -4450,17 +4351,15 @@ class Journal:
             self.at[place] = end
             self.counts.update(zip(self.args.types, made, strict=True))
             end += len(line)
-        self.file.truncate(end)
+        self.file.seek(0)
+        self.file.write(mark)
         self.file.seek(end)
+        self.file.truncate()
 
-    def left(self) -> bool:
-        """Whether a line is missing."""
-        return -1 in self.at
-
-    def fill(self, jobs: list[Job], engine: Engine) -> None:
+    def fill(self, engine: Engine) -> None:
         """Make the lines that are missing."""
-        left = [(n, job) for n, job in enumerate(jobs) if self.at[n] < 0]
-        with self._faults():
+        left = [(n, job) for n, job in enumerate(self.jobs) if self.at[n] < 0]
+        with self._writable():
             for number, hows, line in _results(left, engine, self.args.workers):
                 self.at[number] = self.file.tell()
                 self.file.write(b"%d\t%s\t%s" % (number, json.dumps(hows).encode(), line))
@@ -4478,8 +4377,8 @@ class Journal:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Remove the file if all went well."""
-        with self._faults() if error is None else contextlib.suppress(OSError):
+        """Keep the file if something went wrong."""
+        with self._writable() if error is None else contextlib.suppress(OSError):
             if error is None:
                 self.path.unlink()
             self.file.close()
@@ -4538,7 +4437,7 @@ def _rewrite_shard(path: Path, args: argparse.Namespace, engine: Engine) -> Coun
         row["types"] = types
     jobs, out = _jobs(rows), args.out / path.name
     with Journal(args, out, jobs, path.name) as journal:
-        journal.fill(jobs, engine)
+        journal.fill(engine)
         with (
             writing(out, True, partial=out.with_name(out.name + ".new")) as file,
             tarfile.open(fileobj=file, mode="w") as tar,
