@@ -3280,6 +3280,35 @@ class MaskedModel:
         ids = self.tokenizer(space + word, add_special_tokens=False)["input_ids"]
         return float(scores[ids[0]]) if len(ids) == 1 else None
 
+    def score(self, texts: Sequence[str], batch: int = 256) -> list[float]:
+        """Log probability of each text, in nats, each of its tokens being masked in turn.
+
+        That is the pseudo-log-likelihood of Salazar et al. (2020); texts that differ in spaces
+        alone are equal.
+        """
+        torch, head = self.torch, self.model.get_output_embeddings()
+        total = dict.fromkeys((" ".join(text.split()) for text in texts), 0.0)
+        known = list(total)
+        ids = self.tokenizer(known, truncation=True, max_length=64)["input_ids"] if known else []
+        rows = sorted((len(x), i, k) for i, x in enumerate(ids) for k in range(1, len(x) - 1))
+        for at in range(0, len(rows), batch):
+            part = rows[at : at + batch]
+            every, width = torch.arange(len(part)), part[-1][0]
+            place = torch.tensor([k for _, _, k in part])
+            padded = torch.tensor([ids[i] + [0] * (width - n) for n, i, _ in part])
+            mask = torch.tensor([[1] * n + [0] * (width - n) for n, _, _ in part])
+            wanted = padded[every, place]
+            padded[every, place] = self.tokenizer.mask_token_id
+            # The last layer, by far the largest, needs to see the masked places alone.
+            hook = head.register_forward_pre_hook(lambda _, x: (x[0][every, place, None],))  # noqa: B023
+            with torch.inference_mode():
+                logits = self.model(padded.to(self.device), mask.to(self.device)).logits
+            hook.remove()
+            found = logits[:, 0].float().log_softmax(-1).cpu()[every, wanted].tolist()
+            for (_, i, _), value in zip(part, found, strict=True):
+                total[known[i]] += value
+        return [total[" ".join(text.split())] for text in texts]
+
 
 def _masked_text(sentence: Sentence, part: Part, mask: str) -> str:
     tokens = sentence.tokens
