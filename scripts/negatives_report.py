@@ -20,9 +20,9 @@ For each type of negatives, in per cent of the negatives if nothing else is said
             least 10 negatives and in at least 5 times as many as those from which it is gone
   around    the same, of phrases that may hold any words, as "a horse riding" after an exchange
   ten new   how much of all new words the ten most used make up
-  absence   "without", "no", "far from" ... comes in
-  caption   such a word stands in the caption
-  speech    of replacements at one place: the last word keeps its part of speech (spaCy)
+  absence   "without", "no", "far from" ... comes in; absence before: the caption has one
+  speech    of replacements at one place: the last word keeps its part of speech (spaCy's; numbers
+            are adjectives, and adverbs are prepositions)
 
 ``reading sheets`` writes TYPE.txt for each type, GUIDE.txt for the readers, and key.json, which
 readers must not see.  A reader writes TYPE.marks: a line "#item<TAB>label<TAB>reason" for each
@@ -190,7 +190,7 @@ def measure(pairs: Sequence[Pair]) -> dict[str, Any]:
         "around": share * sum(not bad.isdisjoint(found) for found in around),
         "ten new": 100 * sum(n for _, n in fresh.most_common(10)) / max(1, fresh.total()),
         "absence": share * absent,
-        "caption": share * known,
+        "absence before": share * known,
         "new words": dict(fresh.most_common(10)),
         "giveaway in/out": {p: f"{came[p]}/{went[p]}" for p in _worst(alone, bad)},
         "around in/out": {p: f"{came[p]}/{went[p]}" for p in _worst(around, bad)},
@@ -223,7 +223,8 @@ def kept_speech(pairs: Sequence[Pair], parse: Any) -> float | None:
     """Per cent of replacements at one place whose last word keeps its part of speech."""
     from spacy.tokens import Doc
 
-    same = {"PROPN": "NOUN", "AUX": "VERB", "SCONJ": "ADP", "PART": "ADP"}
+    same = {"PROPN": "NOUN", "AUX": "VERB", "NUM": "ADJ", "DET": "ADJ"}
+    same |= dict.fromkeys(("ADV", "SCONJ", "PART"), "ADP")
     texts, places = [], []
     for _, *both in pairs:
         old, new = (re.findall(r"\w+|[^\w\s]", text) for text in both)
@@ -276,19 +277,21 @@ def report(path: Path, args: argparse.Namespace, model: Any, parse: Any) -> dict
         some = random.Random(0).sample(pairs, min(args.pairs, len(pairs)))
         covered = sum(bool(row.negatives.get(name)) for row in rows)
         legal = [how for row in rows if "exchange" in (how := row.how.get(name) or "")]
-        figures: dict[str, Any] = {"negatives": len(pairs), "coverage": 100 * covered / len(rows)}
-        figures |= {"n-grams": told(pairs), "masked": told(some, model=model) if model else None}
-        figures |= measure(pairs)
-        figures["drawn"] = 100 * legal.count("exchange") / len(legal) if legal else None
-        figures["speech"] = kept_speech(some, parse) if parse else None
+        figures = {
+            "negatives": len(pairs),
+            "coverage": 100 * covered / len(rows),
+            "drawn": 100 * legal.count("exchange") / len(legal) if legal else None,
+            **measure(pairs),
+            "n-grams": told(pairs),
+            "masked": told(some, model=model) if model else None,
+            "speech": kept_speech(some, parse) if parse else None,
+        }
         types[name] = {key: value for key, value in figures.items() if value is not None}
         print(f"{path.name}, {name}: {len(pairs)} negatives, {figures['equal']} equal", end="")
-        for key, value in types[name].items():
-            if isinstance(value, float):
-                print(f", {key} {value:.1f}", end="")
-            elif isinstance(value, dict):
-                print(f"\n  {key}: {', '.join(f'{k} {n}' for k, n in value.items())}", end="")
-        print(flush=True)
+        print(*(f", {k} {x:.1f}" for k, x in types[name].items() if isinstance(x, float)), sep="")
+        for key, found in types[name].items():
+            if isinstance(found, dict):
+                print(f"  {key}: {', '.join(f'{k} {n}' for k, n in found.items())}", flush=True)
     return {"captions": len(rows), "bytes": path.stat().st_size, "types": types}
 
 

@@ -45,7 +45,7 @@ def test_giveaways_come_in_five_times_as_often_as_they_go_out():
     figures = script.measure(pairs)
     assert figures["giveaway"] == figures["around"] == pytest.approx(100 * 10 / 39)
     assert figures["giveaway in/out"] == {"zebra": "10/2"}
-    assert (figures["absence"], figures["caption"]) == (pytest.approx(100 / 39), 0)
+    assert (figures["absence"], figures["absence before"]) == (pytest.approx(100 / 39), 0)
     assert list(figures["new words"].values()) == [14, 10, 9, 3, 2, 1]
     swapped = script.measure([("", "a man rides a horse", "a horse rides a man")] * 10)
     assert (swapped["giveaway"], swapped["around"]) == (0, 100)  # only with the words around
@@ -126,6 +126,8 @@ def test_a_report_of_every_kind_of_file(files, tmp_path, capsys):
     table = capsys.readouterr().out.split("| | types |")[1].splitlines()
     assert table[2].startswith("| ours | object | 75.0 | ")
     assert table[4].startswith("| n | negclip | 100.0 | ")
+    table = importlib.import_module("make_tables").make_table(tmp_path / "r.json", "negatives")
+    assert "\n| ours | object | 75.0 | " in table
 
 
 @pytest.mark.parametrize(
