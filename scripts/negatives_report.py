@@ -109,11 +109,11 @@ def read(path: Path) -> list[Row]:
             texts = [found["caption"], *(text for made in negatives.values() for text in made)]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("a caption or negative that is no text")
-            rows.append(Row(photo(found), found["caption"], negatives, found.get("how", {})))
+            rows.append(Row(photo(found), found["caption"], negatives, dict(found.get("how", {}))))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, csv.Error) as error:
-        place = f"{path}, record {len(rows) + 1} or the next"
+        place = f"{path}, record {len(rows) + 1}"
         raise DataError(f"{place}: no caption with negatives ({error!r})") from None
     if not any(any(row.negatives.values()) for row in rows):
         raise DataError(f"{path}: no negatives in it; make them with negatives.py")
@@ -241,28 +241,25 @@ def kept_speech(pairs: Sequence[Pair], parse: Any) -> float | None:
 def speed(captions: Path, parse: Any) -> dict[str, float]:
     """Captions a second of processor time: the command, its edits alone, and spaCy's tagging."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            kit.__file__,
-            str(captions),
-            "--out",
-            f"{folder}/negatives.jsonl",
-        ]
+        command = [sys.executable, kit.__file__, captions, "--out", f"{folder}/out.jsonl"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if subprocess.run(command).returncode:
+        if subprocess.run([*map(str, command)]).returncode:
             raise DataError(f"--speed {captions}: negatives.py made no negatives of it")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = [after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime]
     texts = [record["caption"] for record in kit.read_captions(captions)]
     slots = kit.learn_slots([found for text in texts if (found := kit._read(text))])
-    makers: list[Iterable[Any]] = [(kit.make_negatives(text, slots=slots) for text in texts)]
-    for made in (*makers, parse.pipe(texts, batch_size=256)):
-        start = time.process_time()
-        for _ in made:
-            pass
-        used.append(time.process_time() - start)
-    names = ("whole command", "counts once learned", "spaCy's tagging")
-    return {name: len(texts) / seconds for name, seconds in zip(names, used, strict=True)}
+    start = time.process_time()
+    for text in texts:
+        kit.make_negatives(text, slots=slots)
+    made = time.process_time()
+    for _ in parse.pipe(texts, batch_size=256):
+        pass
+    seconds = {
+        "whole command": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "once counts are learned": made - start,
+        "spaCy's tagging": time.process_time() - made,
+    }
+    return {name: len(texts) / spent for name, spent in seconds.items()}
 
 
 def report(path: Path, args: argparse.Namespace, model: Any, parse: Any) -> dict[str, Any]:
@@ -310,18 +307,6 @@ def markdown(results: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in results["speed"].items())
     lines += ["", f"Captions a second of processor time: {rates}."] if rates else []
     return "\n".join(lines)
-
-
-def load_spacy(name: str) -> Any:
-    """A pipeline of spaCy that tags and does not parse."""
-    try:
-        import spacy
-
-        return spacy.load(name, exclude=["ner", "parser"])
-    except ImportError:
-        raise DataError("--spacy: spaCy is missing; pip install spacy") from None
-    except OSError:
-        raise DataError(f"--spacy {name}: not there; python -m spacy download {name}") from None
 
 
 def draw_gallery(rows: Sequence[Row], out: Path) -> None:
@@ -487,13 +472,22 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         raise DataError("two FILEs have one name; rename one")
     if args.gallery and not args.gallery.parent.is_dir():
         raise DataError(f"--gallery {args.gallery}: there is no such folder; make it first")
+    if args.gallery:
+        draw_gallery(read(args.files[0]), args.gallery)
     model = kit.MaskedModel(args.mlm, "auto") if args.mlm else None
-    parse = load_spacy(args.spacy) if args.spacy else None
+    parse = None
+    if args.spacy:
+        import spacy
+
+        try:
+            parse = spacy.load(args.spacy, exclude=["ner", "parser"])
+        except OSError:
+            raise DataError(
+                f"--spacy {args.spacy}: not there; python -m spacy download {args.spacy}"
+            ) from None
     files = {path.stem: report(path, args, model, parse) for path in args.files}
     rates = speed(args.speed, parse) if args.speed else {}
     results = {"files": files, "speed": rates}
-    if args.gallery:
-        draw_gallery(read(args.files[0]), args.gallery)
     if args.markdown:
         print(markdown(results))
     return results
@@ -515,6 +509,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"negatives_report.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        print(f"negatives_report.py: error: pip install {error.name}", file=sys.stderr)
         sys.exit(2)

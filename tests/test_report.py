@@ -98,6 +98,30 @@ def test_a_masked_model_scores_token_by_token(tmp_path):
     assert script.told(pairs, model=model) == 50 * (scores[0] > scores[1]) + 25  # and a tie
 
 
+def test_parts_of_speech_are_those_of_the_last_replaced_words():
+    spacy = pytest.importorskip("spacy")
+    kinds = {"red": "ADJ", "two": "NUM", "dog": "NOUN", "rex": "PROPN", "runs": "VERB"}
+
+    @spacy.Language.component("by_table")
+    def by_table(doc):
+        for token in doc:
+            token.pos_ = kinds.get(token.text, "X")
+        return doc
+
+    parse = spacy.blank("en")
+    parse.add_pipe("by_table")
+    swaps = [
+        ("red", "two"),
+        ("a dog", "rex"),
+        ("dog", "red"),
+        ("dog", "runs"),
+        ("dog is", "is dog"),
+    ]
+    pairs = [("", f"the {old} is", f"the {new} is") for old, new in swaps]
+    assert script.kept_speech(pairs, parse) == 50  # an exchange is no replacement
+    assert script.kept_speech(pairs[-1:], parse) is None
+
+
 @pytest.fixture
 def files(tmp_path):
     """Two manifests of the same eight photos, a .tsv as NegCLIP's and a SugarCrepe .json."""
@@ -133,7 +157,7 @@ def test_a_report_of_every_kind_of_file(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"caption": 5, "negatives": {}}', "record 1 or the next: no caption with"),
+        ("a.jsonl", '{"caption": 5, "negatives": {}}', "record 1: no caption with"),
         *[("a.jsonl", text, "no caption with") for text in ('{"caption": "A dog"}', "5", "{")],
         ("a.jsonl", '{"caption": "A dog", "negatives": {"object": null}}', "no negatives in it"),
         ("a.tsv", "title\tfilepath\tneg_caption\na\tb\tnot a list\n", "no caption with"),
