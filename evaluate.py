@@ -67,11 +67,13 @@ from data import (
     say,
     writing,
 )
+from negatives import MaskedModel
 
 SHAPES_ITEMS = 500  # of each subset of the shapes suite
 EVAL_SEED = 0  # of the shapes suite, the shuffles and the bootstrap; the tests never change
 RESAMPLES = 2000
 RECALLS = (1, 5, 10)
+READERS = {"blind": "texts only", "masked": "texts only (masked)"}  # keys and heads of columns
 BLIND_FOLDS = 5
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
@@ -789,10 +791,6 @@ def load_vl_checklist(source: Source) -> Loaded:
     source.notes.append(f"pictures found for {there} of the {total} items looked at")
 
 
-def _pair(path: tuple[str, ...], key: str, images: Sequence[str], texts: Sequence[str]) -> Item:
-    return Item(path, key, tuple(images), tuple(texts))
-
-
 def load_pairs(source: Source) -> Loaded:
     """Suites of two pictures and two captions a row; files and fields are in scripts/suites.json.
 
@@ -805,18 +803,15 @@ def load_pairs(source: Source) -> Loaded:
             unpack_parquet(source, file.split("/")[0])
         for key, row in source.rows(file):
             name = subset or re.split("[_-]", row[fields["subset"]])[0].lower()
-            images = [
-                source.find(fields["folder"].format(row[image])) for image in fields["images"]
-            ]
-            item = _pair((name,), key, images, [row[text] for text in fields["texts"]])
-            yield item._replace(tags=tuple(_tags(row, fields.get("tags", []))))
-
-
-def _tags(row: Row, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        for value in str(row.get(name, "")).split(","):
-            if value.strip():
-                yield f"{name} {value.strip()}"
+            images = (source.find(fields["folder"].format(row[x])) for x in fields["images"])
+            texts = (row[text] for text in fields["texts"])
+            tags = (
+                f"{tag} {value.strip()}"
+                for tag in fields.get("tags", [])
+                for value in str(row.get(tag, "")).split(",")
+                if value.strip()
+            )
+            yield Item((name,), key, tuple(images), tuple(texts), tags=tuple(tags))
 
 
 def load_whatsup(source: Source) -> Loaded:
@@ -906,7 +901,7 @@ def load_mmvp(source: Source) -> Loaded:
             ]
             texts = [f"a photo of {row['statement']}" for row in two]
             pair = (first - start) // 2
-            yield _pair((patterns[min(pair // 15, 8)],), str(pair), images, texts)
+            yield Item((patterns[min(pair // 15, 8)],), str(pair), tuple(images), tuple(texts))
 
 
 MMVP_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
@@ -955,7 +950,7 @@ def load_cola(source: Source) -> Loaded:
     """COLA (Ray et al., 2023), multi-object; its score is "image"."""
     for key, row in source.rows("cola/COLA_multiobjects_matching_benchmark.json"):
         first, one, second, two = row
-        yield _pair(("cola",), key, (source.vg(first), source.vg(second)), (one, two))
+        yield Item(("cola",), key, (source.vg(first), source.vg(second)), (one, two))
 
 
 def load_imagecode(source: Source) -> Loaded:
@@ -1950,15 +1945,14 @@ def fit_logistic(
     return lambda features: (scale * features @ weight.T + bias).detach()
 
 
-# A reader of captions alone
+# Readers of texts alone
 
 
-def read_blind(items: Sequence[Item]) -> dict[str, float]:
+def read_blind(items: Sequence[Item], score: Callable[..., list[list[float]]]) -> dict[str, float]:
     """How many items a reader of the texts alone gets right, per cent, by subset.
 
-    A logistic regression on words and pairs of words tells true from false texts; it is fitted on
-    four fifths of the pictures and read on the last fifth, in turn. At chance the texts give
-    nothing away; far above it the suite can be solved without its pictures.
+    score gives every text of each item a number, without its image. At chance the texts give
+    nothing away; far above it the suite can be solved without its images.
     """
     subsets = defaultdict(list)
     for item in items:
@@ -1966,48 +1960,57 @@ def read_blind(items: Sequence[Item]) -> dict[str, float]:
             subsets[item.path[0]].append(item)
     scores = {}
     for name, group in subsets.items():
-        folds = np.array([zlib.crc32(str(item.images).encode()) % BLIND_FOLDS for item in group])
         parts: dict[tuple[str, ...], list[bool]] = defaultdict(list)
-        for fold in range(BLIND_FOLDS):
-            learn = [item for item, f in zip(group, folds, strict=True) if f != fold]
-            weights = _fit_words(learn)
-            for item in (item for item, f in zip(group, folds, strict=True) if f == fold):
-                line = [sum(weights.get(gram, 0.0) for gram in _grams(t)) for t in item.texts]
-                parts[item.path[1:]].append(min(line[: item.true]) > max(line[item.true :]))
+        for item, line in zip(group, score(group), strict=True):
+            parts[item.path[1:]].append(min(line[: item.true]) > max(line[item.true :]))
         scores[name] = 100 * mean_of({key: float(np.mean(x)) for key, x in parts.items()})
     return scores
 
 
-def _grams(text: str) -> list[str]:
-    words = ["^", *re.findall(r"\w+|[^\w\s]", text.lower()), "$"]
-    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+def score_ngrams(items: Sequence[Item]) -> list[list[float]]:
+    """Score texts by their words, pairs and triples of words, as learned from other images.
 
-
-def _fit_words(items: Sequence[Item]) -> dict[str, float]:
-    """Weights of words and pairs: true texts above false ones, by 100 steps of gradient descent."""
+    The score is w x, x the counts in a text. For each of BLIND_FOLDS folds of images w lowers
+    sum(log(1 + exp(-w (true - false)))) + |w|^2 over the pairs of the other folds, by 50 steps of
+    Adagrad. Texts with the same counts get the same score.
+    """
     number: dict[str, int] = {}
-    rows, columns, values = [], [], []
-    count = 0
-    for item in items:
-        grams = [Counter(_grams(text)) for text in item.texts]
-        for true in grams[: item.true]:
-            for false in grams[item.true :]:
-                for gram in sorted(set(true) | set(false)):
-                    if true[gram] != false[gram]:
-                        rows.append(count)
-                        columns.append(number.setdefault(gram, len(number)))
-                        values.append(float(true[gram] - false[gram]))
-                count += 1
-    if not rows:
-        return {}
-    places = torch.tensor([rows, columns])
-    x = torch.sparse_coo_tensor(places, values, (count, len(number)), check_invariants=False)
-    x, back = x.coalesce(), x.T.coalesce()
-    weights = torch.zeros(len(number), 1)
-    for _ in range(100):
-        push = torch.sigmoid(-(x @ weights)) / count  # gradient of log(1 + exp(-x w))
-        weights = 0.999 * weights + 20 * (back @ push)
-    return dict(zip(number, weights[:, 0].tolist(), strict=True))
+    texts = [[_grams(text, number) for text in item.texts] for item in items]
+    folds = [zlib.crc32(str(item.images).encode()) % BLIND_FOLDS for item in items]
+    entries: list[tuple[int, int, int, int]] = []  # fold, pair, gram, count in true - in false
+    pairs, size = 0, len(number)
+    for item, grams, fold in zip(items, texts, folds, strict=True):
+        for true, false in itertools.product(grams[: item.true], grams[item.true :]):
+            more = Counter(true)
+            more.subtract(false)
+            entries += [(fold, pairs, gram, n) for gram, n in more.items() if n]
+            pairs += 1
+    table = np.array(entries, dtype=int).reshape(-1, 4)
+    weights = np.zeros((BLIND_FOLDS, size))
+    for fold in set(folds):
+        _, pair, gram, n = table[table[:, 0] != fold].T
+        w, squares = weights[fold], np.full(size, 1e-9)
+        for _ in range(50):
+            push = 1 / (1 + np.exp(np.bincount(pair, n * w[gram], pairs)))
+            step = np.bincount(gram, n * push[pair], size) - 2 * w
+            squares += step**2
+            w += 0.3 * step / np.sqrt(squares)
+    return [
+        [math.fsum(weights[fold, grams]) for grams in group]  # the same in any order
+        for group, fold in zip(texts, folds, strict=True)
+    ]
+
+
+def _grams(text: str, number: dict[str, int]) -> list[int]:
+    words = ["^", *re.findall(r"\w+|[^\w\s]", text.lower()), "$"]
+    spans = (words[i : i + n] for n in (1, 2, 3) for i in range(len(words) - n + 1))
+    return [number.setdefault(" ".join(span), len(number)) for span in spans]
+
+
+def score_masked(items: Sequence[Item], model: MaskedModel) -> list[list[float]]:
+    """Score texts by how likely a masked language model finds them."""
+    scores = iter(model.score([text for item in items for text in item.texts]))
+    return [[next(scores) for _ in item.texts] for item in items]
 
 
 # Averages, intervals, comparisons
@@ -2357,10 +2360,10 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         first, last = next(iter(scored.values())), list(scored)[-1]
         rows = {name for part in ("subsets", "averages", "costs") for name in first[part]}
         others = {key: line for key, line in _shown(suite).items() if rows.intersection(line)}
-        blind = first.get("blind", {})
+        blind = {key: first[key] for key in READERS if key in first}
         best = [key for key in (REFERENCE, ("CE-CLIP", "vl_compo")) if key in others][:1]
         reference = others[best[0]] if best else {}
-        head = ["", "items", *scored, *(["texts only"] if blind else [])]
+        head = ["", "items", *scored, *(READERS[key] for key in blind)]
         head += [f"{last} - CE-CLIP ({best[0][1]})"] if best else []
         head += [f"{model} ({source})" for model, source in others]
         lines += ["", f"### {suite}: per cent correct [95 % interval]", "", *_row(head)]
@@ -2371,7 +2374,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             for name, cell in first[part].items():
                 ours = [_cell_text(result[part][name]) for result in scored.values()]
                 line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
-                line += [_figure(blind.get(name))] if blind else []
+                line += [_figure(reader.get(name)) for reader in blind.values()]
                 ours_last = scored[last][part][name]["accuracy"]
                 known = ours_last is not None and name in reference
                 gain = ours_last - reference[name] if known else None
@@ -2432,9 +2435,6 @@ def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
     ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
     rule = next(iter(scored.values())).get("tie_rule", "wrong")
     lines = ["", f"Ties ({rule}): " + ", ".join(f"{name} {count}" for name, count in ties.items())]
-    lines += (
-        ["", "; ".join(next(iter(scored.values()))["notes"])] if info["expected"] is None else []
-    )
     for note in (*next(iter(scored.values()))["notes"], info.get("leak")):
         lines += ["", f"Note: {note}"] if note else []
     for name, result in scored.items():
@@ -2593,8 +2593,12 @@ def evaluate(
     """
     results: dict[str, Any] = {}
     before: dict[str, Scored] = {}
+    readers: dict[str, Callable[..., Any]] = {"blind": score_ngrams}
+    if args.mlm:
+        masked = MaskedModel(args.mlm, args.device)
+        readers["masked"] = functools.partial(score_masked, model=masked)
     blind = {
-        name: read_blind(suite.items)
+        name: {key: read_blind(suite.items, score) for key, score in readers.items()}
         for name, suite in suites.items()
         if read_table("suites")[name].get("blind") and not args.no_blind
     }
@@ -2604,13 +2608,14 @@ def evaluate(
     for label, build in models.items():
         encoder = None  # let the last model go first
         encoder = Encoder(build(), args)
-        about = {"weights_sha256": encoder.hash, "evaluated_with": versions(args)}
-        results[label] = {**encoder.model.about, **about}
-        results[label]["suites"] = {}
+        made = {"python": platform.python_version(), "torch": torch.__version__}
+        made |= {"open_clip": open_clip.__version__, "precision": args.precision}
+        about = {"weights_sha256": encoder.hash, "evaluated_with": made}
+        results[label] = {**encoder.model.about, **about, "suites": {}}
         for name, suite in suites.items():
             scored = _score(label if len(models) > 1 else "", suite, encoder, args.ties)
             result = {**summarise(suite, scored), "tie_rule": args.ties}
-            result.update({"blind": blind[name]} if name in blind else {})
+            result.update(blind.get(name, {}))
             if len(results) > 1:
                 base = next(iter(results))
                 result["versus"] = {base: compare(name, scored, before[name])}
@@ -2635,12 +2640,6 @@ def discard(out: Path | None) -> None:
         shutil.rmtree(out / ITEMS, ignore_errors=True)
         with contextlib.suppress(OSError):
             out.rmdir()
-
-
-def versions(args: argparse.Namespace) -> dict[str, str]:
-    """What the figures were made with."""
-    made = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**made, "open_clip": open_clip.__version__, "precision": args.precision}
 
 
 ITEMS = "items.partial"  # until all is scored
@@ -2712,7 +2711,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="wrong",
         help="equal scores are wrong (default), or decided as the suite's own code does",
     )
-    suite("--no-blind", action="store_true", help="leave out the reader of texts alone")
+    blind = parser.add_mutually_exclusive_group().add_argument
+    blind("--no-blind", action="store_true", help="leave out the reader of texts alone")
+    blind("--mlm", metavar="DIR", help="let a masked language model read the texts alone as well")
     out = parser.add_argument_group("output").add_argument
     out("--out", type=Path, help="folder for results.json, .md, .tex, .csv and items/")
     out("--overwrite", action="store_true", help="replace the results and items in --out")
@@ -2748,7 +2749,9 @@ def list_suites(root: Path | None) -> None:
         expected, found, why = sum(info["expected"].values()), 0, ""
         try:
             suite = load_suite(name, root, True)
-            found = len(suite.items) + sum(_size(cost) for cost in suite.costs)
+            found = len(suite.items) + sum(
+                sum(_sizes(x).values()) or len(x.images) for x in suite.costs
+            )
             expected = max(sum(suite.expected.values()), 0 if expected else found)
         except DataError as error:
             why = f" ({error})" if root else " (no --root)"
@@ -2758,10 +2761,6 @@ def list_suites(root: Path | None) -> None:
         of = f"{found} of {expected}" if expected else f"{found} of as many as the files hold"
         print(f"{name}: {state}, {of} items{why}\n  files: {', '.join(info['files']) or 'none'}")
         print(f"  where: {info['where']}\n  licence: {info['licence']}")
-
-
-def _size(cost: Retrieval | Classes) -> int:
-    return len(cost.images) + (len(cost.texts) if isinstance(cost, Retrieval) else 0)
 
 
 def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:

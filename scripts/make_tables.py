@@ -6,6 +6,8 @@ A table stands between two comments; what is between them is replaced:
   <!-- table: scripts/results/NAME.json SUITE -->
   <!-- end -->
 
+SUITE is a suite of evaluate.py, or "negatives" for a file of negatives_report.py --out.
+
   python scripts/make_tables.py            # rewrite README.md
   python scripts/make_tables.py --check    # exit code 1 where the README differs
 """
@@ -17,6 +19,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import negatives_report
+
 import evaluate
 from data import DataError
 from negatives import run_script
@@ -35,6 +39,8 @@ def make_table(path: Path, suite: str) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         if not results:
             raise KeyError
+        if suite == "negatives":
+            return negatives_report.markdown(results)
         for result in results.values():
             scores = result["suites"][suite]
             scores.pop("versus", None)  # comparisons of pairs are for results.md
@@ -42,9 +48,8 @@ def make_table(path: Path, suite: str) -> str:
             result.pop("left_out", None)
         table = evaluate.markdown(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{path}: holds no results of {suite}; run evaluate.py --suite {suite} --out again"
-        ) from None
+        made = "negatives_report.py" if suite == "negatives" else f"evaluate.py --suite {suite}"
+        raise DataError(f"{path}: holds no results of {suite}; run {made} --out again") from None
     return table.split("\n", 2)[2]
 
 

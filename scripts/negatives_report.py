@@ -1,19 +1,33 @@
-"""How good are the negatives of a file?  Numbers, and a picture of examples.
+# SPDX-License-Identifier: MIT
+"""How good are negatives?  Figures of whole files, and blind readings of a few.
 
-  python negatives.py captions.json --out lexicon.jsonl
-  python scripts/negatives_report.py lexicon.jsonl --mlm DIR --spacy en_core_web_sm --ngrams \\
-      --speed --out scripts/results/negatives_lexicon.json --gallery gallery.png
+  python scripts/negatives_report.py FILE ... --mlm DIR --spacy en_core_web_sm --markdown
+  python scripts/negatives_report.py reading sheets OURS --against FILE ... --out FOLDER
+  python scripts/negatives_report.py reading count FOLDER --out marks.json
 
-FILE is a manifest of negatives.py, NegCLIP's .tsv (column neg_caption), or a SugarCrepe .json.
-The blind readers see no picture.  They are asked which of two sentences is the true caption:
+FILE is a manifest with negatives, NegCLIP's .tsv (column neg_caption) or a .json of SugarCrepe.
+For each type of negatives, in per cent of the negatives if nothing else is said:
 
-  mlm      the one with the higher pseudo-log-likelihood, every word masked in turn, under a masked
-           language model (Salazar et al. 2020); a tie is half a point
-  ngrams   the one that a logistic regression on counts of words, pairs and triples prefers; it has
-           learned from the pairs of half of the images, the other half is counted
+  coverage  captions that have a negative
+  exchange  exactly the words of the caption (case aside, "a" and "an" as one) in another order
+  drawn     captions that got an exchange, of those that allow one; from records whose ``how`` says
+            of a type "exchange", or "instead of exchange" where one was legal and not drawn
+  n-grams   how often evaluate.py's reader of words, pairs and triples, fitted on other images,
+            scores the caption above the negative; a tie counts as half, 50 % cannot tell
+  masked    the same of a masked language model (pseudo-log-likelihood)
+  giveaway  a phrase of one to three words, each of them new (more often in the negative than in
+            its caption), gives them away.  A phrase does that if, over the type, it is new in at
+            least 10 negatives and in at least 5 times as many as those from which it is gone
+  around    the same, of phrases that may hold any words, as "a horse riding" after an exchange
+  ten new   how much of all new words the ten most used make up
+  absence   "without", "no", "far from" ... comes in; absence before: the caption has one
+  speech    of replacements at one place: the last word keeps its part of speech (spaCy's; numbers
+            are adjectives, and adverbs are prepositions)
 
-50 % is a reader who cannot tell.  Needs transformers (mlm), scikit-learn (ngrams), spacy (parts
-of speech) and matplotlib (gallery); what is not asked for is not needed.
+``reading sheets`` writes TYPE.txt for each type, GUIDE.txt for the readers, and key.json, which
+readers must not see.  A reader writes TYPE.marks: a line "#item<TAB>label<TAB>reason" for each
+faulty item, labels joined by "|".  ``reading count`` says how many of each maker's negatives got
+each label, with Wilson's interval.
 """
 
 from __future__ import annotations
@@ -22,360 +36,487 @@ import argparse
 import ast
 import csv
 import difflib
-import itertools
+import gc
 import json
 import random
 import re
+import resource
+import subprocess
 import sys
+import tempfile
 import time
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evaluate
 import negatives as kit
-from negatives import DataError, run_script
+from negatives import DataError
+
+IN, RATIO = 10, 5  # of a phrase that gives away
+ABSENCE = re.compile(
+    r"\b(without|no|not|none|nothing|nobody|never|neither|nor|lack(s|ing)?|missing|absent|empty"
+    r"|far from|away from|free of|\w+n't)\b",
+    re.IGNORECASE,
+)
+LABELS = ("mechanical", "odd", "true")
+OTHERS = {  # negatives of other makers that stand on the sheet of a type
+    "relation": ("replace_rel", "swap_obj", "negclip"),
+    "attribute": ("replace_att", "swap_att", "negclip"),
+    "object": ("replace_obj",),
+    "action": ("replace_rel",),
+}
+GUIDE = """\
+Each item has the other captions of a photo, a caption, and a sentence derived from it by a small
+change.  The sentence is meant to be false of the photo and otherwise normal.  Judge the change
+alone, not what was wrong with the caption before.  Read every item yourself, and write one line
+for each faulty one into TYPE.marks: #item, a tab, the label, a tab, the reason in a few words.
+
+mechanical  nothing really changed, or there is a non-word, a doubled word, broken grammar.
+odd         not as a fluent writer of captions would put it: a wrong preposition or article, a verb
+            that does not fit its object, a nonsense collocation, or so absurd that nobody would
+            write it even of a staged photo.  Merely unlikely scenes in good English are not odd.
+true        going by all the captions the sentence most likely still holds of the photo.
+"""
+
+
+class Row(NamedTuple):
+    """A caption, its negatives by type, and how they were made if the file says so."""
+
+    image: str
+    caption: str
+    negatives: dict[str, list[str]]
+    how: dict[str, str]
+
 
 Pair = tuple[str, str, str]  # image, caption, negative
 
 
-def read_pairs(path: Path) -> dict[str, list[Pair]]:
-    """(image, caption, negative) of every negative of a file, by type.
+def read(path: Path) -> list[Row]:
+    """Captions with negatives of a manifest, NegCLIP's .tsv or a .json of SugarCrepe.
 
     Raises:
-        DataError: the file cannot be read, or is not of its kind.
+        DataError: the file cannot be read, is not of its kind, or has no negatives.
     """
+    rows: list[Row] = []
     try:
-        pairs = _read_pairs(path)
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        raise DataError(
-            f"{path}: cannot be read as {path.suffix or 'a manifest'} ({error!r})"
-        ) from None
-    if not pairs:
-        raise DataError(f"{path}: has no negatives")
-    return pairs
+        for found in _records(path):
+            made = found["negatives"].items()
+            negatives = {k: [x] if isinstance(x, str) else list(x or ()) for k, x in made}
+            texts = [found["caption"], *(text for made in negatives.values() for text in made)]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a caption or negative that is no text")
+            rows.append(Row(photo(found), found["caption"], negatives, dict(found.get("how", {}))))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, csv.Error) as error:
+        place = f"{path}, record {len(rows) + 1}"
+        raise DataError(f"{place}: no caption with negatives ({error!r})") from None
+    if not any(any(row.negatives.values()) for row in rows):
+        raise DataError(f"{path}: no negatives in it; make them with negatives.py")
+    return rows
 
 
-def _read_pairs(path: Path) -> dict[str, list[Pair]]:
-    pairs: dict[str, list[Pair]] = defaultdict(list)
-    if path.suffix == ".tsv":
-        with path.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines, delimiter="\t"):
-                for negative in ast.literal_eval(row["neg_caption"]):
-                    pairs["negclip"].append((row["filepath"], row["title"], negative))
-    elif path.suffix == ".json":
-        for row in json.loads(path.read_text(encoding="utf-8")).values():
-            pairs[path.stem].append((row["filename"], row["caption"], row["negative_caption"]))
-    else:
-        for row in read_manifest(path):
-            image = str(row.get("image_id") or row.get("image") or row["caption"])
-            for name, negative in row["negatives"].items():
-                if negative is not None:
-                    pairs[name].append((image, row["caption"], negative))
-    return pairs
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records with image, caption, negatives, and how in manifests that have it."""
+    with path.open(encoding="utf-8-sig", newline="\n" if path.suffix == ".jsonl" else "") as lines:
+        if path.suffix == ".tsv":
+            for row in csv.DictReader(lines, delimiter="\t", strict=True):
+                made = ast.literal_eval(row["neg_caption"])
+                names = {"image": row["filepath"], "caption": row["title"]}
+                yield {**names, "negatives": {"negclip": made}}
+        elif path.suffix == ".json":
+            for row in json.load(lines).values():
+                names = {"image": row["filename"], "caption": row["caption"]}
+                yield {**names, "negatives": {path.stem: row["negative_caption"]}}
+        else:
+            rows = (json.loads(line) for line in lines if line.strip())
+            yield from (row for row in rows if "manifest" not in row)
 
 
-def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a manifest, without its header.
-
-    Raises:
-        DataError: the file cannot be read, or a line is no caption with negatives.
-    """
-    for _, place, row in kit.read_rows(path):
-        if "manifest" in row:
-            continue
-        if "negatives" not in row:
-            raise DataError(f"{place}: no negatives; run negatives.py first")
-        made = row["negatives"]
-        texts = [row.get("caption"), *made.values()] if isinstance(made, dict) else [None]
-        if texts[0] is None or any(not isinstance(t, str | None) for t in texts):
-            raise DataError(f"{place}: want a record with a caption and negatives")
-        yield row
+def photo(row: dict[str, Any]) -> str:
+    """A name of a record's photo: COCO's number, or the path, or the id; "" if it has none."""
+    name, number = str(row.get("image") or ""), row.get("image_id")
+    found = re.search(r"(?:^|[/_])(\d{12}\.jpg)$", name)
+    return found[1] if found else name or ("" if number is None else f"id {number}")
 
 
-# The blind readers
+# What is counted
 
 
-class MaskedReader:
-    """Pseudo-log-likelihood of sentences under a masked language model, in nats."""
-
-    def __init__(self, name: str, device: str = "cpu") -> None:
-        """Load a model by name or from a folder."""
-        import torch
-        from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32)
-        self.model = self.model.to(device).eval()
-        self.known: dict[str, float] = {}
-
-    def score(self, texts: list[str], batch: int = 1024) -> list[float]:
-        """One number for each text; a text that came before is not read again."""
-        import torch
-
-        new = sorted({clean(t) for t in texts} - self.known.keys())
-        ids = self.tokenizer(new, truncation=True, max_length=64)["input_ids"] if new else []
-        rows = sorted((len(x), i, k) for i, x in enumerate(ids) for k in range(1, len(x) - 1))
-        total = np.zeros(len(new))
-        device = self.model.device
-        for at in range(0, len(rows), batch):
-            part = rows[at : at + batch]
-            width = part[-1][0]
-            padded = torch.zeros(len(part), width, dtype=torch.long)
-            mask = torch.zeros_like(padded)
-            for r, (size, i, _) in enumerate(part):
-                padded[r, :size], mask[r, :size] = torch.tensor(ids[i]), 1
-            places = torch.tensor([k for _, _, k in part])
-            every = torch.arange(len(part))
-            wanted = padded[every, places]
-            padded[every, places] = self.tokenizer.mask_token_id
-            with torch.inference_mode():
-                logits = self._logits(padded.to(device), mask.to(device), places.to(device))
-                found = logits.float().log_softmax(-1).cpu()[every, wanted].numpy()
-            np.add.at(total, [i for _, i, _ in part], found)
-        self.known.update(zip(new, total.tolist(), strict=True))
-        return [self.known[clean(t)] for t in texts]
-
-    def _logits(self, ids: Any, mask: Any, places: Any) -> Any:
-        """Logits at the masked places; BERT's head reads only those."""
-        every = places.new_tensor(range(len(places)))
-        if hasattr(self.model, "bert"):
-            hidden = self.model.bert(ids, attention_mask=mask).last_hidden_state
-            return self.model.cls(hidden[every, places])
-        return self.model(ids, attention_mask=mask).logits[every, places]
+def words_of(text: str) -> list[str]:
+    """Words in lower case, without punctuation; "an" is "a"."""
+    return ["a" if word == "an" else word for word in re.findall(r"\w+", text.casefold())]
 
 
-def clean(text: str) -> str:
-    """Equal for texts that differ in case, in spaces, or in the mark at the end."""
-    return re.sub(r"\s+([.,!?])", r"\1", " ".join(text.lower().split())).rstrip(" .")
+def phrases(words: Sequence[str]) -> list[str]:
+    """Every run of one, two or three words."""
+    return [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)]
 
 
-def masked_reader(pairs: list[Pair], reader: MaskedReader) -> float:
-    """How often the caption is the likelier one of a pair, in %."""
-    scores = reader.score([text for _, *both in pairs for text in both])
-    true, false = np.array(scores[::2]), np.array(scores[1::2])
-    return float(100 * np.mean((true > false) + 0.5 * (true == false)))
-
-
-def ngram_reader(pairs: list[Pair]) -> float:
-    """How often a classifier of n-grams, trained on other images, prefers the caption, in %."""
-    from scipy import sparse
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    half = np.array([zlib.crc32(image.encode()) % 2 == 0 for image, _, _ in pairs])
-    if not 0 < half.sum() < len(half) or len(half) < 100:
-        raise DataError(f"--ngrams: {len(half)} negatives are too few to learn from and count")
-    counter = CountVectorizer(ngram_range=(1, 3), token_pattern=r"[^\s.,!?]+", min_df=2)
-    texts = [clean(text) for _, *both in pairs for text in both]
-    counts = counter.fit_transform(texts).astype(np.float32)
-    x = counts[::2] - counts[1::2]
-    train = x[half]
-    model = LogisticRegression(C=0.1, fit_intercept=False, max_iter=300)
-    model.fit(sparse.vstack([train, -train]), np.repeat([1, 0], train.shape[0]))
-    score = model.decision_function(x[~half])
-    return float(100 * np.mean((score > 0) + 0.5 * (score == 0)))
-
-
-# What the edits are
-
-
-def changed(caption: str, negative: str) -> list[tuple[list[str], list[str]]]:
-    """Words that went out and that came in, span by span."""
-    old, new = caption.split(), negative.split()
+def changed(old: Sequence[str], new: Sequence[str]) -> list[tuple[slice, slice]]:
+    """Places of the old and of the new words at which the two differ."""
     moves = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    return [(old[a:b], new[c:d]) for kind, a, b, c, d in moves if kind != "equal"]
+    return [(slice(a, b), slice(c, d)) for kind, a, b, c, d in moves if kind != "equal"]
 
 
-def describe(pairs: list[Pair]) -> dict[str, Any]:
-    """Length change, duplicates and the most used replacements."""
-    growth = Counter(len(n.split()) - len(c.split()) for _, c, n in pairs)
-    used: Counter[str] = Counter()
+def measure(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Figures of one type that need no model, as the module's docstring defines them."""
+    exchanged = equal = absent = known = 0
+    came, went, fresh = Counter[str](), Counter[str](), Counter[str]()
+    alone, around = [], []  # of each negative: phrases that came in
     for _, caption, negative in pairs:
-        for old, new in changed(clean(caption), clean(negative)):
-            used[f"{' '.join(old)} > {' '.join(new)}"] += 1
+        old, new = words_of(caption), words_of(negative)
+        equal += old == new
+        exchanged += old != new and sorted(old) == sorted(new)
+        absent += len(ABSENCE.findall(negative)) > len(ABSENCE.findall(caption))
+        known += bool(ABSENCE.search(caption))
+        words = Counter(new) - Counter(old)
+        fresh.update(words)
+        before, after = Counter(phrases(old)), Counter(phrases(new))
+        around.append(set(after - before))
+        alone.append({phrase for phrase in around[-1] if words.keys() >= set(phrase.split())})
+        came.update(around[-1])
+        went.update(set(before - after))
+    bad = {phrase for phrase, n in came.items() if n >= max(IN, RATIO * went[phrase])}
+    share = 100 / len(pairs)
     return {
-        "negatives": len(pairs),
-        "mean words more": sum(k * n for k, n in growth.items()) / len(pairs),
-        "same length %": 100 * growth[0] / len(pairs),
-        "same as the caption": sum(clean(c) == clean(n) for _, c, n in pairs),
-        "most used": dict(used.most_common(25)),
+        "equal": equal,
+        "exchange": share * exchanged,
+        "giveaway": share * sum(not bad.isdisjoint(found) for found in alone),
+        "around": share * sum(not bad.isdisjoint(found) for found in around),
+        "ten new": 100 * sum(n for _, n in fresh.most_common(10)) / max(1, fresh.total()),
+        "absence": share * absent,
+        "absence before": share * known,
+        "new words": dict(fresh.most_common(10)),
+        "giveaway in/out": {p: f"{came[p]}/{went[p]}" for p in _worst(alone, bad)},
+        "around in/out": {p: f"{came[p]}/{went[p]}" for p in _worst(around, bad)},
     }
 
 
-CLASSES = {"PROPN": "NOUN", "AUX": "VERB", "NUM": "ADJ", "DET": "ADJ"}
-CLASSES |= dict.fromkeys(("ADV", "SCONJ", "PART"), "ADP")
-WANTED = {"relation": "ADP", "attribute": "ADJ", "object": "NOUN", "action": "VERB"}
+def _worst(found: Iterable[set[str]], bad: set[str]) -> Iterator[str]:
+    """The ten phrases that give most negatives away, beside those that one before it does."""
+    rest = [both for phrases in found if (both := phrases & bad)]
+    for _ in range(10):
+        uses = Counter(phrase for phrases in rest for phrase in phrases)
+        if uses:
+            worst = min(uses, key=lambda phrase: (-uses[phrase], phrase))
+            yield worst
+            rest = [phrases for phrases in rest if worst not in phrases]
 
 
-def right_speech(name: str, pairs: list[Pair], parse: Any) -> float:
-    """How often spaCy finds a new word of the type's or of the old word's part of speech, in %.
+def told(pairs: Sequence[Pair], **reader: Any) -> float:
+    """How often a reader of texts alone picks the caption, in per cent; a tie is half.
 
-    Edits of one span count, by their first or last word ("and" becomes "but no").  Nouns and names
-    are one class, as are verbs and auxiliaries, all words that say where, and adjectives, numbers,
-    determiners and nouns before a noun (a metal fence).
+    The reader of n-grams, or a masked language model given as ``model``.
     """
-    right = total = 0
-    for _, caption, negative in pairs:
-        spans = changed(caption, negative)
-        if len(spans) == 1 and all(spans[0]):
-            first = next(
-                k
-                for k, (old, new) in enumerate(
-                    itertools.zip_longest(caption.split(), negative.split())
-                )
-                if old != new
-            )
-            old, new = spans[0]
-            found = speech(negative, first, len(new), parse)
-            before = speech(caption, first, len(old), parse)
-            total += 1
-            right += WANTED.get(name) in found or found[-1] == before[-1] or found[0] == before[0]
-    return 100 * right / max(total, 1)
+    items = [evaluate.Item((), "", (image,), (*both,)) for image, *both in pairs]
+    scores = (evaluate.score_masked if reader else evaluate.score_ngrams)(items, **reader)
+    more = np.subtract(*np.transpose(scores))
+    return float(100 * np.mean((more > 0) + 0.5 * (more == 0)))
 
 
-def speech(text: str, first: int, count: int, parse: Any) -> list[str]:
-    """Classes of some words of a text, told by their number."""
-    words = list(re.finditer(r"\S+", text))[first : first + count]
-    doc = parse(text)
-    classes = []
-    for token in doc:
-        if words[0].start() <= token.idx < words[-1].end() and token.text[0].isalnum():
-            modifies = token.pos_ == "NOUN" and doc[token.i + 1 : token.i + 2].text.isalpha()
-            modifies = modifies and doc[token.i + 1].pos_ == "NOUN"
-            classes.append("ADJ" if modifies else CLASSES.get(token.pos_, token.pos_))
-    return classes or [""]
+def kept_speech(pairs: Sequence[Pair], parse: Any) -> float | None:
+    """Per cent of replacements at one place whose last word keeps its part of speech."""
+    from spacy.tokens import Doc
+
+    same = {"PROPN": "NOUN", "AUX": "VERB", "NUM": "ADJ", "DET": "ADJ"}
+    same |= dict.fromkeys(("ADV", "SCONJ", "PART"), "ADP")
+    texts, places = [], []
+    for _, *both in pairs:
+        old, new = (re.findall(r"\w+|[^\w\s]", text) for text in both)
+        spans = changed(old, new)
+        if len(spans) == 1 and old[spans[0][0]] and new[spans[0][1]]:
+            texts += [old, new]
+            places += [place.stop - 1 for place in spans[0]]
+    docs = parse.pipe((Doc(parse.vocab, words) for words in texts), batch_size=256)
+    tags = [same.get(tag := doc[k].pos_, tag) for doc, k in zip(docs, places, strict=True)]
+    kept = [a == b for a, b in zip(tags[::2], tags[1::2], strict=True)]
+    return 100 * sum(kept) / len(kept) if kept else None
 
 
-def speed(captions: list[str], parse: Any) -> dict[str, float]:
-    """Captions a second of processor time: the engine, its learning, and spaCy's tagging."""
+def speed(captions: Path, parse: Any) -> dict[str, float]:
+    """Captions a second of processor time: the command, its edits alone, and spaCy's tagging."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, kit.__file__, captions, "--out", f"{folder}/out.jsonl"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if subprocess.run([*map(str, command)]).returncode:
+            raise DataError(f"--speed {captions}: negatives.py made no negatives of it")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    rows = list(kit.read_captions(captions))
+    texts, images = [row.caption for row in rows], [f"{row.image}" for row in rows]
+    learned = kit.learn(texts, images, kit.Options())
+    blocks = [slice(at, at + kit.CHUNK) for at in range(0, len(texts), kit.CHUNK)]
+    gc.disable()  # as negatives.py does
     start = time.process_time()
-    read = [kit._read(caption) for caption in captions]
-    slots = kit.learn_slots([sentence for sentence in read if sentence])
-    learned = time.process_time()
-    for caption in captions:
-        kit.make_negatives(caption, slots=slots)
+    for block in blocks:
+        kit.rewrite(texts[block], images[block], learned, kit.Options())
     made = time.process_time()
-    for _ in parse.pipe(captions, batch_size=256):
+    gc.enable()
+    for _ in parse.pipe(texts, batch_size=256):
         pass
-    tagged = time.process_time()
-    return {
-        "captions": len(captions),
-        "learning the slots, seconds": learned - start,
-        "lexicon, captions a second": len(captions) / (made - learned),
-        "lexicon with learning, captions a second": len(captions) / (made - start),
-        "spaCy tagging, captions a second": len(captions) / (tagged - made),
+    seconds = {
+        "whole command": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "once counts are learned": made - start,
+        "spaCy's tagging": time.process_time() - made,
     }
+    return {name: len(texts) / spent for name, spent in seconds.items()}
 
 
-# The picture
+def report(path: Path, args: argparse.Namespace, model: Any, parse: Any) -> dict[str, Any]:
+    """Every figure of a file, by type; prints them as they come."""
+    rows = read(path)
+    types: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.negatives):
+        made = [(row, text) for row in rows for text in row.negatives.get(name, ())]
+        pairs = [(row.image or row.caption, row.caption, text) for row, text in made]
+        if not pairs:
+            continue
+        some = random.Random(0).sample(pairs, min(args.pairs, len(pairs)))
+        covered = sum(bool(row.negatives.get(name)) for row in rows)
+        legal = [how for row in rows if "exchange" in (how := row.how.get(name) or "")]
+        figures = {
+            "negatives": len(pairs),
+            "coverage": 100 * covered / len(rows),
+            "drawn": 100 * legal.count("exchange") / len(legal) if legal else None,
+            **measure(pairs),
+            "n-grams": told(pairs),
+            "masked": told(some, model=model) if model else None,
+            "speech": kept_speech(some, parse) if parse else None,
+        }
+        types[name] = {key: value for key, value in figures.items() if value is not None}
+        print(f"{path.name}, {name}: {len(pairs)} negatives, {figures['equal']} equal", end="")
+        print(*(f", {k} {x:.1f}" for k, x in types[name].items() if isinstance(x, float)), sep="")
+        for key, found in types[name].items():
+            if isinstance(found, dict):
+                print(f"  {key}: {', '.join(f'{k} {n}' for k, n in found.items())}", flush=True)
+    return {"captions": len(rows), "bytes": path.stat().st_size, "types": types}
 
 
-def draw_gallery(path: Path, rows: list[dict[str, Any]], out: Path) -> None:
-    """Captions with their four negatives, what is new in colour."""
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a saved report: files down, figures across, types within a cell."""
+    files = {name: file["types"] for name, file in results["files"].items()}
+    every = [figures.items() for types in files.values() for figures in types.values()]
+    keys = dict.fromkeys(key for items in every for key, x in items if isinstance(x, float))
+    lines = [f"| | types | {' | '.join(keys)} |", f"| --- | --- |{' ---: |' * len(keys)}"]
+    for name, types in files.items():
+        cells = [name, " / ".join(types)]
+        for key in keys:
+            values = [figures.get(key) for figures in types.values()]
+            cells.append(" / ".join("-" if x is None else f"{x:.1f}" for x in values))
+        lines.append(f"| {' | '.join(cells)} |")
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in results["speed"].items())
+    lines += ["", f"Captions a second of processor time: {rates}."] if rates else []
+    return "\n".join(lines)
+
+
+def draw_gallery(rows: Sequence[Row], out: Path) -> None:
+    """Some captions that have every negative and fit a line; what is new is red."""
     import matplotlib.pyplot as plt
 
+    good = [row for row in rows if all(row.negatives.values()) and 40 < len(row.caption) < 75]
     lines = [
-        (row["caption"].strip(), name, row["negatives"].get(name, ""))
-        for row in rows
-        for name in ("caption", *row["negatives"])
+        (row.caption.split(), name, texts[0].split())
+        for row in random.Random(1).sample(good, min(8, len(good)))
+        for name, texts in {"caption": [row.caption], **row.negatives}.items()
     ]
     figure = plt.figure(figsize=(8.6, 0.235 * len(lines) + 0.2), dpi=90)
-    height, step = 1 / (len(lines) + 1), 0.0085
     font: dict[str, Any] = {"family": "monospace", "fontsize": 8.5, "va": "center"}
-    for k, (caption, name, negative) in enumerate(lines):
-        y = 1 - (k + 1) * height
+    for k, (old, name, new) in enumerate(lines):
+        y, at = 1 - (k + 1) / (len(lines) + 1), 0.11
         figure.text(0.01, y, name, color="gray", **font)
-        at = 0.11
-        spans = changed(caption, negative.strip()) if negative else []
-        new = [word for _, words in spans for word in words]
-        for word in (negative.strip() or caption).split():
-            edited = bool(new) and word == new[0]
-            new = new[1:] if edited else new
-            weight, colour = ("bold", "#b3261e") if edited else ("normal", "black")
-            figure.text(at, y, word, color=colour, weight=weight, **font)
-            at += step * (len(word) + 1)
+        fresh = {i for _, place in changed(old, new) for i in range(place.start, place.stop)}
+        if len(old) == len(new):  # exchanged words can be told by their place
+            fresh = {i for i, (one, two) in enumerate(zip(old, new, strict=True)) if one != two}
+        for i, word in enumerate(new):
+            style: dict[str, Any] = {"color": "#b3261e", "weight": "bold"} if i in fresh else {}
+            figure.text(at, y, word, **style, **font)
+            at += 0.0085 * (len(word) + 1)
     figure.savefig(out)
 
 
-# The command
+# Blind readings
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Declare every option."""
+def write_sheets(args: argparse.Namespace) -> None:
+    """A shuffled sheet for each type, the guide and the key."""
+    makers = {"ours": read(args.ours), **{path.stem: read(path) for path in args.against}}
+    if len(makers) < 1 + len(args.against):
+        raise DataError("--against: two makers have one name; rename their files")
+    if args.out.exists():
+        raise DataError(f"--out {args.out} exists; move it away, it may hold marks")
+    captions = defaultdict(list)
+    for row in makers["ours"]:
+        if not row.image:
+            raise DataError(f"{args.ours}: {row.caption[:40]!r} has no image, so no other captions")
+        captions[row.image].append(" ".join(row.caption.split()))
+    key: dict[str, str] = {}
+    args.out.mkdir(parents=True)
+    for kind in dict.fromkeys(name for row in makers["ours"] for name in row.negatives):
+        draw = random.Random(f"{args.seed}{kind}")
+        chosen = []
+        for maker, rows in makers.items():
+            pool = [
+                (maker, row.image, *(" ".join(text.split()) for text in (row.caption, negative)))
+                for row in rows
+                for name in (kind, *OTHERS.get(kind, ()))
+                for negative in row.negatives.get(name, ())
+                if row.image in captions
+            ]
+            size = args.items if maker == "ours" else args.others
+            chosen += draw.sample(pool, min(size, len(pool)))
+        draw.shuffle(chosen)
+        sheet = ""
+        for k, (maker, image, caption, sentence) in enumerate(chosen):
+            key[f"{kind}#{k}"] = maker
+            others = " | ".join(text for text in captions[image] if text != caption)
+            sheet += f"#{k}\n  other captions: {others}\n"
+            sheet += f"  caption:  {caption}\n  sentence: {sentence}\n"
+        (args.out / f"{kind}.txt").write_text(sheet, "utf-8")
+    (args.out / "GUIDE.txt").write_text(GUIDE, "utf-8")
+    (args.out / "key.json").write_text(json.dumps(key, indent=1) + "\n", "utf-8")
+    print(f"{len(key)} items in {args.out}; give readers GUIDE.txt and the sheets, not key.json")
+
+
+def count_marks(folder: Path) -> dict[str, Any]:
+    """Of each type and maker: how many were read, and per cent with each label [value, low, high].
+
+    Raises:
+        DataError: the key or a line of marks is not what it should be, or there are no marks.
+    """
+    sheets: dict[str, dict[int, str]] = defaultdict(dict)
+    try:
+        for name, maker in json.loads((folder / "key.json").read_text("utf-8-sig")).items():
+            kind, number = name.rsplit("#", 1)
+            sheets[kind][int(number)] = maker + ""
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{folder / 'key.json'}: not a key that sheets wrote ({error})") from None
+    counts: dict[str, Any] = {}
+    for kind, makers in sheets.items():
+        if not (path := folder / f"{kind}.marks").exists():
+            continue
+        marked = read_marks(path, makers)
+        marks = Counter((makers[k], x) for k, labels in marked.items() for x in {*labels, "any"})
+        counts[kind] = {}
+        for maker, n in sorted(Counter(makers.values()).items()):
+            row: dict[str, Any] = {"read": n}
+            for label in (*LABELS, "any"):
+                share = marks[maker, label] / n
+                bounds = (share, *evaluate.wilson(share, n))
+                row[f"{label} %"] = [round(100 * x, 1) for x in bounds]
+            counts[kind][maker] = row
+            print(kind, maker, *(f"{key} {value}" for key, value in row.items()))
+    if not counts:
+        raise DataError(f"{folder}: no .marks files; its GUIDE.txt says how they are written")
+    return counts
+
+
+def read_marks(path: Path, items: Container[int]) -> dict[int, set[str]]:
+    """Labels of each marked item."""
+    marks: dict[int, set[str]] = defaultdict(set)
+    for n, line in enumerate(path.read_text("utf-8-sig", "replace").split("\n"), 1):
+        found = re.match(r"#([0-9]+)\t([a-z|]+)\s*(?:\t|$)", line)
+        labels = set(found[2].split("|")) if found else set()
+        if line.strip() and (not found or int(found[1]) not in items or not labels <= set(LABELS)):
+            raise DataError(f"{path}, line {n}: wanted #item<TAB>label<TAB>reason")
+        if found:
+            marks[int(found[1])] |= labels
+    return marks
+
+
+# The commands
+
+
+def count(text: str) -> int:
+    """A whole number above 0, of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of the report, or of one of the two commands of ``reading``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if argv[:1] == ["reading"]:
+        commands = parser.add_subparsers(dest="command", required=True)
+        add = commands.add_parser("sheets", help="write sheets for readers").add_argument
+        add("ours", type=Path, help="a manifest with negatives")
+        add("--against", type=Path, nargs="*", default=[], metavar="FILE", help="of other makers")
+        add("--items", type=count, default=60, help="of ours, for each type (60)")
+        add("--others", type=count, default=30, help="of each other maker (30)")
+        add("--seed", type=int, default=0)
+        add("--out", type=Path, required=True, help="a new folder")
+        add = commands.add_parser("count", help="count the marks").add_argument
+        add("folder", type=Path)
+        add("--out", type=Path, metavar="FILE.json", help="where to save the counts")
+        return parser.parse_args(argv[1:])
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="a manifest, NegCLIP's .tsv or SugarCrepe's .json")
-    add("--mlm", metavar="DIR_OR_NAME", help="masked language model of the first reader")
-    add("--pairs", type=int, default=2000, metavar="N", help="pairs of each type that it reads")
-    add("--ngrams", action="store_true", help="ask the second reader")
+    add("files", type=Path, nargs="+", metavar="FILE", help="files, or: reading sheets | count")
+    add("--mlm", metavar="DIR", help="masked language model (transformers) that reads them")
     add("--spacy", metavar="NAME", help="pipeline that tells parts of speech")
-    add("--speed", action="store_true", help="time the lexicon engine against --spacy's tagging")
-    add("--gallery", type=Path, metavar="FILE.png", help="picture of some captions")
-    add("--out", type=Path, metavar="FILE.json", help="where to save the numbers")
-    args = parser.parse_args(argv)
+    add("--pairs", type=count, default=1000, help="pairs of each type that these two read (1000)")
+    add("--speed", type=Path, metavar="CAPTIONS", help="time negatives.py beside --spacy's tagging")
+    add("--gallery", type=Path, metavar="FILE.png", help="image of some captions of the first FILE")
+    add("--out", type=Path, metavar="FILE.json", help="where to save the figures")
+    add("--markdown", action="store_true", help="print the figures as a table")
+    args = parser.parse_args(argv, argparse.Namespace(command="report"))
     if args.speed and not args.spacy:
         parser.error("--speed needs --spacy")
-    if args.pairs < 1:
-        parser.error("--pairs must be at least 1")
-    for path in filter(None, (args.out, args.gallery)):
-        if not path.parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.parent}")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print and save."""
-    args = parse_args(argv)
-    pairs = read_pairs(args.file)
-    report: dict[str, Any] = {"file": args.file.name, "types": {}}
-    if args.file.suffix == ".jsonl":
-        with args.file.open(encoding="utf-8-sig") as lines:
-            line = next(lines)
-        first = json.loads(line) if line.strip() else {}
-        report["header"] = first if "captions" in first else None
-    reader = MaskedReader(args.mlm) if args.mlm else None
-    parse = kit.load_spacy(args.spacy, tags_only=True) if args.spacy else None
-    for name, found in pairs.items():
-        row = describe(found)
-        some = random.Random(0).sample(found, min(args.pairs, len(found)))
-        if report.get("header"):
-            row["coverage %"] = 100 * len(found) / report["header"]["captions"]
-        if reader:
-            row["blind, mlm %"] = masked_reader(some, reader)
-        if args.ngrams:
-            row["blind, ngrams %"] = ngram_reader(found)
-        if parse:
-            row["right part of speech %"] = right_speech(name, some, parse)
-        report["types"][name] = row
-        print(name, {k: round(v, 1) for k, v in row.items() if not isinstance(v, dict)}, flush=True)
-    if args.speed:
-        captions = dict.fromkeys(caption for p in pairs.values() for _, caption, _ in p)
-        report["speed"] = speed(list(captions), parse)
-        print(report["speed"])
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of every file, printed as they come."""
+    if len({path.stem for path in args.files}) < len(args.files):
+        raise DataError("two FILEs have one name; rename one")
+    if args.gallery and not args.gallery.parent.is_dir():
+        raise DataError(f"--gallery {args.gallery}: there is no such folder; make it first")
     if args.gallery:
-        draw_gallery(args.file, examples(args.file), args.gallery)
+        draw_gallery(read(args.files[0]), args.gallery)
+    model = kit.MaskedModel(args.mlm, "auto") if args.mlm else None
+    parse = None
+    if args.spacy:
+        import spacy
+
+        try:
+            parse = spacy.load(args.spacy, exclude=["ner", "parser"])
+        except OSError:
+            raise DataError(
+                f"--spacy {args.spacy}: not there; python -m spacy download {args.spacy}"
+            ) from None
+    files = {path.stem: report(path, args, model, parse) for path in args.files}
+    rates = speed(args.speed, parse) if args.speed else {}
+    results = {"files": files, "speed": rates}
+    if args.markdown:
+        print(markdown(results))
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure files, write sheets or count marks."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    if args.command == "sheets":
+        write_sheets(args)
+        return
+    if args.out and not args.out.parent.is_dir():
+        raise DataError(f"--out {args.out}: there is no such folder; make it first")
+    results = count_marks(args.folder) if args.command == "count" else measure_all(args)
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def examples(path: Path, count: int = 8) -> list[dict[str, Any]]:
-    """Some captions of a manifest that have all four negatives and fit a line."""
-    rows = [
-        row
-        for row in read_manifest(path)
-        if all(row["negatives"].values()) and 40 < len(row["caption"]) < 75
-    ]
-    return random.Random(1).sample(rows, min(count, len(rows)))
+        evaluate.write_text(args.out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, "negatives_report.py"))
+    try:
+        main()
+    except (DataError, OSError) as error:
+        print(f"negatives_report.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        print(f"negatives_report.py: error: pip install {error.name}", file=sys.stderr)
+        sys.exit(2)

@@ -654,7 +654,7 @@ def test_blind_reader_finds_an_artefact_and_nothing_else():
         a, b = rng.sample(nouns, 2)
         plain.append(Item(("p",), str(i), (f"i{i}",), (f"a {a} and a {b}", f"a {b} and a {a}")))
         marked.append(Item(("m",), str(i), (f"i{i}",), (f"a {a} and a {b}", f"no {a} and a {b}")))
-    scores = evaluate.read_blind([*plain, *marked])
+    scores = evaluate.read_blind([*plain, *marked], evaluate.score_ngrams)
     assert scores["m"] > 95
     assert 35 < scores["p"] < 65
 
@@ -1322,6 +1322,23 @@ def test_a_whole_evaluation_writes_every_output(tmp_path, root, capsys):
         assert item["correct"] == (item["scores"][0][0] > item["scores"][0][1])
     with pytest.raises(data.DataError, match="--overwrite"):
         run("--ckpt", a, "--suite", "shapes", "--out", out)
+
+
+def test_both_readers_of_texts_are_shown(tmp_path, root, monkeypatch):
+    class Model:
+        def __init__(self, name, device):
+            assert (name, device) == ("DIR", "cpu")
+
+        def score(self, texts):
+            return [len(text) for text in texts]  # longer than its negative is every caption here
+
+    monkeypatch.setattr(evaluate, "MaskedModel", Model)
+    run("--ckpt", tiny(tmp_path / "a/latest.pt", 0), "--suite", "sugarcrepe", "--allow-missing",
+        "--root", root, "--device", "cpu", "--mlm", "DIR", "--out", tmp_path / "out")  # fmt: skip
+    (result,) = json.loads((tmp_path / "out/results.json").read_text()).values()
+    assert result["suites"]["sugarcrepe"]["masked"]["add_att"] == 100
+    assert result["suites"]["sugarcrepe"]["blind"]["add_att"] == 0  # one image: nothing to learn
+    assert "| texts only | texts only (masked) |" in (tmp_path / "out/results.md").read_text()
 
 
 def check_tables(tex):
