@@ -4313,14 +4313,14 @@ class Journal:
             ) from None
 
     def _claim(self) -> None:
-        """Lock the file, where the system can."""
+        """Lock the file for this process, not for its workers, where the system can."""
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
 
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-            except (BlockingIOError, FileNotFoundError):
+            except (BlockingIOError, PermissionError, FileNotFoundError):
                 free = False
             if not free:
                 raise DataError(

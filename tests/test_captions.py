@@ -396,11 +396,15 @@ def test_nothing_is_lost_or_overwritten(source, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="not of a run of this script"):
         main([*options, "--overwrite"])
     assert partial.read_text() == "precious"
-    fcntl = pytest.importorskip("fcntl")
-    with partial.open("r+b") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    pytest.importorskip("fcntl")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); input()"
+    code = code.replace("input()", "print(flush=True); input()")
+    command = [sys.executable, "-c", code, str(partial)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(DataError, match="another run is writing it"):
             main(options)
+        other.communicate(b"\n")
 
 
 def test_written_files_are_whole_or_not_there(tmp_path):
