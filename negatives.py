@@ -4134,7 +4134,7 @@ def _rewrite_file(args: argparse.Namespace) -> None:
         if -1 in journal.at:
             journal.fill(_taught(engine, rows))
         header = _header(args, journal, types, Path(source).name)
-        with writing(out, args.overwrite, partial=out.with_name(out.name + ".new")) as file:
+        with writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file:
             file.write(json_line(header))
             file.writelines(map(journal.line, range(len(jobs))))
     _report(args, journal.counts)
@@ -4439,7 +4439,7 @@ def _rewrite_shard(path: Path, args: argparse.Namespace, engine: Engine) -> Coun
     with Journal(args, out, jobs, path.name) as journal:
         journal.fill(engine)
         with (
-            writing(out, True, partial=out.with_name(out.name + ".new")) as file,
+            writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file,
             tarfile.open(fileobj=file, mode="w") as tar,
         ):
             for number, (stem, parts, _) in enumerate(samples):
