@@ -2600,7 +2600,7 @@ def _rewrite_file(args: argparse.Namespace) -> None:
         if -1 in journal.at:
             journal.fill(_taught(engine, rows))
         header = _header(args, journal, types, Path(source).name)
-        with writing(out, args.overwrite, partial=out.with_name(out.name + ".new")) as file:
+        with writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file:
             file.write(json_line(header))
             file.writelines(map(journal.line, range(len(jobs))))
     _report(args, journal.counts)
@@ -2797,14 +2797,14 @@ class Journal:
             ) from None
 
     def _claim(self) -> None:
-        """Lock the file, where the system can."""
+        """Lock the file for this process, not for its workers, where the system can."""
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
 
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-            except (BlockingIOError, FileNotFoundError):
+            except (BlockingIOError, PermissionError, FileNotFoundError):
                 free = False
             if not free:
                 raise DataError(
@@ -2923,7 +2923,7 @@ def _rewrite_shard(path: Path, args: argparse.Namespace, engine: Engine) -> Coun
     with Journal(args, out, jobs, path.name) as journal:
         journal.fill(engine)
         with (
-            writing(out, True, partial=out.with_name(out.name + ".new")) as file,
+            writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file,
             tarfile.open(fileobj=file, mode="w") as tar,
         ):
             for number, (stem, parts, _) in enumerate(samples):

@@ -811,8 +811,9 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
             f"--batch-size {args.batch_size}: is not divisible by the {rank.world} ranks"
         )
     check_numbers(args)
-    if args.images and not args.data:
-        raise DataError("--images: needs --data, the manifest of these pictures")
+    if (args.images or args.types) and not args.data:
+        flag = "--images" if args.images else "--types"
+        raise DataError(f"{flag}: needs --data, the manifest with these pictures and negatives")
     check_methods(args)
 
 

@@ -95,6 +95,10 @@ def test_a_table_has_negatives_of_any_type(tmp_path):
         ["csv", str(tmp_path / "b.csv"), "--out", str(out), "--negative", "no:negation", "few"]
     )
     assert json.loads(out.read_text().splitlines()[0])["types"] == ["negation", "few"]
+    (tmp_path / "c.csv").write_text("caption\nA dog\n")
+    with pytest.raises(DataError, match=r"c\.csv: caption 1 has no image; name the column"):
+        data.main(["csv", str(tmp_path / "c.csv"), "--out", str(tmp_path / "c.jsonl")])
+    assert not (tmp_path / "c.jsonl").exists()
     made = [record.negatives for record in data.read_manifest(out)]
     assert made == [{"negation": "No dog", "few": None}, {"negation": None, "few": "x"}]
 
@@ -396,11 +400,15 @@ def test_nothing_is_lost_or_overwritten(source, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="not of a run of this script"):
         main([*options, "--overwrite"])
     assert partial.read_text() == "precious"
-    fcntl = pytest.importorskip("fcntl")
-    with partial.open("r+b") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    pytest.importorskip("fcntl")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); input()"
+    code = code.replace("input()", "print(flush=True); input()")
+    command = [sys.executable, "-c", code, str(partial)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(DataError, match="another run is writing it"):
             main(options)
+        other.communicate(b"\n")
 
 
 def test_written_files_are_whole_or_not_there(tmp_path):
@@ -627,7 +635,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.gate.wait(30)
         status, content = server.behave(caption, turn)
         content = content(caption) if callable(content) else content
-        if status == "hang up":
+        if status == "hang up" or (status == "slow" and server.end.wait(30)):
             return
         if isinstance(content, dict):
             message = {"role": "assistant", "content": json.dumps(content)}
@@ -645,13 +653,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.lock, made.gate, made.asked = threading.Lock(), threading.Event(), []
+    made.lock, made.gate, made.end = threading.Lock(), threading.Event(), threading.Event()
+    made.asked = []
     made.gate.set()
     made.url = f"http://127.0.0.1:{made.server_port}/v1"
     monkeypatch.setattr("negatives.PAUSE", 0.01)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield made
+    made.end.set()
     made.shutdown()
     made.server_close()
 
@@ -688,6 +698,7 @@ def wrapped(text):
         (200, "<html>"),
         (200, '{"choices": []}'),
         ("hang up", ""),
+        ("slow", ""),
         (200, wrapped("```json\nnot json\n```")),
         (200, wrapped('["relation"]')),
         (200, good(DOGS[0], invented="x")),
@@ -696,9 +707,10 @@ def wrapped(text):
 )
 def test_servers_that_fail_or_lie_once_are_asked_again(server, tmp_path, fault):
     server.behave = lambda caption, turn: fault if turn == 1 else (200, good(caption))
-    for row, caption in zip(ask(server, tmp_path), DOGS, strict=True):
+    seconds = "1" if fault[0] == "slow" else "60"
+    for row, caption in zip(ask(server, tmp_path, "--llm-timeout", seconds), DOGS, strict=True):
         assert row == good(caption)
-    assert len(server.asked) == 2 * len(DOGS)
+    assert len(server.asked) == 2 * len(DOGS) or fault[0] == "slow"
     body = server.asked[0][3]
     assert (body["model"], body["temperature"], body["seed"]) == ("m", 0, 0)
     if fault[0] == 200 and len(server.asked[-1][3]["messages"]) > 1:
@@ -727,8 +739,15 @@ def test_a_refusal_is_one_sentence_without_the_key(server, tmp_path, monkeypatch
     server.behave = lambda caption, turn: (503, "loading")
     with pytest.raises(DataError, match=r"gave no answer \(503 loading\); the same command"):
         ask(server, tmp_path, "--llm-key-env", "SECRET")
+    server.asked.clear()
+    server.behave = lambda caption, turn: (
+        (404, "no m") if caption == DOGS[0] else (200, good(caption))
+    )
+    with pytest.raises(DataError, match=r"\(404 no m\); check the address, --llm-model"):
+        ask(server, tmp_path, "--llm-key-env", "SECRET")
     server.behave = lambda caption, turn: (200, good(caption))
-    ask(server, tmp_path, "--llm-key-env", "SECRET")
+    ask(server, tmp_path, "--llm-key-env", "SECRET")  # the other answers were kept
+    assert sorted(seen[2] for seen in server.asked) == sorted([*DOGS, DOGS[0]])
     assert b"12345" not in (tmp_path / "out").read_bytes()
     with pytest.raises(DataError, match="--llm-key-env NONE: the environment has no such key"):
         ask(server, tmp_path, "--llm-key-env", "NONE", "--overwrite")
