@@ -1643,7 +1643,6 @@ def json_line(row: dict[str, Any]) -> bytes:
         return (json.dumps(row) + "\n").encode()
 
 
-CHUNK = 256  # captions handed to a worker at once
 Wording = str | list[str] | None  # a negative; of several, training draws one an epoch
 
 
@@ -2870,8 +2869,10 @@ class Journal:
 
 
 def _fingerprint(args: argparse.Namespace, jobs: list[Job], source: str) -> str:
-    """Of all that shapes the lines: the options, the captions, and this file."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """Of all that shapes the lines: the options, the captions, this file and its words."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), WORDS, TAGGER):
+        digest.update(path.read_bytes())
     options = {k: v for k, v in vars(args).items() if k not in UNSHAPING}
     digest.update(json.dumps([options, source], default=str).encode())
     for row, others in jobs:
