@@ -103,7 +103,7 @@ class Words:
     done_to: list[tuple[list[str], list[str], list[str]]] = field(default_factory=list)
     together: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     participles: dict[str, list[str]] = field(default_factory=dict)
-    compounds: dict[tuple[str, str], list[tuple[list[str], str]]] = field(default_factory=dict)
+    compounds: dict[tuple[str, ...], list[tuple[list[str], str]]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)  # of compounds
     sexes: dict[str, set[str]] = field(default_factory=dict)  # of a noun: M or F
     personal: dict[str, set[str]] = field(default_factory=dict)  # pronouns of M and F
@@ -143,7 +143,7 @@ def words() -> Words:
     _read_links(rows, known)
     _read_acts(rows, known)
     compounds = {word: tag for word, (_, tag) in known.nouns.items()}
-    compounds |= dict.fromkeys(known.links, "P")
+    compounds |= dict.fromkeys(known.links, "P") | {w: tag for w, (_, tag) in known.verbs.items()}
     compounds |= {
         word.replace("_", " "): tag for tag, line in rows["fixed"] for word in line.split()
     }
@@ -264,11 +264,12 @@ def _read_acts(rows: Rows, known: Words) -> None:
         *(a for _, t in known.free for old, new in t.items() for a in (old, *new)),
     }
     acts |= {act for _, _, line in known.done_to for act in line}
-    known.verbs |= {
-        inflect(act, tag, known.sets["doubled"]): (act, tag)
-        for act in sorted(acts)
-        for tag in "BZG"
-    }
+    for act in sorted(acts):
+        for tag in "BZG":
+            form = inflect(act, tag, known.sets["doubled"])
+            known.verbs[form] = act, tag
+            if act in known.sets["lying down"]:
+                known.verbs[f"{form} down"] = act, tag
 
 
 def inflect(verb: str, tag: str, doubled: frozenset[str]) -> str:
@@ -342,15 +343,15 @@ def split(text: str) -> Sentence:
     lowered = text.lower()
     found = list(WORD.finditer(lowered if len(lowered) == len(text) else text))[:MAX_WORDS]
     names, spans = [m[0] for m in found], [m.span() for m in found]
-    compounds = words().compounds
-    for i in reversed([i for i, pair in enumerate(itertools.pairwise(names)) if pair in compounds]):
-        for rest, whole in (
-            compounds.get((names[i], names[i + 1]), ()) if i + 1 < len(names) else ()
-        ):
-            stop = i + 2 + len(rest)
-            if names[i + 2 : stop] == rest:
-                spans[i:stop] = [(spans[i][0], spans[stop - 1][1])]
-                names[i:stop] = [whole]
+    compounds, gone = words().compounds, 0
+    for i in [i for i, pair in enumerate(itertools.pairwise(names)) if pair in compounds]:
+        at = i - gone
+        for rest, whole in compounds.get(tuple(names[at : at + 2]), ()) if at >= 0 else ():
+            stop = at + 2 + len(rest)
+            if names[at + 2 : stop] == rest:
+                spans[at:stop] = [(spans[at][0], spans[stop - 1][1])]
+                names[at:stop] = [whole]
+                gone += stop - at - 1
                 break
     return Sentence(text, names, spans)
 
@@ -583,9 +584,9 @@ def is_bare(s: Sentence, p: Phrase) -> bool:
 
 
 def exchange_phrases(s: Sentence, *groups: list[Phrase]) -> Exchange:
-    """The exchange of two groups; where both begin with an article, these stay."""
-    stay = groups[0][0].plural == groups[1][0].plural
-    stay &= all(len(g) == 1 and s.words[g[0].first] in ("a", "an", "the") for g in groups)
+    """The exchange of two groups; where both begin with the same article, these stay."""
+    stay = groups[0][0].plural == groups[1][0].plural and len(groups[0]) == len(groups[1]) == 1
+    stay &= {s.words[g[0].first] for g in groups} in ({"a"}, {"an"}, {"a", "an"}, {"the"})
     one, two = ((g[0].first + stay, g[-1].stop, g[0].head) for g in groups)
     return Exchange(one, two, (groups[1][0].first - 1, 0))
 
@@ -602,6 +603,12 @@ def swap_links(s: Sentence) -> list[Swap]:
             continue
         if verb and any(p.kind == "body" for p in s.phrases if p.first > i):
             continue  # holding a bat in his hands
+        if (
+            verb
+            and s.words[phrase.stop : phrase.stop + 1]
+            and s.words[phrase.stop] in known.sets["paths"]
+        ):
+            continue  # pulling a cart past a tree
         options = contradictions(
             s.words[i], before.kind if next_to else "", phrase.kind, phrase.noun
         )
@@ -683,8 +690,9 @@ def propose_object(s: Sentence) -> Proposal:
         options = other_things(p.noun, "S" if p.plural else "N")
         if sexes and p.kind.startswith("person"):
             options = tuple(w for w in options if known.sexes.get(w, sexes) == sexes)
-        if options:
-            attest = "p" if p.head > p.first and s.tags[p.head - 1] in "NSGE" else ""
+        if options and sum(p.noun == other.noun for other in s.phrases) == 1:
+            bare = not p.plural and s.tags[p.first] not in "DHM" and p.first == p.head
+            attest = "p" if bare or (p.head > p.first and s.tags[p.head - 1] in "NSGE") else ""
             attest += "n" if s.words[p.stop : p.stop + 1] == ["of"] else ""
             swaps.append(Swap(p.head, options, attest))
     return swaps, [], "no noun that words.txt knows"
@@ -769,7 +777,7 @@ PROPOSE: dict[str, Callable[[Sentence], Proposal]] = {
     "object": propose_object,
     "action": propose_action,
 }
-OWNED, NO_LINK, FINITE, PRONOUN = (re.compile(x) for x in ("[HO]", "[WCQX.]", "[IZB]", "[HQ]"))
+OWNED, NO_LINK, FINITE, PRONOUN = (re.compile(x) for x in ("[HO]", "[WCQX.]|PG", "[IZB]", "[HQ]"))
 LINK = re.compile("P|[GZBE](?![GZBERLP])")  # the word that decides: a preposition, or else a verb
 LISTED = {"and", "or", ",", "of", "&", "/", "'", "-"}
 
@@ -992,7 +1000,7 @@ LEARNED = 200_000  # captions, the first of the file, that are counted
 FEWEST = 500  # captions that the game needs
 CHUNK = 512  # captions in a block
 FIT, HIDE = 1.0, 2.0  # weight of fit, and of hiding from the reader, in nats
-FLOW = 3.5  # how many times as often as it goes out a word may come in
+FLOW = (3.8, 3.7, 3.5, 3.5)  # how many times as often as it goes out a word may come in, by type
 SAMPLE = 10_000  # captions, the first of the file, that the game is played on
 ROUNDS = 20
 MAX_OPTIONS = 12  # of one place that are weighed
@@ -1263,7 +1271,7 @@ def weigh(
     size = swapped + moved
     rule = np.zeros(size, np.int8)
     rule[:swapped][fit[single].min(axis=1) < options.plausible] = IMPLAUSIBLE
-    unseen = (counts[single, :2] < 2) & (attest[:, None] & [1, 2] > 0)
+    unseen = ((counts[single, :2] < 2) | (fit[single, :2] < 0)) & (attest[:, None] & [1, 2] > 0)
     rule[:swapped][unseen.any(axis=1)] = UNSEEN
     group = np.concatenate([group, of])
     claims = claims_of(block, group[:swapped], new[:, 3], noun, moves)
@@ -1439,6 +1447,8 @@ def play(texts: Sequence[str], images: Sequence[str], learned: Learned, options:
     c = Candidates(
         *(np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(Candidates))
     )
+    most = np.full(FLOWS, FLOW[0])
+    most[c.flow_in] = np.array(FLOW)[c.group % 4]
     squares = np.full(READER, 1e-3, np.float32)
     rng = np.random.default_rng(0)
     for turn in range(ROUNDS):
@@ -1446,8 +1456,8 @@ def play(texts: Sequence[str], images: Sequence[str], learned: Learned, options:
         drawn, _, _ = draw(c, learned, options._replace(refine=inf if turn < 4 else options.refine))
         swaps = drawn[~c.exchange[drawn]]
         comes = np.bincount(c.flow_in[swaps], minlength=FLOWS)
-        goes = FLOW * (np.bincount(c.flow_out[swaps], minlength=FLOWS) + 0.5)
-        dearer = 0.7 * np.log((comes + 0.3) / goes) * (comes + goes > FLOW)
+        goes = most * (np.bincount(c.flow_out[swaps], minlength=FLOWS) + 0.5)
+        dearer = 0.7 * np.log((comes + 0.3) / goes) * (comes + goes > most)
         learned.price = np.maximum(0, learned.price + dearer).astype(np.float32)
         if turn >= 4:
             scarce = np.clip(goes / np.maximum(comes, 0.3), 0.5, 1.2)

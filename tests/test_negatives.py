@@ -47,7 +47,7 @@ def made(caption: str, name: str, seeds: int = 40, **options: object) -> set[str
         ("A group of people on a beach", "relation", "A beach on a group of people"),
         ("a cup of tea and milk on a desk", "relation", "a desk on a cup of tea and milk"),
         ("An apple on a table", "relation", "A table on an apple"),
-        ("an elephant that is in the lake", "relation", "a lake that is in the elephant"),
+        ("an elephant that is in the lake", "relation", "the lake that is in an elephant"),
         ("clock on top  of roof", "relation", "roof on top  of clock"),
         ("A policeman stopping a car", "relation", "A car stopping a policeman"),
         ("A cat under a table.", "relation", "A cat on top of a table."),
