@@ -636,15 +636,15 @@ def contradictions(link: str, before: str, kind: str, noun: str) -> tuple[str, .
 
 def acts_on(who: Phrase, what: Phrase) -> list[list[str]]:
     """Rows of verbs that such a thing can do to such another."""
-    return _acts_on(who.kind, who.noun, what.kind, what.noun)
+    rows = rows_of(0, who.kind, who.noun) & rows_of(1, what.kind, what.noun)
+    return [words().done_to[i][2] for i in sorted(rows)]
 
 
 @functools.cache
-def _acts_on(kind: str, noun: str, what_kind: str, what: str) -> list[list[str]]:
-    return [
-        verbs for who, things, verbs in words().done_to
-        if is_kind(kind, who, noun) and is_kind(what_kind, things, what)
-    ]  # fmt: skip
+def rows_of(column: int, kind: str, noun: str) -> frozenset[int]:
+    """Rows of acts whose subject (column 0) or object (column 1) may be such a thing."""
+    rows = enumerate(words().done_to)
+    return frozenset(i for i, row in rows if is_kind(kind, row[column], noun))
 
 
 def propose_attribute(s: Sentence) -> Proposal:
@@ -755,15 +755,10 @@ def _acts_free(verb: str, kind: str, noun: str) -> tuple[str, ...]:
 def acts_done(verb: str, form: str, who: Phrase, what: Phrase) -> tuple[str, ...]:
     """What such a thing may do to such another instead."""
     together = words().together.get(verb, ())
-    if not _does(verb, who.kind, who.noun):
+    if not any(verb in words().done_to[i][2] for i in rows_of(0, who.kind, who.noun)):
         return ()
     rows = acts_on(who, what)
     return _inflected(form, *[v for row in rows for v in row if v != verb and v not in together])
-
-
-@functools.cache
-def _does(verb: str, kind: str, noun: str) -> bool:
-    return any(verb in verbs and is_kind(kind, who, noun) for who, _, verbs in words().done_to)
 
 
 @functools.cache
@@ -1422,7 +1417,7 @@ def learn(texts: Sequence[str], images: Sequence[str], options: Options) -> Lear
         if rows and (len(rows) == 16 or at + CHUNK >= min(len(texts), LEARNED)):
             counts += np.bincount(np.concatenate(rows), minlength=COUNTS)
             rows = []
-    known = np.unique(np.concatenate(facts))
+    known = np.sort(np.concatenate(facts))
     blank, full = np.zeros(FLOWS, np.float32), np.ones(FLOWS, np.float32)
     learned = Learned(counts, max(1, total), known, np.zeros(READER, np.float32), blank, full)
     if len(texts) >= FEWEST:
@@ -1522,7 +1517,7 @@ def rewrite(
     made = dict(zip(c.group[drawn].tolist(), drawn.tolist(), strict=True))
     swaps = [x for found in proposals for some, _, _ in found for x in some]
     moves = [x for found in proposals for _, others, _ in found for x in others]
-    lost = np.unique(c.group[(rule == NOT_DRAWN) & c.exchange]).tolist()
+    lost = c.group[(rule == NOT_DRAWN) & c.exchange].tolist()
     hows = dict.fromkeys(lost, "instead of exchange")
     worst = np.zeros(4 * len(texts), np.int8)
     np.maximum.at(worst, c.group, rule)
