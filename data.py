@@ -795,9 +795,13 @@ def pack_texts(
         tokenizer: an open_clip tokenizer, texts to [M, context length].
         share: False gives every distinct caption tokens of its own.
     """
-    padded = tokenizer(list(texts))  # [M, C]
+    return pack_tokens(tokenizer(list(texts)), hasattr(tokenizer, "eot_token_id"), share=share)
+
+
+def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText:
+    """Lay M rows of tokens [M, context length] into few; `clip` says whether they are CLIP's."""
     empty = padded.new_zeros(0)
-    if not hasattr(tokenizer, "eot_token_id"):
+    if not clip:
         return PackedText(padded, empty, empty, empty, empty)
     lengths = (padded.argmax(dim=-1) + 1).tolist()  # end-of-text has the largest number
     sequences = [tuple(row[:n]) for row, n in zip(padded.tolist(), lengths, strict=True)]
@@ -1004,6 +1008,10 @@ class Batch(NamedTuple):
     valid: Tensor  # [B, K] bool, which negatives exist
     encoded: Tensor  # [B, K] bool, which negatives are among the texts
     faults: list[str]
+    same: int = 0  # negatives that were left out, for they have the tokens of their caption
+
+
+MISSING = "###"  # stands for a missing negative in the released code, which encodes it
 
 
 class Collate:
@@ -1022,7 +1030,7 @@ class Collate:
         Args:
             tokenizer: an open_clip tokenizer.
             positives: whether the loss reads t⁺.
-            negatives: "none", "valid", or "all": an empty text where one is missing (as released).
+            negatives: "none", "valid", or "all": "###" where one is missing (as released).
             part: pictures of each Batch; 0 makes one of all items.
         """
         self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
@@ -1033,26 +1041,69 @@ class Collate:
         part = self.part or len(items)
         return [self._batch(items[i : i + part]) for i in range(0, len(items), part)]
 
+    def bundle(self, items: list[Item]) -> Bundle:
+        """The parts in two tensors: a worker hands over a file descriptor for each tensor."""
+        parts = self(items)
+        rest = [[*part.texts, *part[2:5]] for part in parts]  # all but images and faults
+        flat = [tensor.flatten().to(torch.int64) for tensors in rest for tensor in tensors]
+        return Bundle(
+            torch.cat([part.images.movedim(1, -1) for part in parts]),
+            torch.cat(flat),
+            [[list(tensor.shape) for tensor in tensors] for tensors in rest],
+            [(part.faults, part.same) for part in parts],
+        )
+
     def _batch(self, items: list[Item]) -> Batch:
         captions = [item.captions for item in items]
         positives = [c.positive if self.positives else None for c in captions]
         valid = torch.tensor([[text is not None for text in c.negatives] for c in captions])
         if self.negatives == "none":
             valid = torch.zeros_like(valid)
-        encoded = torch.ones_like(valid) if self.negatives == "all" else valid
+        encoded = torch.ones_like(valid) if self.negatives == "all" else valid.clone()
         texts = [c.caption for c in captions]
         texts += [text for text in positives if text is not None]
-        texts += [captions[i].negatives[k] or "" for i, k in encoded.nonzero().tolist()]
+        slots = encoded.nonzero()
+        texts += [captions[i].negatives[k] or MISSING for i, k in slots.tolist()]
+        tokens = self.tokenizer(texts)  # [M, C]
+        same, keep = 0, torch.ones(len(texts), dtype=torch.bool)
+        if self.negatives == "valid":
+            # An edit of case and spaces alone, or behind the context: the caption itself.
+            equal = (tokens[len(texts) - len(slots) :] == tokens[slots[:, 0]]).all(dim=1)
+            same, keep[len(texts) - len(slots) :] = int(equal.sum()), ~equal
+            valid[tuple(slots[equal].T)] = encoded[tuple(slots[equal].T)] = False
         # Stacked as they lie in memory, colours last; a loader has better things to do than sort.
         pictures = torch.stack([item.image.movedim(0, -1) for item in items])
         return Batch(
             pictures.movedim(-1, 1),
-            pack_texts(texts, self.tokenizer),
+            pack_tokens(tokens[keep], hasattr(self.tokenizer, "eot_token_id")),
             torch.tensor([text is not None for text in positives]),
             valid,
             encoded,
             [item.fault for item in items if item.fault],
+            same,
         )
+
+
+class Bundle(NamedTuple):
+    """Batches on their way from a loading process: all images, and all else as one tensor."""
+
+    images: Tensor  # [B, H, W, 3] uint8
+    rest: Tensor  # int64
+    shapes: list[list[list[int]]]  # of each batch's other tensors
+    notes: list[tuple[list[str], int]]  # faults and same of each batch
+
+
+def unbundle(bundle: Bundle) -> list[Batch]:
+    """Views of a bundle as the batches that it was made of."""
+    sizes = [math.prod(shape) for shapes in bundle.shapes for shape in shapes]
+    flat = iter(bundle.rest.split(sizes))
+    images, batches = bundle.images.movedim(-1, 1), []
+    for shapes, notes in zip(bundle.shapes, bundle.notes, strict=True):
+        *texts, has, valid, encoded = (next(flat).view(shape) for shape in shapes)
+        part, images = images[: len(has)], images[len(has) :]
+        packed = PackedText(*texts)
+        batches.append(Batch(part, packed, has.bool(), valid.bool(), encoded.bool(), *notes))
+    return batches
 
 
 def split_features(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -65,6 +66,7 @@ from data import (
     pack_texts,
     say,
 )
+from negatives import launcher
 
 SHAPES_ITEMS = 500  # of each subset of the shapes suite
 EVAL_SEED = 0  # of the shapes suite, the shuffles and the bootstrap; the tests never change
@@ -1603,8 +1605,51 @@ def hash_model(model: Model) -> str:
     return digest.hexdigest()
 
 
+class Rank(NamedTuple):
+    """This process among all, and its device."""
+
+    number: int
+    world: int
+    device: torch.device
+
+
+def start_process(device: str) -> Rank:
+    """Join the others where torchrun or srun started several, and choose this one's device.
+
+    Raises:
+        DataError: the launcher's variables do not fit, the others do not come within
+            $JOIN_SECONDS (30), or one of them has no such device.
+    """
+    number, world, local = launcher()
+    if world > 1:
+        lacks = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if lacks:
+            raise DataError(f"{lacks[0]} is not set: start the {world} ranks with torchrun or srun")
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        seconds = float(os.environ.get("JOIN_SECONDS", "30"))
+        wait = timedelta(seconds=seconds)
+        try:
+            store, *_ = next(dist.rendezvous("env://", number, world, timeout=wait))
+            # Objects and CPU tensors go by gloo; NCCL joins where there are GPUs.
+            kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(kinds, store=store, rank=number, world_size=world)
+        except (RuntimeError, ValueError, OSError):
+            raise DataError(
+                f"rank {number} of {world}: the others did not come to {place} within {seconds:g} "
+                "s; start all of them with torchrun or srun (JOIN_SECONDS=300 waits longer)"
+            ) from None
+    kind = together(lambda: pick_device(device))
+    if kind == "cpu":
+        return Rank(number, world, torch.device(kind))
+    gpus = torch.cuda.device_count()
+    if 1 < gpus <= local:  # with one, srun shows each task its own
+        raise DataError(f"--device cuda: local rank {local}, but this machine has {gpus} GPUs")
+    torch.cuda.set_device(local if gpus > 1 else 0)
+    return Rank(number, world, torch.device("cuda", torch.cuda.current_device()))
+
+
 def rank_and_ranks() -> tuple[int, int]:
-    """Rank of this process under torchrun and how many there are."""
+    """Rank of this process and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -2894,14 +2939,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         list_suites(args.root)
         return
-    check_args(args)
-    args.device = pick_device(args.device)
-    named = name_models(args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
-        raise DataError("WORLD_SIZE is set but RANK is not; start with torchrun, or unset it")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
+    args.device = str(start_process(args.device).device)
+    together(lambda: check_args(args))
+    named = together(lambda: name_models(args))
     load = functools.partial(load_model, activation=args.activation, device=args.device)
     builds: dict[str, Build] = {
         label: functools.partial(load, *what) for label, what in named.items()

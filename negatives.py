@@ -30,6 +30,7 @@ import argparse
 import bisect
 import contextlib
 import csv
+import errno
 import functools
 import gc
 import hashlib
@@ -39,8 +40,10 @@ import json
 import os
 import random
 import re
+import socket
 import sys
 import tarfile
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
@@ -3722,20 +3725,103 @@ def _results(jobs: list[Job], engine: Engine, workers: int) -> Iterator[tuple[st
 # Shards
 
 
+class Launch(NamedTuple):
+    """This process among all of a run, as its launcher numbered them."""
+
+    rank: int
+    world: int
+    local: int  # among those of this machine
+
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+)
+
+
+def launcher() -> Launch:
+    """Read who this process is from torchrun's variables, else from SLURM's, else it is alone.
+
+    Under srun it also sets MASTER_ADDR, to the first node of the job, and MASTER_PORT, to one made
+    from the number of the job, unless they are set.
+
+    Raises:
+        DataError: some of a launcher's variables are missing, or they are no numbers that fit.
+    """
+    env = os.environ
+    # A script of sbatch has no SLURM_NTASKS unless it asks for it; a shell of salloc has no other.
+    one = {("SLURM_PROCID", "SLURM_LOCALID"): "0", ("SLURM_NTASKS",): "1"}
+    for names in LAUNCHERS:
+        there = tuple(name for name in names if name in env)
+        if not there or env[there[0]] == one.get(there):
+            continue
+        if there != names:
+            missing = next(name for name in names if name not in env)
+            raise DataError(
+                f"{there[0]} is {env[there[0]]} but {missing} is not set: start all processes with "
+                f"torchrun or srun, or unset {there[0]} to run one"
+            )
+        try:
+            found = Launch(*(int(env[name]) for name in names))
+        except ValueError:
+            found = Launch(0, 0, 0)
+        if not (0 <= found.rank < found.world and found.local >= 0):
+            raise DataError(
+                f"{', '.join(f'{name}={env[name]}' for name in names)}: must be numbers from 0, "
+                f"{names[0]} less than {names[1]}; start with torchrun or srun, or unset them"
+            )
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if names[0] == "SLURM_PROCID" and nodes:
+            first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu[07-09,12] is gpu07
+            env.setdefault("MASTER_ADDR", first)
+            job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
+            env.setdefault("MASTER_PORT", str(20_000 + int(job) % 20_000))
+        return found
+    return Launch(0, 1, 0)
+
+
+def why(error: Exception) -> str:
+    """What the system says; torch hides it behind an error of its own."""
+    told = error if isinstance(error, OSError) else error.__context__
+    if isinstance(told, OSError):
+        full = told.errno in (errno.ENOSPC, errno.EDQUOT)
+        return "disk full" if full else str(told.strerror or told)
+    return str(error).splitlines()[0][:160]
+
+
+def lock(out: Path) -> Any:
+    """Keep other runs out of the directory until this process ends, or the file is closed."""
+    try:
+        file = (out / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by workers
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise DataError(
+                f"--out {out}: {holder} trains into it; wait for its end, or choose another --out"
+            ) from None
+        print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
+        return file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        file.flush()
+    return file
+
+
 def _rank() -> tuple[int, int]:
-    """Number of this process and of all, under torchrun or SLURM."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and world in os.environ:
-            try:
-                number, of = int(os.environ[rank]), int(os.environ[world])
-            except ValueError:
-                number, of = -1, 0
-            if not 0 <= number < of:
-                raise DataError(
-                    f"{rank} and {world} of the environment must be numbers, the first less"
-                )
-            return number, of
-    return 0, 1
+    return launcher()[:2]
 
 
 def _rewrite_shards(args: argparse.Namespace) -> None:

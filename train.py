@@ -14,14 +14,18 @@ import argparse
 import contextlib
 import copy
 import gc
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,9 +57,20 @@ from data import (
     split_features,
     text_layout,
     train_transform,
+    unbundle,
 )
-from evaluate import PRECISIONS, TINY_CONFIG, Model, load_model, pick_device, write_text
+from evaluate import (
+    PRECISIONS,
+    TINY_CONFIG,
+    Model,
+    Rank,
+    load_model,
+    start_process,
+    together,
+    write_text,
+)
 from losses import IMC_VARIANTS, RECIPES, THRESHOLDS, CEClipLoss
+from negatives import lock, why
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
 DEFAULTS = {
@@ -74,16 +89,12 @@ LOSS_OPTIONS = (
 )
 # Options that do not shape the trajectory: a resumed run may change them.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
+FREE |= {"on_bad_image"}
 MAX_BAD_STEPS = 3
 FAULT = 255  # a rank cannot go on; above every signal's number
-
-
-class Rank(NamedTuple):
-    """This process among all, and its device."""
-
-    number: int
-    world: int
-    device: torch.device
+# SLURM warns with SIGUSR1 before it takes a node away (--signal=USR1@120); torchrun hands it on
+# only with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1.
+SIGNALS = {getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, x)}
 
 
 class Towers(nn.Module):
@@ -162,19 +173,7 @@ class Run(NamedTuple):
     loss: CEClipLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-
-
-def start_process(device: str) -> Rank:
-    """Join the process group, if torchrun started us, and choose the device."""
-    device = pick_device(device)
-    if "WORLD_SIZE" not in os.environ:
-        return Rank(0, 1, torch.device(device))
-    local = int(os.environ["LOCAL_RANK"])
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    place = torch.device(device, local) if device == "cuda" else torch.device(device)
-    return Rank(dist.get_rank(), dist.get_world_size(), place)
+    limit: Tensor  # of net.logit_scale
 
 
 def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
@@ -206,7 +205,11 @@ def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.precision == "fp16")
-    return Run(towers, net, teacher, loss, optimizer, scaler)
+    # CLIP's limit of 100, unless the weights begin above it; SigLIP's loss has none.
+    limit = net.logit_scale.detach().clone().clamp(min=math.log(100))
+    if getattr(net, "logit_bias", None) is not None:
+        limit.fill_(torch.inf)
+    return Run(towers, net, teacher, loss, optimizer, scaler, limit)
 
 
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
@@ -214,16 +217,9 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
     if args.data is None:
         world = ShapesDataset(picture_size(model.net), seed=0)
         return Mixture([world], [1], args.batch_size, args.seed, True)
-    folders = args.images or []
-    if len(folders) not in (1, len(args.data)):
-        raise DataError(
-            f"--images: {len(folders)} folders for {len(args.data)} manifests; "
-            "give one folder for all of --data, or one for each"
-        )
+    folders = args.images
     pairs = [split_weight(text) for text in args.data]
     weights = [weight for _, weight in pairs if weight is not None]
-    if len(weights) not in (0, len(pairs)):
-        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
     transform = train_transform(model.net)
     sources = [
         ManifestDataset(path, folder, transform, args.seed, args.on_bad_image)
@@ -270,10 +266,11 @@ def make_loader(
             positives=loss.needs_positives,
             negatives=negatives,
             part=args.micro_batch or 0,
-        ),
+        ).bundle,
         "pin_memory": rank.device.type == "cuda",
     }
     loader: Any
+    options["worker_init_fn"] = ignore_signals
     if data is None:
         if loss.needs_positives:
             raise DataError(
@@ -287,7 +284,22 @@ def make_loader(
         batches = data.batches(start, args.steps)
         mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
         loader = DataLoader(data, batch_sampler=mine, **options)
-    return iter(loader)
+    # Workers are born deaf to the signals: the whole process group gets them, and only this
+    # process shall act.  A worker that dies is seen while we wait for it, not amid a step.
+    if args.workers and hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        made = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    else:
+        made = iter(loader)
+    return (unbundle(bundle) for bundle in made)
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave the signals to the process that trains."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -392,7 +404,7 @@ def train_step(
             nn.utils.clip_grads_with_norm_(tuned, args.grad_clip, norm)
         run.scaler.step(run.optimizer)
         with torch.no_grad():
-            run.net.logit_scale.clamp_(max=math.log(100))
+            run.net.logit_scale.copy_(run.net.logit_scale.minimum(run.limit))
             if run.teacher is not None:
                 follow(run.teacher.net, run.net, args.ema)
     else:
@@ -417,6 +429,7 @@ def checkpoint(
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "loss": run.loss.state_dict(),
+        "limit": run.limit,
     }
     if args.lora:
         train["net"] = run.net.state_dict()
@@ -438,26 +451,57 @@ def save(content: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise DataError(f"--out {path}: cannot be written ({error}); the last one stays") from None
+        raise DataError(f"--out {path}: cannot be written ({why(error)}); {LAST_STAYS}") from None
 
 
-def resume(run: Run, path: Path) -> int:
+LAST_STAYS = "the last checkpoint stays, and the same command goes on from it"
+
+
+def resume(run: Run, path: Path, steps: int) -> int:
     """Load latest.pt into the run; returns the step to go on with."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         train = content["train"]
+        step = train["step"]
+        if type(step) is not int or not 0 < step <= steps:
+            raise ValueError(f"its step is {step!r}, of {steps}")
         run.net.load_state_dict(train.get("net", content["state_dict"]))
         if run.teacher is not None:
             run.teacher.net.load_state_dict(train["teacher"])
         run.optimizer.load_state_dict(train["optimizer"])
+        for p, state in run.optimizer.state.items():  # the fused step trusts these shapes
+            if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
+                x.shape != (() if key == "step" else p.shape) or not x.isfinite().all()
+                for key, x in state.items()
+            ):
+                raise ValueError(f"its optimiser does not fit a weight of {list(p.shape)}")
         run.scaler.load_state_dict(train["scaler"])
         run.loss.load_state_dict(train["loss"])
+        run.limit.copy_(train["limit"])
     except Exception as error:  # torch raises many kinds here
-        reason = str(error).splitlines()[0][:160]
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(
             f"{path}: cannot be resumed from ({reason}); choose another --out"
         ) from None
-    return train["step"]
+    return step
+
+
+def fingerprints(args: argparse.Namespace) -> list[str]:
+    """Size and hash of each manifest, size alone of each shard."""
+    found = []
+    for path in [split_weight(text)[0] for text in args.data or []]:
+        if not reads_shards(args):
+            try:
+                digest = hashlib.blake2b(digest_size=16)
+                with open(path, "rb") as file:
+                    while chunk := file.read(2**20):
+                        digest.update(chunk)
+                    found.append(f"{file.tell()} bytes, blake2b {digest.hexdigest()}")
+            except OSError as error:
+                raise DataError(
+                    f"{path}: cannot be read ({error.strerror}); check the path"
+                ) from None
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -473,70 +517,150 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def check_run(out: Path, options: dict[str, Any]) -> None:
-    """Refuse a directory that is not a run, or a run with other options."""
-    if not out.exists():
+def check_run(out: Path, options: dict[str, Any], prints: list[str]) -> None:
+    """Refuse a directory that is not a run, or a run with other options or other captions."""
+    if not os.path.lexists(out):
         return
     try:
-        before = json.loads((out / "args.json").read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError):
+        kept = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        before, seen = kept["options"], kept.get("data", prints)
+        changed = [
+            f"--{key.replace('_', '-')} {before.get(key)} -> {value}"
+            for key, value in options.items()
+            if key not in FREE and before.get(key) != value
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # A run that was cut off while it wrote its first file left nothing, or args.json.partial.
-        if out.is_dir() and all(path.suffix == ".partial" for path in out.iterdir()):
-            return
-        raise DataError(f"--out {out}: exists and is not a run; choose another --out") from None
-    changed = [
-        f"--{key.replace('_', '-')} {before.get(key)} -> {value}"
-        for key, value in options.items()
-        if key not in FREE and before.get(key) != value
-    ]
+        with contextlib.suppress(OSError):
+            if all(path.suffix in (".partial", ".lock") for path in out.iterdir()):
+                return
+        told = "its args.json is damaged" if os.path.lexists(out / "args.json") else "is not a run"
+        raise DataError(f"--out {out}: exists, but {told}; choose another --out") from None
     if changed:
         raise DataError(
             f"--out {out}: holds a run with other options ({'; '.join(changed)}); "
             "give them back to resume it, or choose another --out"
         )
+    for path, old, new in zip(options["data"] or [], seen, prints, strict=False):
+        if old != new:
+            raise DataError(
+                f"--data {path}: changed since the run in {out} began ({old}, now {new}); put the "
+                "old file back to resume it, or choose another --out"
+            )
 
 
-def start_run(out: Path, options: dict[str, Any], rank: Rank) -> None:
-    """Make the run directory and its args.json, unless they are there."""
-    if (out / "args.json").exists():
-        return
-    commit = None
+def start_run(
+    args: argparse.Namespace,
+    options: dict[str, Any],
+    prints: list[str],
+    rank: Rank,
+    start: int,
+    held: list[Any],
+) -> None:
+    """Make the run directory and its args.json, unless they are there; go back to step `start`."""
+    out, commit = args.out, None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    content = {"options": options, "world_size": rank.world, "versions": versions()}
+    content = {"options": options, "data": prints, "world_size": rank.world}
+    content |= {"versions": versions(), "git_commit": commit}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(
-            out / "args.json", json.dumps({**content, "git_commit": commit}, indent=1) + "\n"
-        )
+        if not held:
+            held.append(lock(out))
+            if os.path.lexists(out / "latest.pt"):
+                raise DataError(f"--out {out}: another run trained into it just now; start again")
+        if not (out / "args.json").exists():
+            write_text(out / "args.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); check it") from None
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    trim_metrics(out / "metrics.jsonl", start)
 
 
 def trim_metrics(path: Path, step: int) -> None:
     """Drop the lines that a cut-off run wrote after its last checkpoint; it writes them again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # a torn last line
+    if not os.path.lexists(path):
+        return
+    kept = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                if number < len(lines):  # the last one may be torn
+                    raise DataError(
+                        f"{path}:{number}: is no line of metrics; mend it, or move the file away"
+                    ) from None
         write_text(path, "".join(kept))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be rewritten ({why(error)}); check it") from None
+
+
+class Stopped(BaseException):
+    """A signal came while we waited for data."""
 
 
 class Stop:
-    """Remembers a SIGTERM or SIGINT until the step is done."""
+    """Remembers a SIGTERM, SIGINT or SIGUSR1 until the step is done; a second one ends at once.
 
-    def __init__(self) -> None:
-        """Catch both signals from now on."""
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._catch)
+    While the run waits for data a signal ends the wait.  Seconds are counted by a thread, for a
+    process that waits in C++ for other ranks runs no handler of Python's.
+    """
+
+    def __enter__(self) -> Stop:
+        """Catch the signals from now on."""
+        self.signal, self.waiting = 0, False
+        self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.pipe = theirs
+        self.wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(ours,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back; end loading processes, which may wait for ever."""
+        signal.set_wakeup_fd(self.wakeup)
+        self.pipe.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal or error[0]:
+            end_workers()
 
     def _catch(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
+
+    @staticmethod
+    def _watch(pipe: socket.socket) -> None:
+        # timeout(1) and torchrun pass on a signal that the process group has got already.
+        patience, first = 3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5, 0.0
+        while number := pipe.recv(1):
+            if number[0] in SIGNALS:
+                first = first or time.monotonic()
+                if time.monotonic() - first > patience:
+                    end_workers()
+                    os._exit(130 if number[0] == signal.SIGINT else 143)
+        pipe.close()
+
+    def wait(self, loader: Iterator[list[Batch]]) -> tuple[list[Batch], DataError | None]:
+        """The next batch, or what failed; neither where a signal is there, or comes."""
+        self.waiting = True
+        try:
+            if not self.signal:
+                return next(loader), None
+        except Stopped:
+            pass
+        except Exception as error:  # of whatever kind torch makes of a worker's
+            if not self.signal:
+                return [], loader_fault(error)
+        finally:
+            self.waiting = False
+        return [], None
 
     def agreed(self, rank: Rank, fault: DataError | None) -> int:
         """FAULT, the signal or 0: the largest of all ranks, so that all stop together."""
@@ -548,6 +672,12 @@ class Stop:
         return int(flag)
 
 
+def end_workers() -> None:
+    """End the processes that load data."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def train(
     run: Run,
     loader: Iterator[list[Batch]],
@@ -555,47 +685,58 @@ def train(
     args: argparse.Namespace,
     rank: Rank,
     start: int,
+    stop: Stop,
 ) -> int:
     """Train from step `start` to the end, logging and saving on the way; returns the exit code."""
-    stop, log = Stop(), Log(args, rank, start)
-    fault: DataError | None = None
-    bad, done, saved, code = 0, start, start, 0
+    log = Log(args, rank, start)
+    unsaved: DataError | None = None
+    done, saved, code = start, start, 0
     run.towers.train()
     for step in range(start, args.steps):
-        try:
-            parts = next(loader)
-        except DataError as error:
-            fault = error
-        code = stop.agreed(rank, fault)
+        parts, fault = stop.wait(loader)
+        code = stop.agreed(rank, fault or unsaved)
         if code:
             break
         if run.loss.reset_each_epoch and step % args.steps_per_epoch == 0:
             run.loss.threshold.reset()
         seed_dropout(hash((args.seed, step, rank.number)) % 2**63, rank.device)
-        lr = learning_rate(step, args)
+        lr, scale = learning_rate(step, args), run.scaler.get_scale()
         out = train_step(run, parts, lr, args)
         done = step + 1
-        # fp16 finds its scale by overflowing: only a loss that is not finite counts against it.
-        lost = not math.isfinite(out["loss"]) if run.scaler.is_enabled() else not out["applied"]
-        bad = bad + 1 if lost else 0
-        fault = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, lost)
-        if bad == MAX_BAD_STEPS:
+        # fp16 finds its scale by overflowing, which says nothing until the scale is down at 1.
+        searching = run.scaler.is_enabled() and math.isfinite(out["loss"]) and scale > 1
+        unsaved = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, searching)
+        if log.bad == MAX_BAD_STEPS or (done == args.steps and log.skipped >= MAX_BAD_STEPS):
+            kept = f"; {args.out}/latest.pt is the last good checkpoint" if saved else ""
             raise DataError(
-                f"loss or gradient was not finite {bad} steps in a row (step {done}); "
-                f"lower --lr; {args.out}/latest.pt is the last good checkpoint"
+                f"loss or gradient was not finite {log.skipped} steps in a row (step {done}), none "
+                f"was applied; lower --lr{kept}"
             )
-        ended = done % args.steps_per_epoch == 0 or done == args.steps
-        if ended or (not bad and done % args.save_every == 0):
-            fault, saved = save_step(run, about, args, rank, done, ended) or fault, done
-    code = code or stop.agreed(rank, fault)
-    if code not in (0, FAULT) and not bad and saved < done:
-        fault = save_step(run, about, args, rank, done, False)
-    if fault is not None:
-        reason = str(fault).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print(f"train.py: error: {reason}", file=sys.stderr)
-    if code and rank.number == 0:
+        if epoch_path(args, done) or (not log.skipped and done % args.save_every == 0):
+            unsaved, saved = save_step(run, about, args, rank, done) or unsaved, done
+    code = code or stop.agreed(rank, unsaved)
+    if code and not log.skipped and saved < done and unsaved is None:
+        unsaved = save_step(run, about, args, rank, done)
+    for error in filter(None, (fault, unsaved)):
+        print(f"train.py: error: {error}", file=sys.stderr)
+    if rank.number == 0 and code:
         print(f"stopped at step {done}; the same command goes on", flush=True)
-    return 2 if code == FAULT or fault else 128 + code if code else 0
+    elif rank.number == 0 and log.skipped:
+        print(f"the last {log.skipped} steps were not finite, and not applied", flush=True)
+    return 2 if code == FAULT or unsaved else 128 + code if code else 0
+
+
+def loader_fault(error: Exception) -> DataError:
+    """What went wrong while a batch was made, in one sentence."""
+    told = [line for line in str(error).splitlines() if line.strip()] or [""]
+    if "data.DataError: " in told[-1] or isinstance(error, DataError):
+        return DataError(told[-1].split("data.DataError: ")[-1])
+    if "DataLoader worker" in told[0]:
+        return DataError(
+            f"a loading process died ({told[0].split('. ')[0]}); out of memory or file handles? "
+            "use fewer --workers"
+        )
+    raise error
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -606,7 +747,7 @@ def seed_dropout(seed: int, device: torch.device) -> None:
 
 
 def save_step(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int, ended: bool
+    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int
 ) -> DataError | None:
     """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
     if rank.number:
@@ -618,13 +759,24 @@ def save_step(
         )
     content = checkpoint(run, about, args, step)
     try:
-        if ended:
-            weights = {key: content[key] for key in ("state_dict", "kit")}
-            save(weights, args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt")
         save(content, args.out / "latest.pt")
+        save_epoch(content, args, step)
     except DataError as error:
         return error
     return None
+
+
+def save_epoch(content: dict[str, Any], args: argparse.Namespace, step: int) -> None:
+    """Save the weights alone where an epoch, or the run, ended with this step."""
+    if path := epoch_path(args, step):
+        save({key: content[key] for key in ("state_dict", "kit")}, path)
+
+
+def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
+    """Where the weights of an epoch, or of the run, that ends with this step go."""
+    if step % args.steps_per_epoch and step != args.steps:
+        return None
+    return args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt"
 
 
 class Log:
@@ -633,20 +785,24 @@ class Log:
     def __init__(self, args: argparse.Namespace, rank: Rank, start: int) -> None:
         """Begin to count at step `start`."""
         self.args, self.rank, self.start = args, rank, start
-        self.images = self.tokens = self.faults = 0
+        self.images = self.tokens = self.faults = self.same = 0
+        self.skipped = self.bad = 0  # steps in a row: not applied, and not for fp16's scale
         self.began = self.mark = time.perf_counter()
 
     def add(
-        self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, lost: bool
+        self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, searching: bool
     ) -> DataError | None:
         """Count a step; every --log-every steps, and where it was lost, write and print a line.
 
         Returns:
             what failed, if the line could not be written.
         """
-        args, done = self.args, step + 1
+        args, done, lost = self.args, step + 1, not (out["applied"] or searching)
+        self.skipped = 0 if out["applied"] else self.skipped + 1
+        self.bad = 0 if out["applied"] else self.bad + lost
         self.images += args.batch_size
         self.tokens += self.rank.world * sum(part.texts.computed for part in parts)
+        self.same += sum(part.same for part in parts)
         for fault in (fault for part in parts for fault in part.faults):
             self.faults += 1
             print(f"stepped over {fault}", file=sys.stderr)
@@ -660,6 +816,7 @@ class Log:
             "images_per_second": self.images / (now - self.mark),
             "text_tokens_per_second": self.tokens / (now - self.mark),
             **{"memory_mib": memory(self.rank.device), "bad_images": self.faults},
+            "same_negatives": self.same,
         }
         report(line, args.steps, left)
         self.mark, self.images, self.tokens = now, 0, 0
@@ -667,7 +824,7 @@ class Log:
             with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            return DataError(f"--out {args.out}: metrics cannot be written ({error.strerror})")
+            return DataError(f"--out {args.out}: metrics cannot be written ({why(error)})")
         return None
 
 
@@ -795,6 +952,14 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
     check_numbers(args)
     if args.images and not args.data:
         raise DataError("--images: needs --data, the manifest of these pictures")
+    if len({split_weight(text)[1] is None for text in args.data or []}) == 2:
+        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
+    folders, manifests = len(args.images or []), len(args.data or [])
+    if manifests and not reads_shards(args) and folders not in (1, manifests):
+        raise DataError(
+            f"--images: {folders} folders for {manifests} manifests; "
+            "give one folder for all of --data, or one for each"
+        )
     check_methods(args)
 
 
@@ -827,35 +992,70 @@ def reads_shards(args: argparse.Namespace) -> bool:
     return bool(args.data) and any(name.endswith(".tar") for name in args.data)
 
 
+def prepare(
+    args: argparse.Namespace, rank: Rank, held: list[Any]
+) -> tuple[dict[str, Any], list[str], Model, bool]:
+    """Refuse what cannot work, lock the run directory if it is there, and load the model.
+
+    Returns:
+        options and fingerprints for args.json, the model, and whether the run begins anew.
+    """
+    check_args(args, rank)
+    options, prints = chosen_options(args), fingerprints(args)
+    check_run(args.out, options, prints)
+    if os.path.lexists(args.out) and not args.dry_run and rank.number == 0:
+        held.append(lock(args.out))
+    fresh = not os.path.lexists(args.out / "latest.pt")
+    torch.manual_seed(args.seed)
+    weights = args.pretrained if fresh else str(args.out / "latest.pt")
+    model = load_model(args.model, weights, device=str(rank.device))
+    if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
+        raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
+    return options, prints, model, fresh
+
+
+def same_start(out: Path, rank: Rank, start: int, rest: Any) -> None:
+    """Refuse ranks that would go on from different steps, or with different options or files."""
+    starts: list[Any] = [(start, rest)] * rank.world
+    if rank.world > 1:
+        dist.all_gather_object(starts, (start, rest))
+    for number, (step, other) in enumerate(starts):
+        if step != starts[0][0]:
+            raise DataError(
+                f"--out {out}: rank 0 goes on from step {starts[0][0]}, rank {number} from step "
+                f"{step}; --out must be one folder on a disk that all ranks share"
+            )
+        if other != starts[0][1]:
+            raise DataError(
+                f"rank {number} has other options or another --data file than rank 0; start all "
+                "ranks with the same command and the same files"
+            )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Build everything, find where a cut-off run was, train; returns the exit code."""
     args = parse_args(argv)
     rank = start_process(args.device)
-    check_args(args, rank)
-    options, latest = chosen_options(args), args.out / "latest.pt"
-    check_run(args.out, options)
-    torch.manual_seed(args.seed)
-    fresh = not latest.exists()
-    weights = args.pretrained if fresh else str(latest)
-    model = load_model(args.model, weights, device=str(rank.device))
-    if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
-        raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
+    held: list[Any] = []  # the lock
+    options, prints, model, fresh = together(lambda: prepare(args, rank, held))
     run = make_run(args, model, rank)
-    data = None if reads_shards(args) else make_data(args, model, run.loss)
+    data = together(lambda: None if reads_shards(args) else make_data(args, model, run.loss))
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     if args.dry_run:
         dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
         return 0
-    start = 0 if fresh else resume(run, latest)
+    start = together(lambda: 0 if fresh else resume(run, args.out / "latest.pt", args.steps))
+    same_start(args.out, rank, start, (prints, {k: options[k] for k in options.keys() - FREE}))
+    if rank.number == 0:
+        start_run(args, options, prints, rank, start, held)
+    if rank.number == 0 and start and (path := epoch_path(args, start)) and not path.exists():
+        save_epoch(checkpoint(run, model.about, args, start), args, start)  # it was cut off there
     if start >= args.steps:
         if rank.number == 0:
             print(f"{args.out} is done: {start} steps; nothing to do")
         return 0
-    loader = make_loader(args, data, model, run.loss, rank, start)
     if rank.number == 0:
-        start_run(args.out, options, rank)
-        trim_metrics(args.out / "metrics.jsonl", start)
         count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
         print(
             f"{args.model} ({count / 1e6:.2f} million weights to train, "
@@ -864,7 +1064,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{text_layout(model.net)}, from step {start}",
             flush=True,
         )
-    code = train(run, loader, model.about, args, rank, start)
+    with Stop() as stop:
+        loader = make_loader(args, data, model, run.loss, rank, start)
+        code = train(run, loader, model.about, args, rank, start, stop)
+    for file in held:
+        file.close()
     if rank.number == 0 and code == 0:
         print(f"done: {args.out}/latest.pt")
     return code
@@ -875,8 +1079,15 @@ def run_main() -> int:
     try:
         return main()
     except DataError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("Connection|timed out", str(error)):
+            raise
+        print(f"train.py: error: another rank has ended ({why(error)})", file=sys.stderr)
         return 2
 
 

@@ -625,12 +625,13 @@ def test_shards_come_out_with_negatives_beside_the_pictures(shards, tmp_path):
     assert not list((tmp_path / "new").glob("*.partial"))
 
 
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+@pytest.mark.parametrize("names", negatives.LAUNCHERS)
 def test_ranks_share_the_shards_and_write_the_same_bytes(shards, tmp_path, monkeypatch, names):
     main([*shards, "--out", str(tmp_path / "one")])
     for rank in ("1", "0"):
         monkeypatch.setenv(names[0], rank)
         monkeypatch.setenv(names[1], "2")
+        monkeypatch.setenv(names[2], rank)
         main([*shards, "--out", str(tmp_path / "two")])
         assert len(list((tmp_path / "two").iterdir())) == (1 if rank == "1" else 3)
     for path in (tmp_path / "one").iterdir():
