@@ -414,9 +414,9 @@ class ShapesDataset(Dataset[Item]):
     has_negatives = True
     image_of: np.ndarray | None = None  # every caption has a picture of its own
 
-    def __init__(self, width: int, seed: int) -> None:
-        """Draw pictures of `width` pixels from the scenes of `seed`."""
-        self.width, self.seed = width, seed
+    def __init__(self, size: tuple[int, int], seed: int) -> None:
+        """Draw images of `size`, height and width in pixels, from the scenes of `seed`."""
+        self.size, self.seed = size, seed
 
     def __len__(self) -> int:
         """Count the scenes of an epoch."""
@@ -427,7 +427,10 @@ class ShapesDataset(Dataset[Item]):
         epoch, index = key
         scene = make_scene("train", self.seed, index)
         captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}")
-        return Item(pil_to_tensor(draw_scene(scene, self.width)), captions, "")
+        image = draw_scene(scene, max(self.size))
+        square = self.size[0] == self.size[1]
+        image = image if square else image.resize(self.size[::-1], Image.Resampling.BICUBIC)
+        return Item(pil_to_tensor(image), captions, "")
 
 
 class ManifestDataset(Dataset[Item]):
@@ -1162,16 +1165,20 @@ def train_transform(model: Any, least: float = 0.9) -> Transform:
 
     The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
     """
-    size = picture_size(model)
+    size = image_size(model)
     name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
     mode = Image.Resampling[name.upper()]
     return functools.partial(_cut, size=size, least=least, mode=mode)
 
 
 def _cut(
-    image: Image.Image, rng: random.Random, size: int, least: float, mode: Image.Resampling
+    image: Image.Image,
+    rng: random.Random,
+    size: tuple[int, int],
+    least: float,
+    mode: Image.Resampling,
 ) -> Tensor:
-    """Return uint8 [3, size, size]."""
+    """Return uint8 [3, *size]."""
     width, height = image.size
     w, h = width, height  # where no part fits: of the nearest ratio, from the middle
     if width / height > 4 / 3:
@@ -1187,14 +1194,14 @@ def _cut(
             w, h = across, down
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
             break
-    part = image.crop((x, y, x + w, y + h)).resize((size, size), mode)
+    part = image.crop((x, y, x + w, y + h)).resize(size[::-1], mode)
     return pil_to_tensor(part)
 
 
-def picture_size(model: Any) -> int:
-    """Width and height in pixels of the pictures that the model reads."""
+def image_size(model: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that the model reads."""
     size = model.visual.preprocess_cfg["size"]
-    return size if isinstance(size, int) else size[0]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def normalise(images: Tensor, model: Any) -> Tensor:

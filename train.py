@@ -52,8 +52,8 @@ from data import (
     ShardStream,
     encode_image,
     encode_text,
+    image_size,
     normalise,
-    picture_size,
     split_features,
     text_layout,
     train_transform,
@@ -215,7 +215,7 @@ def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
     """The shapes world, or the manifests of --data; refuses data that the recipe cannot use."""
     if args.data is None:
-        world = ShapesDataset(picture_size(model.net), seed=0)
+        world = ShapesDataset(image_size(model.net), seed=0)
         return Mixture([world], [1], args.batch_size, args.seed, True)
     folders = args.images
     pairs = [split_weight(text) for text in args.data]
@@ -854,7 +854,8 @@ def dry_run(
     """Do one step, tell what a run would be, write nothing."""
     out = train_step(run, next(loader), 0.0, args)
     count = sum(p.numel() for p in run.net.parameters())
-    print(f"{args.model}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
+    name = args.model or args.pretrained
+    print(f"{name}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
     size = "shards" if data is None else f"{len(data)} captions, {args.steps_per_epoch} an epoch"
     print(f"{args.steps} steps of {args.batch_size}; {size}")
     print(f"first batch: {', '.join(f'{key} {value:.3f}' for key, value in out.items())}")
@@ -902,6 +903,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps is not None and args.epochs is not None:
         parser.error("give --steps or --epochs, not both")
     kind = "shapes" if args.data is None else "photos"
+    if args.pretrained and os.path.exists(args.pretrained):
+        args.model = args.model or ""  # the checkpoint's own
     for key, value in DEFAULTS[kind].items():
         if getattr(args, key) is None and not (
             key in ("steps", "epochs") and (args.steps or args.epochs)
@@ -1007,10 +1010,16 @@ def prepare(
         held.append(lock(args.out))
     fresh = not os.path.lexists(args.out / "latest.pt")
     torch.manual_seed(args.seed)
-    weights = args.pretrained if fresh else str(args.out / "latest.pt")
-    model = load_model(args.model, weights, device=str(rank.device))
+    start = (args.model or None, args.pretrained) if fresh else (None, str(args.out / "latest.pt"))
+    model = load_model(*start, device=str(rank.device))
+    if not hasattr(model.net, "logit_scale"):
+        raise DataError(
+            f"--pretrained {args.pretrained}: is a model of transformers, which evaluate.py scores "
+            "but train.py does not train; take it in open_clip's layout"
+        )
     if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
-        raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
+        name = model.about["model"]
+        raise DataError(f"--micro-batch: {name} has batch norms, which see a part at a time")
     return options, prints, model, fresh
 
 
@@ -1058,7 +1067,7 @@ def main(argv: list[str] | None = None) -> int:
     if rank.number == 0:
         count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
         print(
-            f"{args.model} ({count / 1e6:.2f} million weights to train, "
+            f"{model.about['model']} ({count / 1e6:.2f} million weights to train, "
             f"{model.about['activation']}), recipe {args.recipe}, {args.steps} steps of "
             f"{args.batch_size} on {rank.world} x {rank.device.type}, captions "
             f"{text_layout(model.net)}, from step {start}",

@@ -78,10 +78,10 @@ def manifest_texts(path: Path, count: int, rng: random.Random) -> list[list[str]
     return rng.sample(full, count)
 
 
-def make_batch(texts: list[list[str]], model: Model, size: int, share: bool) -> Batch:
+def make_batch(texts: list[list[str]], model: Model, size: tuple[int, int], share: bool) -> Batch:
     """The batch that train.py would make of these captions and negatives."""
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
-    pixels = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8)
     valid = torch.ones(len(texts), len(NEGATIVE_TYPES), dtype=torch.bool)
     none = torch.zeros(len(texts), dtype=torch.bool)
     return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, valid, [])
@@ -117,8 +117,8 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
     adam = torch.optim.AdamW(model.net.parameters(), lr=1e-6, eps=1e-6)
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
     tokens = model.tokenizer(flat).to(device)
-    size = train.picture_size(model.net)
-    images = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8).to(device)
+    size = train.image_size(model.net)
+    images = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8).to(device)
     given = (model.net, Released(), adam, images, tokens, args.precision)
     step = functools.partial(released_step, *given)
     return Way(step, tokens.numel() / len(texts))
@@ -133,7 +133,7 @@ def make_ours(
     run = train.make_run(options, model, rank)
     run.towers.train()
     part = args.micro_batch if name == "parts" else len(texts)
-    size = train.picture_size(model.net)
+    size = train.image_size(model.net)
     chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
     parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
     tokens = sum(batch.texts.computed for batch in parts) / len(texts)

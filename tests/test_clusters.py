@@ -255,7 +255,7 @@ def test_an_epoch_file_that_a_cut_off_run_lacks_is_written(finished, tmp_path):
 
 def test_many_parts_travel_as_two_tensors_and_come_out_the_same():
     net = load_model("shapes-tiny")
-    world = data.ShapesDataset(64, 0)
+    world = data.ShapesDataset((64, 64), 0)
     items = [world[0, i] for i in range(12)]
     items[3] = items[3]._replace(fault="a fault")
     collate = data.Collate(net.tokenizer, positives=True, negatives="valid", part=5)
