@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from negatives import NEGATIVE_TYPES, DataError, read_captions
+from negatives import NEGATIVE_TYPES, DataError, launcher, read_captions
 
-Image.MAX_IMAGE_PIXELS = 200_000_000  # a larger picture is refused, not decoded
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow warns of more, and refuses twice as many
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -397,7 +397,7 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, one: Thing, two: Thing, width: int) ->
     pen.polygon([point(two, tip, 0), point(two, back, 0.09), point(two, back, -0.09)], fill=colour)
 
 
-Transform = Callable[[Image.Image, random.Random], Tensor]  # to uint8 [3, H, W]
+Transform = Callable[..., Tensor]  # of an image and rng, to uint8 [3, H, W]; it decodes the image
 
 
 class Item(NamedTuple):
@@ -461,11 +461,12 @@ class ManifestDataset(Dataset[Item]):
         missing: list[str] = []
         self.has_negatives = False
         for offset, record in _read_lines(self.path):
-            digest = hashlib.blake2b(record.image.encode(), digest_size=8).digest()
+            text = record.image.encode(errors="surrogatepass")
+            digest = hashlib.blake2b(text, digest_size=8).digest()
             name = int.from_bytes(digest, "little", signed=True)
             if name not in seen:
                 seen.add(name)
-                if not (self.images / record.image).is_file():
+                if not _is_file(self.images / record.image):
                     missing.append(record.image)
             offsets.append(offset)
             names.append(name)
@@ -500,16 +501,15 @@ class ManifestDataset(Dataset[Item]):
         faults = []
         for step in range(len(self)):
             i = (index + step) % len(self)
-            record = self.record(i)
+            record, rng = self.record(i), random.Random(f"{self.seed}:{epoch}:{i}")
             try:
-                image = open_image(self.images / record.image)
+                use = functools.partial(self.transform, rng=rng)
+                tensor = open_image(self.images / record.image, use=use)
             except DataError as error:
                 if self.on_bad_image == "stop":
                     raise
                 faults.append(str(error))
                 continue
-            rng = random.Random(f"{self.seed}:{epoch}:{i}")
-            tensor = self.transform(image, rng)
             captions = Captions(record.caption, self._positive(i, record, rng), record.negatives)
             return Item(tensor, captions, "; ".join(faults))
         raise DataError(f"--images {self.images}: not one picture could be read; {faults[0]}")
@@ -648,14 +648,16 @@ class ShardStream(IterableDataset[Item]):
             chosen = rng.randrange(len(waiting))
             waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
             try:
-                record, image = _read_sample(waiting.pop())
+                record, tensor = _read_sample(
+                    waiting.pop(), functools.partial(self.transform, rng=rng)
+                )
             except DataError as error:
                 if self.on_bad_image == "stop":
                     raise
                 faults.append(str(error))
                 continue
             captions = Captions(record.caption, None, record.negatives)
-            yield Item(self.transform(image, rng), captions, "; ".join(faults))
+            yield Item(tensor, captions, "; ".join(faults))
             faults = []
 
     def _samples(self, slot: int, slots: int) -> Iterator[dict[str, Any]]:
@@ -670,8 +672,10 @@ class ShardStream(IterableDataset[Item]):
                 raise DataError(f"--data: a shard cannot be read ({error})") from None
 
 
-def _read_sample(sample: dict[str, Any]) -> tuple[Record, Image.Image]:
-    """The record and the picture of a shard's sample: .json (or .txt), and .jpg, .png or .webp."""
+def _read_sample(
+    sample: dict[str, Any], use: Callable[[Image.Image], Tensor]
+) -> tuple[Record, Tensor]:
+    """The record and the image of a shard's sample: .json (or .txt), and .jpg, .png or .webp."""
     place = f"{sample['__url__']}: {sample['__key__']}"
     fields = {"image": sample["__key__"]}
     if "txt" in sample:
@@ -680,22 +684,52 @@ def _read_sample(sample: dict[str, Any]) -> tuple[Record, Image.Image]:
     kind = next((kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
     if kind is None:
         raise DataError(f"{place}: has no .jpg, .png or .webp")
-    return record, open_image(io.BytesIO(sample[kind]), place)
+    return record, open_image(io.BytesIO(sample[kind]), place, use)
 
 
-def open_image(file: str | Path | io.BytesIO, name: str | None = None) -> Image.Image:
-    """Decode a picture as RGB; `name` stands for it in messages.
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that is closed to us
+        return False
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image as 8-bit RGB.
 
     Raises:
-        DataError: the file is missing or is not a picture.
+        ValueError: its numbers are no colours: floats, or integers beyond 16 bits.
+    """
+    image.load()
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or (image.mode == "I" and not _fits(image.getextrema())):
+        raise ValueError("its numbers are no colours; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # Pillow would cut what is above 255, and leave it white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _fits(extrema: Any) -> bool:
+    return extrema[0] >= 0 and extrema[1] < 2**16
+
+
+def open_image(
+    file: str | Path | io.BytesIO,
+    name: str | None = None,
+    use: Callable[[Image.Image], Any] = to_rgb,
+) -> Any:
+    """Open an image and return what `use` makes of it; `name` stands for it in messages.
+
+    Raises:
+        DataError: the file is missing, or is not an image that can be used.
     """
     name = name or str(file)
     try:
         with Image.open(file) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return use(image)
     except FileNotFoundError:
-        raise DataError(f"{name}: no such picture") from None
+        raise DataError(f"{name}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: cannot be decoded ({error})") from None
 
@@ -1160,15 +1194,33 @@ def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-def train_transform(model: Any, least: float = 0.9) -> Transform:
+def train_transform(
+    model: Any, least: float = 0.9, *, exif: bool = True, reduce: bool = True
+) -> Transform:
     """Cut a random part of a photo, `least` to all of its area, and resize it as the model wants.
 
     The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
+
+    Args:
+        model: of open_clip.
+        least: the smallest part.
+        exif: turn photos upright as their EXIF orientation says, or "left of" may become false.
+        reduce: decode JPEGs at 1/2, 1/4 or 1/8 where the part stays at least as large as wanted.
     """
-    size = image_size(model)
     name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
-    mode = Image.Resampling[name.upper()]
-    return functools.partial(_cut, size=size, least=least, mode=mode)
+    size, mode = image_size(model), Image.Resampling[name.upper()]
+    return functools.partial(_cut, size=size, least=least, mode=mode, exif=exif, reduce=reduce)
+
+
+TURNS = {2 + i: Image.Transpose(turn) for i, turn in enumerate((0, 3, 1, 5, 4, 6, 2))}  # by EXIF
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of how the camera was held; from 5 on it lay on its side."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # broken EXIF says nothing; Pillow raises many kinds here
+        return 1
 
 
 def _cut(
@@ -1177,9 +1229,12 @@ def _cut(
     size: tuple[int, int],
     least: float,
     mode: Image.Resampling,
+    exif: bool,
+    reduce: bool,
 ) -> Tensor:
     """Return uint8 [3, *size]."""
-    width, height = image.size
+    held = _orientation(image) if exif else 1
+    width, height = image.size[::-1] if 5 <= held <= 8 else image.size
     w, h = width, height  # where no part fits: of the nearest ratio, from the middle
     if width / height > 4 / 3:
         w = round(height * 4 / 3)
@@ -1194,8 +1249,17 @@ def _cut(
             w, h = across, down
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
             break
-    part = image.crop((x, y, x + w, y + h)).resize(size[::-1], mode)
-    return pil_to_tensor(part)
+    part = next(n for n in (8, 4, 2, 1) if n == 1 or (n * size[1] <= w and n * size[0] <= h))
+    if part > 1 and reduce and image.format == "JPEG":
+        image.draft(None, (image.width // part, image.height // part))
+    image = to_rgb(image)
+    image = image.transpose(TURNS[held]) if held in TURNS else image
+    if image.size == (width, height):
+        return pil_to_tensor(image.crop((x, y, x + w, y + h)).resize(size[::-1], mode))
+    fx, fy = image.width / width, image.height / height
+    return pil_to_tensor(
+        image.resize(size[::-1], mode, (x * fx, y * fy, (x + w) * fx, (y + h) * fy))
+    )
 
 
 def image_size(model: Any) -> tuple[int, int]:
@@ -1282,8 +1346,8 @@ def _add_sample(tar: tarfile.TarFile, key: str, record: Record, images: Path) ->
         tar.addfile(info, io.BytesIO(content))
 
 
-def check(path: Path, images: Path) -> None:
-    """Decode every picture of a manifest and print what it holds.
+def check(path: Path, images: Path, model: str) -> None:
+    """Decode every picture of a manifest and print what it holds, and what a model sees of it.
 
     Raises:
         DataError: pictures are missing or broken; the first ones are named.
@@ -1297,13 +1361,13 @@ def check(path: Path, images: Path) -> None:
         except DataError as error:
             broken.append(str(error))
     pairs = Counter((record.image, record.caption) for record in records)
-    same = sum(record.caption in record.negatives for record in records)
+    same = _same_tokens(records, model)
     print(f"{len(records)} captions of {len(names)} pictures in {path}")
     for k, kind in enumerate(NEGATIVE_TYPES):
         count = sum(record.negatives[k] is not None for record in records)
         print(f"  {kind:9} {count} negatives ({100 * count / max(1, len(records)):.1f} %)")
     print(f"  {sum(pairs.values()) - len(pairs)} captions repeated for the same picture")
-    print(f"  {same} captions with a negative that is the caption itself")
+    print(f"  {same} negatives are their caption to {model} (cut at its context): not trained on")
     if broken:
         for line in broken[:10]:
             print(f"  {line}")
@@ -1311,6 +1375,26 @@ def check(path: Path, images: Path) -> None:
             f"{len(broken)} of {len(names)} pictures cannot be used; mend or remove them"
         )
     print(f"  all {len(names)} pictures decode")
+
+
+def _same_tokens(records: Sequence[Record], model: str) -> int:
+    """Count the negatives whose tokens are those of their caption."""
+    open_clip: Any = importlib.import_module("open_clip")
+    path, context = Path(model), None
+    if path.suffix == ".json":
+        try:
+            context = json.loads(path.read_text(encoding="utf-8"))["text_cfg"]["context_length"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            raise DataError(f"--model {model}: is no model config with a context_length") from None
+    elif open_clip.get_model_config(model) is None:
+        raise DataError(f"--model {model}: open_clip knows no such model")
+    tokenizer = open_clip.get_tokenizer("" if context else model, context_length=context)
+    same = 0
+    for record in records:
+        texts = [record.caption, *filter(None, record.negatives)]
+        tokens = tokenizer(texts)
+        same += int((tokens[1:] == tokens[0]).all(dim=1).sum())
+    return same
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1347,21 +1431,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     sub.add_argument("manifest", type=Path, help="manifest (.jsonl)")
     sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+    text = "open_clip model or config .json that will train on it (default ViT-B-32)"
+    sub.add_argument("--model", default="ViT-B-32", help=text)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of the commands."""
     args = parse_args(argv)
+    if launcher().world > 1:
+        raise DataError("data.py works in one process; start it without torchrun and srun")
     if args.command == "check":
-        check(args.manifest, args.images)
+        check(args.manifest, args.images, args.model)
         return
     if args.command == "shards":
         count = write_shards(args.manifest, args.images, args.out, max(1, args.size))
         print(f"{count} examples written to {args.out}")
         return
-    if args.out.exists() and not args.overwrite:
-        raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")
+    if os.path.lexists(args.out):
+        if not args.overwrite:
+            raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")
+        if args.out.is_symlink() or not args.out.is_file():
+            raise DataError(f"--out {args.out}: is no regular file, so it is not replaced")
     if args.command == "shapes":
         records = shapes_records(args.split, args.seed, args.images, args.limit)
     else:

@@ -135,7 +135,7 @@ def load_model(
     preprocess: dict[str, Any] = {}
     foreign = False
     if folder:
-        name, config, state, preprocess = _read_folder(folder)
+        name, config, state, preprocess = _read_folder(folder, name)
     elif pretrained and (os.path.exists(pretrained) or Path(pretrained).suffix in WEIGHT_FILES):
         state, about = read_checkpoint(pretrained)
         config, preprocess = about.pop("config", None), dict(about.pop("preprocess", {}))
@@ -256,8 +256,12 @@ def _load_hub(name: str, activation: str | None, device: str) -> Model:
     return Model(net.to(device), _tokenizer(name), about)
 
 
-def _read_folder(folder: Path) -> tuple[str, Any, dict[str, torch.Tensor], dict[str, Any]]:
+def _read_folder(
+    folder: Path, given: str | None
+) -> tuple[str, Any, dict[str, torch.Tensor], dict[str, Any]]:
     """Name, config, weights and preprocessing of a folder with open_clip_config.json."""
+    if given:
+        raise DataError(f"--model {given}: {folder} brings its own model; leave --model out")
     try:
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
         model, pixels = config["model_cfg"], dict(config.get("preprocess_cfg", {}))
@@ -1492,6 +1496,12 @@ class Encoder:
         model.net.eval()
 
     @functools.cached_property
+    def dim(self) -> int:
+        """Width of the features."""
+        with torch.no_grad():
+            return self._unit(self.model.net.encode_text, self.model.tokenizer(["a"])).shape[1]
+
+    @functools.cached_property
     def hash(self) -> str:
         """Hash of the model; reading all weights takes a while."""
         return hash_model(self.model)
@@ -1573,7 +1583,11 @@ class Encoder:
         for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
             try:
                 kept = torch.load(file, weights_only=True)
-                self.known.update(dict(zip(kept["keys"], kept["rows"], strict=True)))
+                rows = kept["rows"]
+                unit = (rows.norm(dim=1) - 1).abs().max() < 1e-3  # false of NaN too
+                if rows.dtype != torch.float32 or rows.shape[1] != self.dim or not unit:
+                    raise ValueError("these are no features of the model")
+                self.known.update(dict(zip(kept["keys"], rows, strict=True)))
             except Exception:  # torch raises many kinds here
                 if self.rank == 0:
                     print(f"evaluate.py: --cache {file}: is torn, made again", file=sys.stderr)
@@ -2984,8 +2998,10 @@ def check_out(out: Path, overwrite: bool) -> None:
             raise DataError(f"--out {out}: has results already; pass --overwrite to replace them")
         own = [path for path in (out / "items").rglob("*") if path.is_file()]
         foreign = next((path for path in own if path.suffix != ".jsonl"), None)
-        loose = [out / f"results.{kind}" for kind in ("md", "tex", "csv")]
-        loose = [path for path in loose if path.exists() and not overwrite]
+        loose = [out / f"results.{kind}" for kind in ("json", "md", "tex", "csv")]
+        loose = [path for path in loose if os.path.lexists(path)]
+        plain = [path for path in loose if path.is_file() and not path.is_symlink()]
+        loose = [path for path in loose if not overwrite or path not in plain]
         if loose:
             raise DataError(f"--out {out}: {loose[0]} is in the way; choose another folder")
         if foreign or (own and not overwrite):

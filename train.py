@@ -50,6 +50,7 @@ from data import (
     PackedText,
     ShapesDataset,
     ShardStream,
+    Transform,
     encode_image,
     encode_text,
     image_size,
@@ -148,6 +149,9 @@ def add_lora(net: nn.Module, rank: int) -> None:
         name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
         weight = getattr(module, name, None)
         if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
+            if rank > min(weight.shape):
+                size = " x ".join(map(str, weight.shape))
+                raise DataError(f"--lora {rank}: a weight of the model is {size}; give less")
             parametrize.register_parametrization(module, name, LoRA(weight, rank))
 
 
@@ -176,14 +180,18 @@ class Run(NamedTuple):
     limit: Tensor  # of net.logit_scale
 
 
-def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
-    """The towers, the loss, AdamW and the scaler that only fp16 needs."""
+def make_loss(args: argparse.Namespace) -> CEClipLoss:
+    """The loss of the recipe and the options that overrule it."""
     given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
     try:
-        loss = CEClipLoss(args.recipe, **given).to(rank.device)
+        return CEClipLoss(args.recipe, **given)
     except ValueError as error:
         raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
-    net = model.net
+
+
+def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
+    """The towers, the loss, AdamW and the scaler that only fp16 needs."""
+    loss, net = make_loss(args).to(rank.device), model.net
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
     if args.tune == "text":
@@ -220,7 +228,7 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
     folders = args.images
     pairs = [split_weight(text) for text in args.data]
     weights = [weight for _, weight in pairs if weight is not None]
-    transform = train_transform(model.net)
+    transform = transform_of(args, model)
     sources = [
         ManifestDataset(path, folder, transform, args.seed, args.on_bad_image)
         for (path, _), folder in zip(pairs, folders * (len(pairs) // len(folders)), strict=True)
@@ -235,6 +243,11 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
         )
     shares = weights or [len(source) for source in sources]
     return Mixture(sources, shares, args.batch_size, args.seed, args.captions == "one")
+
+
+def transform_of(args: argparse.Namespace, model: Model) -> Transform:
+    """The crop, as the options want it."""
+    return train_transform(model.net, exif=args.exif == "apply", reduce=not args.full_decode)
 
 
 def split_weight(text: str) -> tuple[str, float | None]:
@@ -258,26 +271,24 @@ def make_loader(
     """This rank's share of each global batch from step `start` on; shards where data is None."""
     local = args.batch_size // rank.world
     kind = "valid" if loss.options["mask_invalid"] else "all"
-    negatives = kind if loss.needs_negatives else "none"
+    collate = Collate(
+        model.tokenizer,
+        positives=loss.needs_positives,
+        negatives=kind if loss.needs_negatives else "none",
+        part=args.micro_batch or 0,
+    )
     options: dict[str, Any] = {
-        "num_workers": args.workers,
-        "collate_fn": Collate(
-            model.tokenizer,
-            positives=loss.needs_positives,
-            negatives=negatives,
-            part=args.micro_batch or 0,
-        ).bundle,
-        "pin_memory": rank.device.type == "cuda",
+        **{"num_workers": args.workers, "worker_init_fn": ignore_signals},
+        **{"collate_fn": collate.bundle, "pin_memory": rank.device.type == "cuda"},
     }
     loader: Any
-    options["worker_init_fn"] = ignore_signals
     if data is None:
         if loss.needs_positives:
             raise DataError(
                 "--imc paired needs a second caption of each picture, which shards lack; "
                 "use --imc repulsion or --imc none"
             )
-        transform, place = train_transform(model.net), (start, rank.number, rank.world)
+        transform, place = transform_of(args, model), (start, rank.number, rank.world)
         stream = ShardStream(args.data[0], transform, args.seed, place, args.on_bad_image)
         loader = DataLoader(stream, batch_size=local, **options)
     else:
@@ -286,13 +297,12 @@ def make_loader(
         loader = DataLoader(data, batch_sampler=mine, **options)
     # Workers are born deaf to the signals: the whole process group gets them, and only this
     # process shall act.  A worker that dies is seen while we wait for it, not amid a step.
-    if args.workers and hasattr(signal, "pthread_sigmask"):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        made = iter(loader)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    mask: Any = getattr(signal, "pthread_sigmask", lambda *_: None)
+    before = mask(getattr(signal, "SIG_BLOCK", 0), SIGNALS)
+    made = iter(loader)
+    if before is not None:
+        mask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    else:
-        made = iter(loader)
     return (unbundle(bundle) for bundle in made)
 
 
@@ -325,14 +335,9 @@ def batch_loss(
     taught: list[list[Tensor]],
     weight: float,
 ) -> dict[str, Tensor]:
-    """The loss of the whole batch from the features of its parts.
+    """The loss of the whole batch from what `encode` returned for its parts; thresholds move on.
 
-    Args:
-        run: its loss is used, and its thresholds move on.
-        parts: this rank's pictures and texts.
-        features: what `encode` returned for each part.
-        taught: what the teacher's `encode` returned for each part; empty without a teacher.
-        weight: of the distance to the teacher.
+    Where there is a teacher, `taught` is what it returned, and `weight` that of the distance to it.
     """
     split = [split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
     captions, positives, negatives = (torch.cat(column) for column in zip(*split, strict=True))
@@ -486,22 +491,16 @@ def resume(run: Run, path: Path, steps: int) -> int:
     return step
 
 
-def fingerprints(args: argparse.Namespace) -> list[str]:
-    """Size and hash of each manifest, size alone of each shard."""
-    found = []
-    for path in [split_weight(text)[0] for text in args.data or []]:
-        if not reads_shards(args):
-            try:
-                digest = hashlib.blake2b(digest_size=16)
-                with open(path, "rb") as file:
-                    while chunk := file.read(2**20):
-                        digest.update(chunk)
-                    found.append(f"{file.tell()} bytes, blake2b {digest.hexdigest()}")
-            except OSError as error:
-                raise DataError(
-                    f"{path}: cannot be read ({error.strerror}); check the path"
-                ) from None
-    return found
+def fingerprint(path: str) -> str:
+    """Size and hash of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            return f"{file.tell()} bytes, blake2b {digest.hexdigest()}"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def versions() -> dict[str, str]:
@@ -512,21 +511,30 @@ def versions() -> dict[str, str]:
     }
 
 
-def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line as args.json keeps it."""
-    return json.loads(json.dumps(vars(args), default=str))
+def run_record(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
+    """What args.json keeps: the command line, fingerprints of manifests, versions."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    files = [] if reads_shards(args) else [split_weight(text)[0] for text in args.data or []]
+    return {
+        "options": json.loads(json.dumps(vars(args), default=str)),
+        "data": [fingerprint(path) for path in files],
+        **{"world_size": rank.world, "versions": versions(), "git_commit": commit},
+    }
 
 
-def check_run(out: Path, options: dict[str, Any], prints: list[str]) -> None:
+def check_run(out: Path, record: dict[str, Any]) -> None:
     """Refuse a directory that is not a run, or a run with other options or other captions."""
     if not os.path.lexists(out):
         return
     try:
         kept = json.loads((out / "args.json").read_text(encoding="utf-8"))
-        before, seen = kept["options"], kept.get("data", prints)
+        before, seen = kept["options"], kept.get("data", record["data"])
         changed = [
             f"--{key.replace('_', '-')} {before.get(key)} -> {value}"
-            for key, value in options.items()
+            for key, value in record["options"].items()
             if key not in FREE and before.get(key) != value
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -541,7 +549,7 @@ def check_run(out: Path, options: dict[str, Any], prints: list[str]) -> None:
             f"--out {out}: holds a run with other options ({'; '.join(changed)}); "
             "give them back to resume it, or choose another --out"
         )
-    for path, old, new in zip(options["data"] or [], seen, prints, strict=False):
+    for path, old, new in zip(before["data"] or [], seen, record["data"], strict=False):
         if old != new:
             raise DataError(
                 f"--data {path}: changed since the run in {out} began ({old}, now {new}); put the "
@@ -549,21 +557,8 @@ def check_run(out: Path, options: dict[str, Any], prints: list[str]) -> None:
             )
 
 
-def start_run(
-    args: argparse.Namespace,
-    options: dict[str, Any],
-    prints: list[str],
-    rank: Rank,
-    start: int,
-    held: list[Any],
-) -> None:
+def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) -> None:
     """Make the run directory and its args.json, unless they are there; go back to step `start`."""
-    out, commit = args.out, None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    content = {"options": options, "data": prints, "world_size": rank.world}
-    content |= {"versions": versions(), "git_commit": commit}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not held:
@@ -571,7 +566,7 @@ def start_run(
             if os.path.lexists(out / "latest.pt"):
                 raise DataError(f"--out {out}: another run trained into it just now; start again")
         if not (out / "args.json").exists():
-            write_text(out / "args.json", json.dumps(content, indent=1) + "\n")
+            write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
     trim_metrics(out / "metrics.jsonl", start)
@@ -843,8 +838,10 @@ def memory(device: torch.device) -> float:
     """The peak memory of the GPU, or of this process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -885,7 +882,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.1, help="default 0.1")
     add("--warmup", type=int, help="steps (default 50)")
     add("--grad-clip", type=float, help="largest gradient norm, 0 for none (default 0; shapes 1)")
-    add("--on-bad-image", choices=("stop", "skip"), default="stop", help="default stop")
+    add("--on-bad-image", choices=("stop", "skip"), help="default stop")
+    add("--exif", choices=("apply", "ignore"), help="orientation of photos (default apply)")
+    add("--full-decode", action="store_true", help="decode JPEGs whole, however small the crop")
     add(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of the towers (default fp32)"
     )
@@ -900,6 +899,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_loss_options(parser)
     add_method_options(parser)
     args = parser.parse_args(argv)
+    check_idle(args)
     if args.steps is not None and args.epochs is not None:
         parser.error("give --steps or --epochs, not both")
     kind = "shapes" if args.data is None else "photos"
@@ -909,6 +909,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, key) is None and not (
             key in ("steps", "epochs") and (args.steps or args.epochs)
         ):
+            setattr(args, key, value)
+    for key, value in {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"}.items():
+        if getattr(args, key) is None:
             setattr(args, key, value)
     args.out = args.out or Path("runs") / args.recipe
     args.captions = args.captions or ("all" if args.recipe == "released" else "one")
@@ -935,59 +938,70 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--tune", choices=("all", "text"), default="all", help="text freezes the image tower")
     add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
     add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
-    add("--ema", type=float, default=0.9996, help="decay of the teacher (default 0.9996)")
+    add("--ema", type=float, help="decay of the teacher (default 0.9996)")
     add("--compile", action="store_true", help="torch.compile the towers")
     add("--grad-checkpointing", action="store_true", help="save memory, compute a third more")
 
 
 def check_args(args: argparse.Namespace, rank: Rank) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if args.recipe not in RECIPES:
-        raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
-    for name in ("steps", "epochs", "batch_size", "micro_batch", "log_every", "save_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    least = {"lora": 0, "warmup": 0, "workers": 0, "seed": 0}
+    most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1.0}
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, float) and not (math.isfinite(value) and 0 <= value <= 1e6):
+            raise DataError(f"--{flag} {value}: must be a finite number, 0 or more, at most 1e6")
+        low, high = least.get(name, 0 if isinstance(value, float) else 1), most.get(name, 2**31)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not low <= value <= high:
+                raise DataError(f"--{flag} {value}: must be from {low} to {high}")
+            if name in ("lr", "cap") and not value:
+                raise DataError(f"--{flag} {value}: must be above 0")
     if args.batch_size % rank.world:
         raise DataError(
             f"--batch-size {args.batch_size}: is not divisible by the {rank.world} ranks"
         )
-    check_numbers(args)
-    if args.images and not args.data:
-        raise DataError("--images: needs --data, the manifest of these pictures")
-    if len({split_weight(text)[1] is None for text in args.data or []}) == 2:
-        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
+    if args.lora and (args.distill or args.tune != "all"):
+        raise DataError("--lora: goes with neither --distill nor --tune; leave one out")
+    check_data(args)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse --data and --images that do not fit together."""
     folders, manifests = len(args.images or []), len(args.data or [])
-    if manifests and not reads_shards(args) and folders not in (1, manifests):
+    if folders and not manifests:
+        raise DataError("--images: needs --data, the manifest of these pictures")
+    if reads_shards(args):
+        if manifests > 1 or not args.steps:
+            raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")
+    elif manifests and folders not in (1, manifests):
         raise DataError(
             f"--images: {folders} folders for {manifests} manifests; "
             "give one folder for all of --data, or one for each"
         )
-    check_methods(args)
+    if len({split_weight(text)[1] is None for text in args.data or []}) == 2:
+        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            flag = name.replace("_", "-")
-            raise DataError(f"--{flag} {value}: must be a finite number, 0 or more")
-    if not args.lr > 0 or args.warmup < 0 or (args.workers or 0) < 0:
-        raise DataError("--lr must be above 0; --warmup and --workers 0 or more")
-    if args.cap is not None and not args.cap > 0:
-        raise DataError(f"--cap {args.cap}: must be above 0 logits")
-    if not 0 <= args.seed < 2**63:
-        raise DataError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
-
-
-def check_methods(args: argparse.Namespace) -> None:
-    """Refuse methods that do not go together."""
-    if args.lora < 0 or args.distill < 0 or not 0 <= args.ema <= 1:
-        raise DataError("--lora and --distill must be 0 or more; --ema from 0 to 1")
-    if args.lora and (args.distill or args.tune != "all"):
-        raise DataError("--lora: goes with neither --distill nor --tune; leave one out")
-    if reads_shards(args) and (len(args.data) > 1 or not args.steps):
-        raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")
+def check_idle(args: argparse.Namespace) -> None:
+    """Refuse options that do nothing where they stand."""
+    if args.recipe not in RECIPES:
+        raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
+    loss, shapes = make_loss(args), args.data is None
+    o, fixed = loss.options, loss.threshold.mode == "fixed"
+    for names, idle, where in (
+        ("ema", not args.distill, "without --distill"),
+        ("fixed_threshold", not fixed, "without --threshold fixed"),
+        ("cap", fixed, "with --threshold fixed"),
+        ("threshold cap fixed_threshold", not o["cmr_weight"], "where the cmr weight is 0"),
+        ("imc_weight", o["imc"] == "none", "where imc is none"),
+        ("focal_gamma label_smoothing", not o["own_weight"], "without --own-weight"),
+        ("images captions", reads_shards(args), "with shards"),
+        ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
+    ):
+        for name in names.split():
+            if idle and getattr(args, name) not in (None, False):
+                raise DataError(f"--{name.replace('_', '-')}: does nothing {where}; leave it out")
 
 
 def reads_shards(args: argparse.Namespace) -> bool:
@@ -997,15 +1011,15 @@ def reads_shards(args: argparse.Namespace) -> bool:
 
 def prepare(
     args: argparse.Namespace, rank: Rank, held: list[Any]
-) -> tuple[dict[str, Any], list[str], Model, bool]:
+) -> tuple[dict[str, Any], Model, bool]:
     """Refuse what cannot work, lock the run directory if it is there, and load the model.
 
     Returns:
-        options and fingerprints for args.json, the model, and whether the run begins anew.
+        what args.json keeps, the model, and whether the run begins anew.
     """
     check_args(args, rank)
-    options, prints = chosen_options(args), fingerprints(args)
-    check_run(args.out, options, prints)
+    record = run_record(args, rank)
+    check_run(args.out, record)
     if os.path.lexists(args.out) and not args.dry_run and rank.number == 0:
         held.append(lock(args.out))
     fresh = not os.path.lexists(args.out / "latest.pt")
@@ -1020,24 +1034,25 @@ def prepare(
     if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
         name = model.about["model"]
         raise DataError(f"--micro-batch: {name} has batch norms, which see a part at a time")
-    return options, prints, model, fresh
+    return record, model, fresh
 
 
-def same_start(out: Path, rank: Rank, start: int, rest: Any) -> None:
+def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> None:
     """Refuse ranks that would go on from different steps, or with different options or files."""
+    options = {key: value for key, value in record["options"].items() if key not in FREE}
+    rest = (options, record["data"])
     starts: list[Any] = [(start, rest)] * rank.world
     if rank.world > 1:
         dist.all_gather_object(starts, (start, rest))
     for number, (step, other) in enumerate(starts):
-        if step != starts[0][0]:
+        if step != start:
             raise DataError(
-                f"--out {out}: rank 0 goes on from step {starts[0][0]}, rank {number} from step "
-                f"{step}; --out must be one folder on a disk that all ranks share"
+                f"--out {out}: rank {rank.number} goes on from step {start}, rank {number} from "
+                f"step {step}; --out must be one folder on a disk that all ranks share"
             )
-        if other != starts[0][1]:
+        if other != rest:
             raise DataError(
-                f"rank {number} has other options or another --data file than rank 0; start all "
-                "ranks with the same command and the same files"
+                f"rank {number} has other options or another --data file; make them alike"
             )
 
 
@@ -1046,7 +1061,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     rank = start_process(args.device)
     held: list[Any] = []  # the lock
-    options, prints, model, fresh = together(lambda: prepare(args, rank, held))
+    record, model, fresh = together(lambda: prepare(args, rank, held))
     run = make_run(args, model, rank)
     data = together(lambda: None if reads_shards(args) else make_data(args, model, run.loss))
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
@@ -1055,9 +1070,9 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
         return 0
     start = together(lambda: 0 if fresh else resume(run, args.out / "latest.pt", args.steps))
-    same_start(args.out, rank, start, (prints, {k: options[k] for k in options.keys() - FREE}))
+    same_start(args.out, rank, start, record)
     if rank.number == 0:
-        start_run(args, options, prints, rank, start, held)
+        start_run(args.out, record, start, held)
     if rank.number == 0 and start and (path := epoch_path(args, start)) and not path.exists():
         save_epoch(checkpoint(run, model.about, args, start), args, start)  # it was cut off there
     if start >= args.steps:
