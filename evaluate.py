@@ -65,7 +65,9 @@ from data import (
     make_scene,
     open_image,
     pack_texts,
+    run_script,
     say,
+    writing,
 )
 from negatives import launcher
 
@@ -2794,9 +2796,8 @@ def replace_folder(new: Path, old: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path, overwrite=True) as file:
+        file.write(text.encode())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -3075,11 +3076,4 @@ def write_results(results: dict[str, Any], table: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the table has seen enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except DataError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "evaluate.py"))

@@ -27,6 +27,7 @@ that was stopped goes on where it was.  Webdataset shards (.tar) come out as sha
 from __future__ import annotations
 
 import argparse
+import ast
 import bisect
 import contextlib
 import csv
@@ -756,10 +757,6 @@ swimming pool, pool, parking lot, window, door, lighthouse, pan, pot, skillet, r
 cup, glass, mug, bottle, jar, basket, bucket, mirror, tree, forest, desert, garden, valley, swamp,
 castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroom, restaurant,
 store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
-
-
-class DataError(ValueError):
-    """A mistake in a user's file; the message names the place and how to mend it."""
 
 
 # Making negatives
@@ -3040,79 +3037,407 @@ def _apply(caption: str, edits: Iterable[Edit]) -> str:
     return caption
 
 
-# Reading captions
+# Captions on disk
+#
+# All of the kit reads and writes captions here: manifests, tables, json, the samples of shards.
+
+
+class DataError(ValueError):
+    """A mistake in a user's file or option; the message names the place and how to mend it."""
+
+
+def run_script(
+    main: Callable[[], int | None], name: str, *, quiet: Callable[[], bool] = lambda: False
+) -> int:
+    """Run the main function of a script and return the exit code.
+
+    A mistake of the user is one sentence on stderr and code 2, Ctrl-C is code 130, and a reader
+    who has seen enough of the output (``| head``) is no error.  ``quiet`` tells whether another
+    rank says the sentence.
+    """
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks letters shows "?"
+            sys.stdout.reconfigure(errors="replace")
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DataError, OSError) as error:
+        if not quiet():
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+
+
+class Launch(NamedTuple):
+    """This process among all of a run, as its launcher numbered them."""
+
+    rank: int
+    world: int
+    local: int  # among those of this machine
+
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+)
+
+
+def launcher() -> Launch:
+    """Read who this process is from torchrun's variables, else from SLURM's, else it is alone.
+
+    Under srun it also sets MASTER_ADDR, to the first node of the job, and MASTER_PORT, to one made
+    from the number of the job, unless they are set.
+
+    Raises:
+        DataError: some of a launcher's variables are missing, or they are no numbers that fit.
+    """
+    env = os.environ
+    # A script of sbatch has no SLURM_NTASKS unless it asks for it; a shell of salloc has no other.
+    one = {("SLURM_PROCID", "SLURM_LOCALID"): "0", ("SLURM_NTASKS",): "1"}
+    for names in LAUNCHERS:
+        there = tuple(name for name in names if name in env)
+        if not there or env[there[0]] == one.get(there):
+            continue
+        if there != names:
+            missing = next(name for name in names if name not in env)
+            raise DataError(
+                f"{there[0]} is {env[there[0]]} but {missing} is not set: start all processes with "
+                f"torchrun or srun, or unset {there[0]} to run one"
+            )
+        try:
+            found = Launch(*(int(env[name]) for name in names))
+        except ValueError:
+            found = Launch(0, 0, 0)
+        if not (0 <= found.rank < found.world and found.local >= 0):
+            raise DataError(
+                f"{', '.join(f'{name}={env[name]}' for name in names)}: must be numbers from 0, "
+                f"{names[0]} less than {names[1]}; start with torchrun or srun, or unset them"
+            )
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if names[0] == "SLURM_PROCID" and nodes:
+            first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu[07-09,12] is gpu07
+            env.setdefault("MASTER_ADDR", first)
+            job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
+            env.setdefault("MASTER_PORT", str(20_000 + int(job) % 20_000))
+        return found
+    return Launch(0, 1, 0)
+
+
+def why(error: Exception) -> str:
+    """What the system says; torch hides it behind an error of its own."""
+    told = error if isinstance(error, OSError) else error.__context__
+    if isinstance(told, OSError):
+        full = told.errno in (errno.ENOSPC, errno.EDQUOT)
+        return "disk full" if full else str(told.strerror or told)
+    return str(error).splitlines()[0][:160]
+
+
+def lock(out: Path) -> Any:
+    """Keep other runs out of the directory until this process ends, or the file is closed."""
+    try:
+        file = (out / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by workers
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise DataError(
+                f"--out {out}: {holder} trains into it; wait for its end, or choose another --out"
+            ) from None
+        print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
+        return file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, overwrite: bool = False, *, partial: Path | None = None
+) -> Iterator[BinaryIO]:
+    """Open NAME.partial, and rename it to NAME when the block ends; after an error neither is left.
+
+    Raises:
+        DataError: the file exists and may not be replaced, or cannot be written.
+    """
+    if path.is_dir() or not path.name:
+        raise DataError(f"{path}: is a folder; name a file in it")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path}: exists; pass --overwrite or choose another name")
+    partial = partial or path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb" if overwrite else "xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        raise DataError(
+            f"{partial}: left by a run that was cut off, or of one that is at work; "
+            "remove it, or pass --overwrite"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({why(error)}); check folder and disk"
+        ) from None
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]], overwrite: bool = False) -> int:
+    """Write JSON lines, whole or not at all, and count them."""
+    count = 0
+    with writing(path, overwrite) as file:
+        for count, row in enumerate(rows, 1):  # noqa: B007 - the count is returned
+            file.write(json_line(row))
+    return count
+
+
+def json_line(row: dict[str, Any]) -> bytes:
+    """A row as a line of UTF-8."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can say
+        return (json.dumps(row) + "\n").encode()
+
+
+Wording = str | list[str] | None  # a negative; of several, training draws one an epoch
+
+
+class Record(NamedTuple):
+    """A caption of a manifest, and its negatives by type."""
+
+    image: str | None
+    image_id: int | str | None
+    caption: str
+    negatives: dict[str, Wording]
+
+
+def split_types(text: str) -> tuple[str, ...]:
+    """The types of ``--types relation,counting``.
+
+    Raises:
+        argparse.ArgumentTypeError: no names, or one that is given twice.
+    """
+    try:
+        return _checked_types(text.split(","), "--types")
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _checked_types(names: Any, place: str) -> tuple[str, ...]:
+    """Names of types: letters, digits, "-" and "_"."""
+    good = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not good or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+        raise DataError(f"{place}: types must be names of letters, digits, - and _, not {names!r}")
+    if len(set(names)) < len(names):
+        raise DataError(f"{place}: a type is named twice in {', '.join(names)}")
+    return tuple(names)
+
+
+def header_types(row: dict[str, Any], place: str) -> tuple[str, ...]:
+    """The types that a header, or the .json of a sample, names; () if it names none."""
+    return _checked_types(row["types"], f'{place}: "types"') if "types" in row else ()
+
+
+def parse_record(
+    line: bytes | dict[str, Any],
+    place: str,
+    types: Sequence[str] = NEGATIVE_TYPES,
+    *,
+    some: bool = False,
+    need_image: bool = False,
+) -> Record:
+    """Read one record of a manifest.
+
+    Args:
+        line: the line, or the JSON object of it.
+        place: stands for the line in messages.
+        types: keys that the negatives may have; the record has all of them, null if missing.
+        some: leave out negatives of other types, instead of refusing them.
+        need_image: whether the record must name its image.
+
+    Raises:
+        DataError: naming the place, if it is not a record or its image leaves the folder.
+    """
+    row = line if isinstance(line, dict) else _parse_row(line, place)
+    image, caption, given = row.get("image"), row.get("caption"), row.get("negatives")
+    if image is None and not need_image:
+        pass
+    elif not isinstance(image, str) or not image:
+        raise DataError(f'{place}: "image" must be a file name, not {image!r}')
+    elif image.startswith("/") or "\\" in image or (".." in image and ".." in image.split("/")):
+        raise DataError(
+            f'{place}: "image" {image!r} leaves the folder of --images; name it from there'
+        )
+    if not isinstance(caption, str) or not caption.strip():
+        raise DataError(f"{place}: the caption must be a sentence, not {str(caption)[:40]!r}")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise DataError(f'{place}: "negatives" must be an object with a key for each type')
+    unknown = next((key for key in given if key not in types), None)
+    if unknown is not None and not some:
+        raise DataError(
+            f'{place}: "negatives" has the key {unknown!r}, and the types are {", ".join(types)}; '
+            'name them in the header, {"manifest": 1, "types": [...]}, or with --types'
+        )
+    negatives = {name: _wording(given.get(name), place, name) for name in types}
+    return Record(image, row.get("image_id"), caption, negatives)
+
+
+def _wording(given: Any, place: str, name: str) -> Wording:
+    """A negative as it was given; an empty list is null."""
+    if given is None or given == []:
+        return None
+    for text in given if isinstance(given, list) else [given]:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{place}: the {name} negative must be a sentence, a list of sentences or null, "
+                f"not {str(text)[:40]!r}"
+            )
+    return given
+
+
+def _parse_json(text: bytes | str, place: str, kind: str) -> Any:
+    """JSON; ``kind`` says in messages what was wanted."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError:
+        raise DataError(f"{place}: is not UTF-8 text; {kind}") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        where = f" of line {line}" if line > 1 else ""
+        column = getattr(error, "colno", 0)
+        raise DataError(f"{place}: is not JSON at column {column}{where}; {kind}") from None
+
+
+def _parse_row(line: bytes, place: str) -> dict[str, Any]:
+    row = _parse_json(line, place, "a manifest has one JSON object a line")
+    if not isinstance(row, dict):
+        raise DataError(f'{place}: is not a record {{"image": ..., "caption": ...}}')
+    return row
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Read a manifest: where each line begins, its name in messages, and its JSON object.
+
+    Empty lines and byte order marks are stepped over.  A header, a row with the key ``manifest``,
+    may stand anywhere, for manifests can be joined with ``cat``.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no JSON object.
+    """
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip(b"\xef\xbb\xbf\r\n\t "):
+                    place = f"{path}:{number}"
+                    yield offset, place, _parse_row(line, place)
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_records(
+    path: Path, types: Sequence[str] = (), *, need_image: bool = False
+) -> Iterator[tuple[int, Record]]:
+    """Read the records of a manifest, and where their lines begin.
+
+    Args:
+        path: the manifest.
+        types: which negatives to read; () for those that its headers name, else NEGATIVE_TYPES.
+        need_image: whether every record must name its image.
+
+    Yields:
+        offset in bytes and record.  Negatives have the keys ``types``, or those that the headers
+        named so far: the last record has all types of the file.
+
+    Raises:
+        DataError: as read_rows and parse_record.
+    """
+    named = tuple(types)
+    for offset, place, row in read_rows(path):
+        if "manifest" in row:
+            more = () if types else header_types(row, place)
+            named = tuple(dict.fromkeys((*named, *more)))
+        else:
+            named = named or NEGATIVE_TYPES
+            yield offset, parse_record(row, place, named, some=bool(types), need_image=need_image)
 
 
 def read_captions(
-    path: Path | str, *, image_column: str | None = None, caption_column: str | None = None
-) -> Iterator[dict[str, Any]]:
+    path: Path | str,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    negatives: Sequence[str] = (),
+) -> Iterator[Record]:
     """Read captions from any of the formats of the module's docstring.
 
     Args:
         path: a .jsonl, .json, .csv or .tsv file, or "-" for one caption a line on stdin.
         image_column: column of the images in a table; ``filepath`` or ``image`` if not given.
         caption_column: column of the captions; ``title`` or ``caption`` if not given.
-
-    Yields:
-        Records with the keys image (str or None), image_id (as found, or None) and caption (str).
+        negatives: columns of negatives, as COLUMN or COLUMN:TYPE; ``neg_caption``, as NegCLIP has
+            it, if not given.  A cell holds a sentence, or several as a Python list.
 
     Raises:
         DataError: the file cannot be read, or a record is not what it should be.
     """
-    path, suffix = Path(path), Path(path).suffix.lower()
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if (image_column or caption_column or negatives) and suffix not in (".csv", ".tsv"):
+        raise DataError(f"{path}: only a .csv or .tsv has columns to name")
     try:
         if str(path) == "-":
-            lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig")
-            yield from (_record(None, None, line.rstrip("\r\n"), "-") for line in lines)
+            lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline="\n")
+            for number, line in enumerate(lines, 1):
+                yield parse_record({"caption": line.rstrip("\r\n")}, f"-:{number}")
         elif suffix == ".jsonl":
-            yield from _read_manifest(path)
+            yield from (record for _, record in read_records(path))
         elif suffix == ".json":
             yield from _read_json(path)
         elif suffix in (".csv", ".tsv"):
-            yield from _read_table(path, image_column, caption_column)
+            yield from _read_table(path, image_column, caption_column, negatives)
         else:
             raise DataError(f"{path}: unknown kind of file; want .jsonl, .json, .csv, .tsv or -")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
-def _record(image: Any, image_id: Any, caption: Any, place: str) -> dict[str, Any]:
-    if not isinstance(caption, str):
-        raise DataError(f"{place}: want a caption that is a string, got {str(caption)[:40]!r}")
-    return {"image": image, "image_id": image_id, "caption": caption}
-
-
-def _parse(text: str, name: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise DataError(f"{name}:{line}: not JSON ({error}); JSON lines are named .jsonl") from None
-
-
-def _read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            row = _parse(line, path.name, number) if line.strip() else {"manifest": 1}
-            if not isinstance(row, dict):
-                raise DataError(f"{path.name}:{number}: want a JSON object, got {line[:40]!r}")
-            if "manifest" not in row:
-                place = f"{path.name}:{number}"
-                yield _record(row.get("image"), row.get("image_id"), row.get("caption"), place)
-
-
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json(path: Path) -> Iterator[Record]:
     """A COCO captions file, or either layout of the Karpathy splits."""
-    data = _parse(path.read_text(encoding="utf-8-sig"), path.name, 1)
-    i = -1
+    data = _parse_json(path.read_bytes(), str(path), "JSON lines are named .jsonl")
+    place = str(path)
     try:
         files = {}
         if isinstance(data, dict) and "annotations" in data:
             files = {image["id"]: image["file_name"] for image in data.get("images", ())}
         rows = data if isinstance(data, list) else data.get("annotations", data.get("images"))
         for i, row in enumerate(rows):
+            place = f"{path}: record {i}"
             image_id = row.get("image_id", row.get("cocoid", row.get("imgid")))
             if "sentences" in row:
                 image = "/".join(filter(None, (row.get("filepath"), row["filename"])))
@@ -3121,33 +3446,170 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
                 image = row.get("image", files.get(image_id))
                 captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
             for caption in captions:
-                yield _record(image, image_id, caption, f"{path.name}: record {i}")
+                found = {"image": image, "image_id": image_id, "caption": caption}
+                yield parse_record(found, place, ())
     except (KeyError, TypeError, AttributeError) as error:
-        place = f"{path.name}: record {i}" if i >= 0 else f"{path.name}:1"
         raise DataError(f"{place}: neither COCO nor Karpathy form ({error!r})") from None
 
 
-def _read_table(path: Path, image: str | None, caption: str | None) -> Iterator[dict[str, Any]]:
+def _read_table(
+    path: Path, image: str | None, caption: str | None, negatives: Sequence[str]
+) -> Iterator[Record]:
+    """A table; as in a .csv, a cell of a .tsv that begins with a quote ends with one."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         delimiter = "\t" if "\t" in lines.readline() else ","
         lines.seek(0)
-        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        place, columns = f"{path}:1", []
         try:
-            columns = table.fieldnames or []
-            images = [c for c in ([image] if image else ["filepath", "image"]) if c in columns]
-            texts = [c for c in ([caption] if caption else ["title", "caption"]) if c in columns]
-            if columns and (not texts or (image and not images)):
-                raise DataError(
-                    f"{path.name}:1: columns are {', '.join(columns)}; "
-                    "name yours with --image-column and --caption-column"
-                )
-            for row in table:
-                place = f"{path.name}:{table.line_num}"
-                if None in row:
-                    raise DataError(f"{place}: more fields than columns; quote texts with commas")
-                yield _record(row[images[0]] if images else None, None, row[texts[0]], place)
+            columns = next(table, [])
+            pick = _columns(path, columns, image, caption, negatives) if columns else {}
+            while True:
+                start = table.line_num + 1
+                place = f"{path}:{start}"
+                row = next(table, None)
+                if row is None:
+                    return
+                if row:
+                    yield _table_record(row, pick, len(columns), place)
         except csv.Error as error:
-            raise DataError(f"{path.name}:{table.line_num}: not a table ({error})") from None
+            raise DataError(
+                f"{place}: a cell that begins here is not well quoted ({error}); a cell that "
+                "begins with a quote ends with one, and quotes inside it are doubled"
+            ) from None
+
+
+def _columns(
+    path: Path,
+    columns: list[str],
+    image: str | None,
+    caption: str | None,
+    negatives: Sequence[str],
+) -> dict[str, int]:
+    """Number of the column of the image, the caption and, with ":" before it, of each type."""
+    wanted = {
+        "image": [image] if image else ["filepath", "image"],
+        "caption": [caption] if caption else ["title", "caption"],
+    }
+    found = {key: [c for c in names if c in columns] for key, names in wanted.items()}
+    for text in negatives or [c for c in ("neg_caption",) if c in columns]:
+        column, _, name = (text, "", text) if text in columns else text.rpartition(":")
+        (kind,) = _checked_types([name], f"--negative {text}")
+        if f":{kind}" in found:
+            raise DataError(f"--negative {text}: two columns are of the type {kind}")
+        found[f":{kind}"] = [c for c in (column or name,) if c in columns]
+    lacks = [key for key, names in found.items() if not names and (key != "image" or image)]
+    if lacks:
+        raise DataError(
+            f"{path}:1: columns are {', '.join(columns)}; "
+            "name yours with --image-column, --caption-column and --negative"
+        )
+    return {key: columns.index(names[0]) for key, names in found.items() if names}
+
+
+def _table_record(row: list[str], pick: dict[str, int], columns: int, place: str) -> Record:
+    if len(row) != columns:
+        raise DataError(
+            f"{place}: {len(row)} cells for {columns} columns; quote texts that hold the delimiter"
+        )
+    for text in row:
+        if "\n" in text.strip():
+            raise DataError(
+                f"{place}: a quote that opens here closes lines later, and took in "
+                f"{text.strip().splitlines()[1][:40]!r}; close it, or write the text on one line"
+            )
+    negatives: dict[str, Any] = {}
+    for key, column in pick.items():
+        if key.startswith(":"):
+            text = row[column].strip()
+            negatives[key[1:]] = text or None
+            if text.startswith("["):
+                try:
+                    negatives[key[1:]] = ast.literal_eval(text)
+                except (ValueError, SyntaxError, MemoryError, RecursionError):
+                    raise DataError(f"{place}: {text[:40]!r} is no Python list of texts") from None
+    found = {key: row[column] for key, column in pick.items() if not key.startswith(":")}
+    return parse_record({**found, "negatives": negatives}, place, tuple(negatives))
+
+
+def read_samples(
+    path: str | Path, file: BinaryIO | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Read the samples of a webdataset shard: members whose names agree up to the first dot.
+
+    Args:
+        path: the shard; its name in messages where ``file`` is given.
+        file: an open stream to read instead, which need not be able to seek.
+
+    Yields:
+        the name, with its folder, and the contents by what follows the dot, in lower case.
+
+    Raises:
+        DataError: the shard cannot be read, was cut off, or has a member twice.
+    """
+    try:
+        with tarfile.open(
+            None if file else path, "r|*" if file else "r:*", fileobj=file, tarinfo=_Header
+        ) as tar:
+            files = (member for member in tar if not member.isdir())
+            for stem, members in itertools.groupby(files, key=lambda m: _split_name(m.name)[0]):
+                parts: dict[str, bytes] = {}
+                for member in members:
+                    suffix = _split_name(member.name)[1]
+                    content = tar.extractfile(member)
+                    if content is None:
+                        raise DataError(f"{path}: {member.name} is neither file nor link")
+                    if suffix in parts:
+                        raise DataError(f"{path}: {member.name} is in it twice")
+                    parts[suffix] = content.read()
+                yield stem, parts
+    except KeyError as error:
+        raise DataError(f"{path}: a link to what is not in it ({error})") from None
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is it a whole .tar shard?") from None
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; unlike tarfile, it knows the end of a shard from a cut."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        """Read the next one."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the two empty blocks at the end
+                raise
+            raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}") from None
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def sample_row(stem: str, parts: dict[str, bytes], place: str) -> dict[str, Any]:
+    """The row of a manifest that a sample holds: its .json, whose caption may stand in a .txt.
+
+    Raises:
+        DataError: naming the place, if the .json is no object or the .txt is not UTF-8.
+    """
+    row = _parse_row(parts["json"], place) if "json" in parts else {}
+    if row.get("caption") is None and "txt" in parts:
+        try:
+            row["caption"] = parts["txt"].decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"{place}: its .txt is not UTF-8") from None
+    return row
+
+
+def add_sample(tar: tarfile.TarFile, stem: str, parts: dict[str, bytes]) -> None:
+    """Append a sample to a shard that is being written."""
+    for suffix, content in parts.items():
+        info = tarfile.TarInfo(f"{stem}.{suffix}" if suffix else stem)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
 
 
 # Engines
@@ -3451,14 +3913,15 @@ def _rewrite_file(args: argparse.Namespace) -> None:
     out, source = args.out, args.captions[0]
     if out.is_dir() or not out.name:
         raise DataError(f"--out {out} is a folder; name a file in it")
-    if _rank()[1] > 1:
+    if launcher()[1] > 1:
         raise DataError(f"{source}: ranks share .tar shards; run one process with --workers")
     if out.exists() and not args.overwrite:
         raise DataError(f"--out {out} exists already; name another file or add --overwrite")
     if out.exists() and source != "-" and out.samefile(source):
         raise DataError(f"--out {out} is the source itself; name another file")
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    records = list(itertools.islice(read_captions(source, **columns), args.limit))
+    found = itertools.islice(read_captions(source, **columns), args.limit)
+    records = [record._asdict() for record in found]
     if not records:
         raise DataError(f"{source}: no captions in it; is it the right file?")
     engine = _engine(args, [r["caption"] for r in records])
@@ -3725,105 +4188,6 @@ def _results(jobs: list[Job], engine: Engine, workers: int) -> Iterator[tuple[st
 # Shards
 
 
-class Launch(NamedTuple):
-    """This process among all of a run, as its launcher numbered them."""
-
-    rank: int
-    world: int
-    local: int  # among those of this machine
-
-
-LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
-)
-
-
-def launcher() -> Launch:
-    """Read who this process is from torchrun's variables, else from SLURM's, else it is alone.
-
-    Under srun it also sets MASTER_ADDR, to the first node of the job, and MASTER_PORT, to one made
-    from the number of the job, unless they are set.
-
-    Raises:
-        DataError: some of a launcher's variables are missing, or they are no numbers that fit.
-    """
-    env = os.environ
-    # A script of sbatch has no SLURM_NTASKS unless it asks for it; a shell of salloc has no other.
-    one = {("SLURM_PROCID", "SLURM_LOCALID"): "0", ("SLURM_NTASKS",): "1"}
-    for names in LAUNCHERS:
-        there = tuple(name for name in names if name in env)
-        if not there or env[there[0]] == one.get(there):
-            continue
-        if there != names:
-            missing = next(name for name in names if name not in env)
-            raise DataError(
-                f"{there[0]} is {env[there[0]]} but {missing} is not set: start all processes with "
-                f"torchrun or srun, or unset {there[0]} to run one"
-            )
-        try:
-            found = Launch(*(int(env[name]) for name in names))
-        except ValueError:
-            found = Launch(0, 0, 0)
-        if not (0 <= found.rank < found.world and found.local >= 0):
-            raise DataError(
-                f"{', '.join(f'{name}={env[name]}' for name in names)}: must be numbers from 0, "
-                f"{names[0]} less than {names[1]}; start with torchrun or srun, or unset them"
-            )
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-        if names[0] == "SLURM_PROCID" and nodes:
-            first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu[07-09,12] is gpu07
-            env.setdefault("MASTER_ADDR", first)
-            job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
-            env.setdefault("MASTER_PORT", str(20_000 + int(job) % 20_000))
-        return found
-    return Launch(0, 1, 0)
-
-
-def why(error: Exception) -> str:
-    """What the system says; torch hides it behind an error of its own."""
-    told = error if isinstance(error, OSError) else error.__context__
-    if isinstance(told, OSError):
-        full = told.errno in (errno.ENOSPC, errno.EDQUOT)
-        return "disk full" if full else str(told.strerror or told)
-    return str(error).splitlines()[0][:160]
-
-
-def lock(out: Path) -> Any:
-    """Keep other runs out of the directory until this process ends, or the file is closed."""
-    try:
-        file = (out / "run.lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by workers
-    except OSError as error:
-        file.seek(0)
-        holder = file.read(200).strip() or "another process"
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise DataError(
-                f"--out {out}: {holder} trains into it; wait for its end, or choose another --out"
-            ) from None
-        print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
-        return file
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
-        file.flush()
-    return file
-
-
-def _rank() -> tuple[int, int]:
-    return launcher()[:2]
-
-
 def _rewrite_shards(args: argparse.Namespace) -> None:
     """Copy webdataset shards into a folder, with negatives in the .json of each sample.
 
@@ -3841,12 +4205,12 @@ def _rewrite_shards(args: argparse.Namespace) -> None:
     )
     if own:
         raise DataError(f"--out {args.out} has the source {own} itself; name another folder")
-    rank, world = _rank()
+    rank, world, _ = launcher()
     mine = [p for p in paths[rank::world] if args.overwrite or not (args.out / p.name).exists()]
     fates: Counter[tuple[str, str]] = Counter()
     total = 0
     if mine:
-        captions = (s["caption"] for path in paths for _, s in _samples(path))
+        captions = (row["caption"] for path in paths for _, _, row in _samples(path))
         engine = _engine(args, captions)
         args.out.mkdir(parents=True, exist_ok=True)
         for path in mine:
@@ -3861,76 +4225,23 @@ def _rewrite_shard(
     path: Path, out: Path, engine: Engine, workers: int, fates: Counter[tuple[str, str]]
 ) -> int:
     samples = list(_samples(path))
-    records = [record for _, record in samples]
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with tarfile.open(partial, "w") as tar:
-            results = _results(_jobs(records), engine, workers)
-            for (members, _), (line, fate) in zip(samples, results, strict=True):
-                fates.update(fate)
-                stem = _stem(next(iter(members)))
-                for name, content in {**members, f"{stem}.json": line.encode()}.items():
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        os.replace(partial, out)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return len(records)
+    jobs = _jobs([row for _, _, row in samples])
+    with writing(out, True) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        results = _results(jobs, engine, workers)
+        for (stem, parts, _), (line, fate) in zip(samples, results, strict=True):
+            fates.update(fate)
+            add_sample(tar, stem, {**parts, "json": line.encode()})
+    return len(samples)
 
 
-def _samples(path: Path) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
-    """Members and record of every sample of a shard; the caption is in its .json or .txt."""
-    try:
-        with tarfile.open(path) as tar:
-            files = (member for member in tar if not member.isdir())
-            for stem, members in itertools.groupby(files, key=lambda m: _stem(m.name)):
-                parts: dict[str, bytes] = {}
-                for member in members:
-                    if member.name in parts:
-                        raise DataError(f"{path.name}: {member.name} is in it twice")
-                    content = tar.extractfile(member)
-                    if content is None:
-                        raise DataError(f"{path.name}: {member.name} is neither file nor link")
-                    parts[member.name] = content.read()
-                yield parts, _sample_record(path, stem, parts)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):
-                raise DataError(f"{path}: damaged or cut off; what is behind {stem} cannot be read")
-    except KeyError as error:
-        raise DataError(f"{path.name}: a link to what is not in it ({error})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: sample {stem}: not UTF-8 ({error.reason})") from None
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it a .tar shard?") from None
-
-
-def _stem(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
-def _sample_record(path: Path, stem: str, parts: dict[str, bytes]) -> dict[str, Any]:
-    place = f"{path.name}: sample {stem}"
-    row = _parse(parts[f"{stem}.json"].decode(), place, 1) if f"{stem}.json" in parts else {}
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: want a JSON object in its .json")
-    caption = row.get("caption")
-    if caption is None and f"{stem}.txt" in parts:
-        caption = parts[f"{stem}.txt"].decode()
-    base = {"image": row.get("image"), "image_id": row.get("image_id")}
-    return {**row, **base, **_record(base["image"], base["image_id"], caption, place)}
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+    """Name, members and row of every sample of a shard."""
+    for stem, parts in read_samples(path):
+        place = f"{path}: sample {stem}"
+        row = sample_row(stem, parts, place)
+        record = parse_record(row, place, some=True)._asdict()
+        yield stem, parts, {**row, **record}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # as by "| head"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        print(f"negatives.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("negatives.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_script(main, "negatives.py"))

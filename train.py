@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,14 +51,17 @@ from data import (
     ShapesDataset,
     ShardStream,
     Transform,
+    add_types,
     encode_image,
     encode_text,
     image_size,
     normalise,
+    run_script,
     split_features,
     text_layout,
     train_transform,
     unbundle,
+    writing,
 )
 from evaluate import (
     PRECISIONS,
@@ -70,7 +73,7 @@ from evaluate import (
     together,
     write_text,
 )
-from losses import IMC_VARIANTS, RECIPES, THRESHOLDS, CEClipLoss
+from losses import IMC_VARIANTS, NEGATIVE_TYPES, RECIPES, THRESHOLDS, CEClipLoss
 from negatives import lock, why
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
@@ -90,7 +93,7 @@ LOSS_OPTIONS = (
 )
 # Options that do not shape the trajectory: a resumed run may change them.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
-FREE |= {"on_bad_image"}
+FREE |= {"on_bad_image", "remote"}
 MAX_BAD_STEPS = 3
 FAULT = 255  # a rank cannot go on; above every signal's number
 # SLURM warns with SIGUSR1 before it takes a node away (--signal=USR1@120); torchrun hands it on
@@ -180,18 +183,20 @@ class Run(NamedTuple):
     limit: Tensor  # of net.logit_scale
 
 
-def make_loss(args: argparse.Namespace) -> CEClipLoss:
-    """The loss of the recipe and the options that overrule it."""
+def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -> CEClipLoss:
+    """The loss of the recipe and the options that overrule it, for K types of negatives."""
     given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
     try:
-        return CEClipLoss(args.recipe, **given)
+        return CEClipLoss(args.recipe, types=types, **given)
     except ValueError as error:
         raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
 
 
-def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
-    """The towers, the loss, AdamW and the scaler that only fp16 needs."""
-    loss, net = make_loss(args).to(rank.device), model.net
+def make_run(
+    args: argparse.Namespace, model: Model, rank: Rank, types: Sequence[str] = NEGATIVE_TYPES
+) -> Run:
+    """The towers, the loss of K types, AdamW and the scaler that only fp16 needs."""
+    loss, net = make_loss(args, types).to(rank.device), model.net
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
     if args.tune == "text":
@@ -230,10 +235,16 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
     weights = [weight for _, weight in pairs if weight is not None]
     transform = transform_of(args, model)
     sources = [
-        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image)
+        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image, args.types)
         for (path, _), folder in zip(pairs, folders * (len(pairs) // len(folders)), strict=True)
     ]
     named = " ".join(args.data)
+    lacking = [name for name in args.types if not any(name in source.made for source in sources)]
+    if lacking:
+        raise DataError(
+            f"--types: {named} has no negative of the type {lacking[0]}; "
+            "data.py check counts what it has"
+        )
     if loss.needs_negatives and not any(source.has_negatives for source in sources):
         raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
     if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
@@ -267,8 +278,12 @@ def make_loader(
     loss: CEClipLoss,
     rank: Rank,
     start: int,
+    readers: dict[int, Any] | None = None,
 ) -> Iterator[list[Batch]]:
-    """This rank's share of each global batch from step `start` on; shards where data is None."""
+    """This rank's share of each global batch from step `start` on.
+
+    Where data is None it comes from shards, whose `readers` go on from their states.
+    """
     local = args.batch_size // rank.world
     kind = "valid" if loss.options["mask_invalid"] else "all"
     collate = Collate(
@@ -288,9 +303,8 @@ def make_loader(
                 "--imc paired needs a second caption of each picture, which shards lack; "
                 "use --imc repulsion or --imc none"
             )
-        transform, place = transform_of(args, model), (start, rank.number, rank.world)
-        stream = ShardStream(args.data[0], transform, args.seed, place, args.on_bad_image)
-        loader = DataLoader(stream, batch_size=local, **options)
+        stream = make_stream(args, model, loss, rank, start, readers)
+        loader = DataLoader(stream, batch_size=None, **options)
     else:
         batches = data.batches(start, args.steps)
         mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
@@ -310,6 +324,22 @@ def ignore_signals(worker: int) -> None:
     """Leave the signals to the process that trains."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def make_stream(
+    args: argparse.Namespace,
+    model: Model,
+    loss: CEClipLoss,
+    rank: Rank,
+    start: int = 0,
+    readers: dict[int, Any] | None = None,
+) -> ShardStream:
+    """The shards of --data, from step `start` on."""
+    place, transform = (start, rank.number, rank.world), transform_of(args, model)
+    options: dict[str, Any] = {"batch": args.batch_size // rank.world, "remote": args.remote}
+    options |= {"states": readers or {}, "needs_negatives": loss.needs_negatives}
+    given = (args.data[0], transform, args.seed, place, args.on_bad_image, args.types)
+    return ShardStream(*given, **options)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -426,7 +456,7 @@ def follow(teacher: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 def checkpoint(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, step: int
+    run: Run, about: dict[str, Any], args: argparse.Namespace, step: int, readers: Any = None
 ) -> dict[str, Any]:
     """Everything that a resumed run needs; the weights in open_clip's layout."""
     train: dict[str, Any] = {
@@ -434,42 +464,36 @@ def checkpoint(
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "loss": run.loss.state_dict(),
-        "limit": run.limit,
+        **{"limit": run.limit, "readers": readers or {}},
     }
     if args.lora:
         train["net"] = run.net.state_dict()
     if run.teacher is not None:
         train["teacher"] = run.teacher.net.state_dict()
-    kit = {**about, "recipe": args.recipe, "step": step, **versions()}
+    kit = {**about, "recipe": args.recipe, "types": run.loss.types, "step": step, **versions()}
     return {"state_dict": plain_weights(run.net), "kit": kit, "train": train}
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all: the one before it stays until this one is on disk."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with writing(path, overwrite=True) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise DataError(f"--out {path}: cannot be written ({why(error)}); {LAST_STAYS}") from None
+    except (DataError, RuntimeError) as error:
+        told = f"{path}: cannot be written ({why(error)})" if error.__context__ else str(error)
+        raise DataError(f"{told}; the last checkpoint stays") from None
 
 
-LAST_STAYS = "the last checkpoint stays, and the same command goes on from it"
-
-
-def resume(run: Run, path: Path, steps: int) -> int:
-    """Load latest.pt into the run; returns the step to go on with."""
+def resume(run: Run, path: Path, steps: int) -> tuple[int, dict[int, Any]]:
+    """Load latest.pt into the run; returns the step to go on with, and readers of shards."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        train = content["train"]
+        train, types = content["train"], content["kit"].get("types", NEGATIVE_TYPES)
         step = train["step"]
         if type(step) is not int or not 0 < step <= steps:
             raise ValueError(f"its step is {step!r}, of {steps}")
+        if tuple(types) != run.loss.types:
+            raise ValueError(f"types {', '.join(types)}, now {', '.join(run.loss.types)}")
         run.net.load_state_dict(train.get("net", content["state_dict"]))
         if run.teacher is not None:
             run.teacher.net.load_state_dict(train["teacher"])
@@ -483,12 +507,13 @@ def resume(run: Run, path: Path, steps: int) -> int:
         run.scaler.load_state_dict(train["scaler"])
         run.loss.load_state_dict(train["loss"])
         run.limit.copy_(train["limit"])
+        readers = dict(train["readers"])
     except Exception as error:  # torch raises many kinds here
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(
             f"{path}: cannot be resumed from ({reason}); choose another --out"
         ) from None
-    return step
+    return step, readers
 
 
 def fingerprint(path: str) -> str:
@@ -681,6 +706,7 @@ def train(
     rank: Rank,
     start: int,
     stop: Stop,
+    readers: dict[int, Any],
 ) -> int:
     """Train from step `start` to the end, logging and saving on the way; returns the exit code."""
     log = Log(args, rank, start)
@@ -700,6 +726,7 @@ def train(
         done = step + 1
         # fp16 finds its scale by overflowing, which says nothing until the scale is down at 1.
         searching = run.scaler.is_enabled() and math.isfinite(out["loss"]) and scale > 1
+        readers.update([parts[-1].state] if parts[-1].state else [])
         unsaved = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, searching)
         if log.bad == MAX_BAD_STEPS or (done == args.steps and log.skipped >= MAX_BAD_STEPS):
             kept = f"; {args.out}/latest.pt is the last good checkpoint" if saved else ""
@@ -708,10 +735,12 @@ def train(
                 f"was applied; lower --lr{kept}"
             )
         if epoch_path(args, done) or (not log.skipped and done % args.save_every == 0):
-            unsaved, saved = save_step(run, about, args, rank, done) or unsaved, done
+            share_readers(readers, args, rank)
+            unsaved, saved = save_step(run, about, args, rank, done, readers) or unsaved, done
     code = code or stop.agreed(rank, unsaved)
-    if code and not log.skipped and saved < done and unsaved is None:
-        unsaved = save_step(run, about, args, rank, done)
+    if code and not log.skipped and saved < done:
+        share_readers(readers, args, rank)
+        unsaved = unsaved or save_step(run, about, args, rank, done, readers)
     for error in filter(None, (fault, unsaved)):
         print(f"train.py: error: {error}", file=sys.stderr)
     if rank.number == 0 and code:
@@ -734,6 +763,15 @@ def loader_fault(error: Exception) -> DataError:
     raise error
 
 
+def share_readers(readers: dict[int, Any], args: argparse.Namespace, rank: Rank) -> None:
+    """Gather where the readers of shards of all ranks are."""
+    if rank.world > 1 and reads_shards(args):
+        found: list[Any] = [None] * rank.world
+        dist.all_gather_object(found, readers)
+        for others in found:
+            readers.update(others)
+
+
 def seed_dropout(seed: int, device: torch.device) -> None:
     """Make a step's random numbers its own, so that a checkpoint need not hold their state."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would also note a stack trace
@@ -742,7 +780,7 @@ def seed_dropout(seed: int, device: torch.device) -> None:
 
 
 def save_step(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int
+    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int, readers: Any
 ) -> DataError | None:
     """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
     if rank.number:
@@ -752,7 +790,7 @@ def save_step(
             f"weights are not finite after step {step}: lower --lr; {args.out}/latest.pt, "
             "if it is there, is the last good checkpoint"
         )
-    content = checkpoint(run, about, args, step)
+    content = checkpoint(run, about, args, step, readers)
     try:
         save(content, args.out / "latest.pt")
         save_epoch(content, args, step)
@@ -868,7 +906,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE[:WEIGHT]", help="manifests, or .tar shards")
+    add_types(parser)
     add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
+    add("--remote", action="store_true", help="shards may be URLs, or pipe: commands to be run")
     add("--out", type=Path, help="run directory (default runs/RECIPE)")
     add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
     add("--pretrained", help="open_clip tag or checkpoint to start from (default: random weights)")
@@ -997,6 +1037,7 @@ def check_idle(args: argparse.Namespace) -> None:
         ("imc_weight", o["imc"] == "none", "where imc is none"),
         ("focal_gamma label_smoothing", not o["own_weight"], "without --own-weight"),
         ("images captions", reads_shards(args), "with shards"),
+        ("remote", not reads_shards(args), "without shards"),
         ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
     ):
         for name in names.split():
@@ -1006,7 +1047,7 @@ def check_idle(args: argparse.Namespace) -> None:
 
 def reads_shards(args: argparse.Namespace) -> bool:
     """Whether --data are webdataset shards."""
-    return bool(args.data) and any(name.endswith(".tar") for name in args.data)
+    return any(re.search(r"\.(tar(\.\w+)?|tgz)(:[\d.]+)?$|^pipe:", x) for x in args.data or [])
 
 
 def prepare(
@@ -1062,14 +1103,17 @@ def main(argv: list[str] | None = None) -> int:
     rank = start_process(args.device)
     held: list[Any] = []  # the lock
     record, model, fresh = together(lambda: prepare(args, rank, held))
-    run = make_run(args, model, rank)
-    data = together(lambda: None if reads_shards(args) else make_data(args, model, run.loss))
+    shards, loss = reads_shards(args), make_loss(args)
+    data = together(lambda: None if shards else make_data(args, model, loss))
+    types = data.types if data else together(lambda: make_stream(args, model, loss, rank).types)
+    run = make_run(args, model, rank, types)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     if args.dry_run:
         dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
         return 0
-    start = together(lambda: 0 if fresh else resume(run, args.out / "latest.pt", args.steps))
+    latest = args.out / "latest.pt"
+    start, readers = together(lambda: (0, {}) if fresh else resume(run, latest, args.steps))
     same_start(args.out, rank, start, record)
     if rank.number == 0:
         start_run(args.out, record, start, held)
@@ -1089,8 +1133,8 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     with Stop() as stop:
-        loader = make_loader(args, data, model, run.loss, rank, start)
-        code = train(run, loader, model.about, args, rank, start, stop)
+        loader = make_loader(args, data, model, run.loss, rank, start, readers)
+        code = train(run, loader, model.about, args, rank, start, stop, readers)
     for file in held:
         file.close()
     if rank.number == 0 and code == 0:
@@ -1099,15 +1143,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_main() -> int:
-    """Run main; a user's mistake is one sentence and exit code 2."""
+    """Run main; where another rank has ended, say so."""
     try:
         return main()
-    except DataError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     except RuntimeError as error:
         if not dist.is_initialized() or not re.search("Connection|timed out", str(error)):
             raise
@@ -1115,8 +1153,13 @@ def run_main() -> int:
         return 2
 
 
+def other_tells() -> bool:
+    """Whether rank 0 says what went wrong."""
+    return dist.is_initialized() and dist.get_rank() > 0
+
+
 if __name__ == "__main__":
-    code = run_main()
+    code = run_script(run_main, "train.py", quiet=other_tells)
     gc.collect()  # DistributedDataParallel must go before its group: its threads would abort
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -40,7 +40,7 @@ from bench_losses import Released
 import train
 from data import Batch, pack_texts, read_manifest
 from evaluate import PRECISIONS, Model, load_model
-from negatives import NEGATIVE_TYPES
+from negatives import NEGATIVE_TYPES, run_script
 
 # Tokens of COCO's captions with the two ends, Karpathy's test split: 13.5 on average.
 LENGTHS = {10: 6, 11: 16, 12: 21, 13: 18, 14: 13, 15: 9, 16: 6, 17: 4, 19: 3, 22: 2, 27: 1}
@@ -73,8 +73,8 @@ def synthetic_texts(count: int, rng: random.Random) -> list[list[str]]:
 
 def manifest_texts(path: Path, count: int, rng: random.Random) -> list[list[str]]:
     """Captions of a manifest that have all four negatives, and these."""
-    records = [record for record in read_manifest(path) if all(record.negatives)]
-    full = [[record.caption, *map(str, record.negatives)] for record in records]
+    records = [record for record in read_manifest(path) if all(record.negatives.values())]
+    full = [[record.caption, *map(str, record.negatives.values())] for record in records]
     return rng.sample(full, count)
 
 
@@ -238,7 +238,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    code = run_script(main, "bench_step.py")
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import negatives
-from negatives import NEGATIVE_TYPES, DataError, main, make_negatives, read_captions
+from negatives import NEGATIVE_TYPES, DataError, main, make_negatives
 
 SCRIPT = Path(__file__).parent.parent / "negatives.py"
 HORSE = "A man riding a brown horse on the beach."
@@ -408,11 +408,6 @@ def test_the_header_counts_what_the_lines_hold(manifest, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_its_own_output_can_be_read_again(manifest, tmp_path):
-    main([str(manifest), "--out", str(tmp_path / "out.jsonl")])
-    assert list(read_captions(tmp_path / "out.jsonl")) == list(read_captions(manifest))
-
-
 def test_text_prints_one_line_for_each_type(capsys):
     main(["--text", HORSE])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(
@@ -439,58 +434,6 @@ def test_limit_reads_the_first_captions_only(manifest, tmp_path):
 
 IMAGE = "val2014/COCO_val2014_000000000009.jpg"
 CAPTION = "A dog on a couch."
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "image", "image_id"),
-    [
-        ("a.jsonl", json.dumps({"image": IMAGE, "image_id": 9, "caption": CAPTION}), IMAGE, 9),
-        ("a.jsonl", '{"manifest": 1}\n\n' + json.dumps({"caption": CAPTION}), None, None),
-        (
-            "coco.json",
-            json.dumps(
-                {
-                    "images": [{"id": 9, "file_name": IMAGE}],
-                    "annotations": [{"image_id": 9, "id": 1, "caption": CAPTION}],
-                }
-            ),
-            IMAGE,
-            9,
-        ),
-        ("list.json", json.dumps([{"image": IMAGE, "caption": [CAPTION]}]), IMAGE, None),
-        (
-            "dataset_coco.json",
-            json.dumps(
-                {
-                    "images": [
-                        {
-                            "filepath": "val2014",
-                            "filename": IMAGE.split("/")[1],
-                            "cocoid": 9,
-                            "sentences": [{"raw": CAPTION}],
-                        }
-                    ]
-                }
-            ),
-            IMAGE,
-            9,
-        ),
-        ("a.csv", f'filepath,title\n{IMAGE},"{CAPTION}"\n', IMAGE, None),
-        ("a.tsv", f"image\tcaption\n{IMAGE}\t{CAPTION}\n", IMAGE, None),
-        ("a.csv", f"title\tfilepath\n{CAPTION}\t{IMAGE}\n", IMAGE, None),
-        ("bom.csv", f"\ufeffcaption,image\n{CAPTION},{IMAGE}\n", IMAGE, None),
-    ],
-)
-def test_every_source_gives_the_same_record(tmp_path, name, content, image, image_id):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    expected = {"image": image, "image_id": image_id, "caption": CAPTION}
-    assert list(read_captions(tmp_path / name)) == [expected]
-
-
-def test_columns_of_a_table_can_be_named(tmp_path):
-    (tmp_path / "a.csv").write_text("photo,text\n1.jpg,A dog\n")
-    found = list(read_captions(tmp_path / "a.csv", image_column="photo", caption_column="text"))
-    assert found == [{"image": "1.jpg", "image_id": None, "caption": "A dog"}]
 
 
 def test_lines_on_stdin_are_captions(tmp_path):
@@ -640,7 +583,7 @@ def test_ranks_share_the_shards_and_write_the_same_bytes(shards, tmp_path, monke
 
 def test_a_sample_without_a_caption_is_named(tmp_path):
     shard(tmp_path / "a.tar", {"7.jpg": b"x"})
-    with pytest.raises(DataError, match=r"a\.tar: sample 7: want a caption"):
+    with pytest.raises(DataError, match=r"a\.tar: sample 7: the caption must be"):
         main([str(tmp_path / "a.tar"), "--out", str(tmp_path / "out")])
 
 
@@ -712,38 +655,6 @@ def test_a_model_without_a_head_is_refused(manifest, tmp_path, tiny_mlm):
 # Mistakes
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"caption": "A dog"}\nnonsense\n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", '{"caption": "A dog"}\n{"caption": 3}\n', "a.jsonl:2: want a caption"),
-        ("a.jsonl", "[1]\n", "a.jsonl:1: want a JSON object"),
-        ("a.json", '[\n{"caption": "A"},\n}', "a.json:3: not JSON"),
-        ("a.json", '[{"image": "1.jpg"}]', "record 0: neither COCO nor Karpathy"),
-        ("a.json", '{"annotations": [{"image_id": 1}]}', "record 0: neither COCO nor Karpathy"),
-        ("a.json", "3", "a.json:1: neither COCO nor Karpathy"),
-        ("a.json", '{"info": 1}', "a.json:1: neither COCO nor Karpathy"),
-        ("a.csv", "photo,text\n1.jpg,A dog\n", "a.csv:1: columns are photo, text"),
-        ("a.csv", "image,caption\n1.jpg,A dog\n2.jpg\n", "a.csv:3: want a caption"),
-        ("a.jsonl", "", "no captions"),
-        ("a.json", "", "a.json:1: not JSON"),
-        ("a.csv", "", "no captions"),
-        ("a.png", "x", "unknown kind of file"),
-        ("a.jsonl", b"\xff\xfe", "not UTF-8"),
-    ],
-)
-def test_a_mistake_in_a_file_is_one_sentence_and_leaves_nothing(
-    tmp_path, monkeypatch, name, content, message
-):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as caught:
-        main([str(path), "--out", str(tmp_path / "out.jsonl")])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-
-
 def test_the_command_ends_with_one_line_and_code_2(tmp_path):
     result = run(tmp_path / "missing.json", "--out", tmp_path / "out.jsonl")
     assert result.returncode == 2
@@ -784,19 +695,6 @@ def test_the_source_is_never_replaced(manifest, tmp_path):
     assert manifest.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("image,caption\na.jpg,A bus, and a man\n", r"t\.csv:2: more fields than columns"),
-        ('image,caption\na.jpg,"A man\nb.jpg,A dog\n', r"t\.csv:.: not a table"),
-    ],
-)
-def test_a_table_with_a_loose_comma_or_quote_is_refused(text, message, tmp_path):
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(DataError, match=message):
-        list(read_captions(tmp_path / "t.csv"))
-
-
 def test_names_in_a_shard_may_have_folders_and_dots(tmp_path):
     names = ("./a.b/0", "./1")
     shard(tmp_path / "in.tar", {f"{name}.txt": b"A man on a horse" for name in names})
@@ -830,7 +728,7 @@ def test_a_full_disk_keeps_the_old_file(manifest, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("negatives._work", tear)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(DataError, match="disk full"):
         main([str(manifest), "--out", str(out), "--overwrite"])
     assert out.read_text() == "precious"
 
@@ -1121,7 +1019,7 @@ def test_a_shard_that_was_cut_is_not_taken_for_a_whole_one(tmp_path):
     for size in (1024, 1024 + 200, 2048):  # after a member, in a header, after another member
         cut = tmp_path / "cut.tar"
         cut.write_bytes(whole.read_bytes()[:size])
-        with pytest.raises(DataError, match=r"cut\.tar: damaged or cut off"):
+        with pytest.raises(DataError, match=r"cut\.tar: .*damaged or cut off"):
             main([str(cut), "--out", str(tmp_path / "out")])
     main([str(whole), "--out", str(tmp_path / "out")])
 

@@ -142,8 +142,8 @@ def test_a_wrong_key_is_refused(reading, key, capsys):
     [
         ('{"caption": "A dog", "negatives": {"object": "A cat"}}', "has no image"),
         ('{"caption": 5, "image": "a", "negatives": {}}', "want a record"),
-        ("5", "want a record"),
-        ("{", "not JSON"),
+        ("5", "is not a record"),
+        ("{", "is not JSON"),
         ("", "no negatives in it"),
     ],
 )

@@ -368,7 +368,6 @@ def test_sources_are_mixed(tmp_path):
 
 
 def test_shards_train(tmp_path):
-    pytest.importorskip("webdataset", reason="pip install webdataset")
     manifest = put(tmp_path)[1]
     pattern = f"{tmp_path}/s/000000.tar"
     data.main(["shards", manifest, "--images", str(tmp_path), "--out", str(tmp_path / "s")])
