@@ -1636,14 +1636,19 @@ def main(argv: list[str] | None = None) -> None:
                 "caption_column": args.caption_column,
                 "negatives": args.negative,
             }
-        rows = manifest_rows(read_captions(args.captions, **columns))
+        rows = manifest_rows(read_captions(args.captions, **columns), args.captions)
     count = write_lines(args.out, rows, args.overwrite)
     print(f"{count} lines written to {args.out}")
 
 
-def manifest_rows(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+def manifest_rows(records: Iterable[Record], source: Path) -> Iterator[dict[str, Any]]:
     """The lines of a manifest; it has a header where the types are not the default ones."""
     for number, record in enumerate(records):
+        if record.image is None:
+            raise DataError(
+                f"{source}: caption {number + 1} has no image; name the column with "
+                "--image-column, or make negatives without images with negatives.py"
+            )
         types = tuple(record.negatives) or NEGATIVE_TYPES
         if not number and types != NEGATIVE_TYPES:
             yield {"manifest": 1, "types": types}

@@ -1009,8 +1009,9 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
 def check_data(args: argparse.Namespace) -> None:
     """Refuse --data and --images that do not fit together."""
     folders, manifests = len(args.images or []), len(args.data or [])
-    if folders and not manifests:
-        raise DataError("--images: needs --data, the manifest of these pictures")
+    if (folders or args.types) and not manifests:
+        flag = "--images" if folders else "--types"
+        raise DataError(f"{flag}: needs --data, the manifest with these images and negatives")
     if reads_shards(args):
         if manifests > 1 or not args.steps:
             raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")

@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         first = json.loads(line) if line.strip() else {}
         report["header"] = first if "captions" in first else None
     reader = MaskedReader(args.mlm) if args.mlm else None
-    parse = kit._load_spacy(args.spacy, tags_only=True) if args.spacy else None
+    parse = kit.load_spacy(args.spacy, tags_only=True) if args.spacy else None
     for name, found in pairs.items():
         row = describe(found)
         some = random.Random(0).sample(found, min(args.pairs, len(found)))

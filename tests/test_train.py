@@ -120,6 +120,7 @@ def test_two_ranks_train_photos_as_one(tmp_path):
         (["--focal-gamma", "0.5"], "focal_gamma is 0.5"),
         (["--seed", "99999999999999999999999"], "--seed .*: must be from 0"),
         (["--images", "."], "--images: needs --data"),
+        (["--types", "counting"], "--types: needs --data"),
         (["--model", "ViT-B-33"], "did you mean"),
         (["--pretrained", "no.pt"], "no such checkpoint"),
         (["--data", "no.jsonl", "--images", "."], "no.jsonl: cannot be read"),
