@@ -33,6 +33,7 @@ import ast
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -44,9 +45,11 @@ import os
 import queue
 import random
 import re
+import socket
 import sys
 import tarfile
 import threading
+import time
 import urllib.parse
 import zlib
 from array import array
@@ -1557,12 +1560,14 @@ class DataError(ValueError):
     """A mistake in a user's file or option; the message names the place and how to mend it."""
 
 
-def run_script(main: Callable[[], int | None], name: str, *, quiet: bool = False) -> int:
+def run_script(
+    main: Callable[[], int | None], name: str, *, quiet: Callable[[], bool] = lambda: False
+) -> int:
     """Run the main function of a script and return the exit code.
 
     A mistake of the user is one sentence on stderr and code 2, Ctrl-C is code 130, and a reader
-    who has seen enough of the output (``| head``) is no error.  ``quiet`` leaves the sentence to
-    another rank.
+    who has seen enough of the output (``| head``) is no error.  ``quiet`` tells whether another
+    rank says the sentence.
     """
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks letters shows "?"
@@ -1574,7 +1579,7 @@ def run_script(main: Callable[[], int | None], name: str, *, quiet: bool = False
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DataError, OSError) as error:
-        if not quiet:
+        if not quiet():
             print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1582,19 +1587,99 @@ def run_script(main: Callable[[], int | None], name: str, *, quiet: bool = False
         return 130
 
 
-def launcher() -> tuple[int, int, int]:
-    """Rank, number of ranks, and rank on this machine, from torchrun's or SLURM's variables."""
-    for names in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        if names[0] in os.environ and names[1] in os.environ:
-            values = [os.environ.get(name, "0") for name in names]
-            if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
-                given = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
-                raise DataError(f"{given}: must be numbers, the rank less than the number of ranks")
-            return int(values[0]), int(values[1]), int(values[2])
-    return 0, 1, 0
+class Launch(NamedTuple):
+    """This process among all of a run, as its launcher numbered them."""
+
+    rank: int
+    world: int
+    local: int  # among those of this machine
+
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+)
+
+
+def launcher() -> Launch:
+    """Read who this process is from torchrun's variables, else from SLURM's, else it is alone.
+
+    Under srun it also sets MASTER_ADDR, to the first node of the job, and MASTER_PORT, to one made
+    from the number of the job, unless they are set.
+
+    Raises:
+        DataError: some of a launcher's variables are missing, or they are no numbers that fit.
+    """
+    env = os.environ
+    # A script of sbatch has no SLURM_NTASKS unless it asks for it; a shell of salloc has no other.
+    one = {("SLURM_PROCID", "SLURM_LOCALID"): "0", ("SLURM_NTASKS",): "1"}
+    for names in LAUNCHERS:
+        there = tuple(name for name in names if name in env)
+        if not there or env[there[0]] == one.get(there):
+            continue
+        if there != names:
+            missing = next(name for name in names if name not in env)
+            raise DataError(
+                f"{there[0]} is {env[there[0]]} but {missing} is not set: start all processes with "
+                f"torchrun or srun, or unset {there[0]} to run one"
+            )
+        try:
+            found = Launch(*(int(env[name]) for name in names))
+        except ValueError:
+            found = Launch(0, 0, 0)
+        if not (0 <= found.rank < found.world and found.local >= 0):
+            raise DataError(
+                f"{', '.join(f'{name}={env[name]}' for name in names)}: must be numbers from 0, "
+                f"{names[0]} less than {names[1]}; start with torchrun or srun, or unset them"
+            )
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if names[0] == "SLURM_PROCID" and nodes:
+            first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu[07-09,12] is gpu07
+            env.setdefault("MASTER_ADDR", first)
+            job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
+            env.setdefault("MASTER_PORT", str(20_000 + int(job) % 20_000))
+        return found
+    return Launch(0, 1, 0)
+
+
+def why(error: Exception) -> str:
+    """What the system says; torch hides it behind an error of its own."""
+    told = error if isinstance(error, OSError) else error.__context__
+    if isinstance(told, OSError):
+        full = told.errno in (errno.ENOSPC, errno.EDQUOT)
+        return "disk full" if full else str(told.strerror or told)
+    return str(error).splitlines()[0][:160]
+
+
+def lock(out: Path) -> Any:
+    """Keep other runs out of the directory until this process ends, or the file is closed."""
+    try:
+        file = (out / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by workers
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise DataError(
+                f"--out {out}: {holder} trains into it; wait for its end, or choose another --out"
+            ) from None
+        print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
+        return file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        file.flush()
+    return file
 
 
 @contextlib.contextmanager
@@ -1627,7 +1712,7 @@ def writing(
         ) from None
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); check folder and disk"
+            f"{path}: cannot be written ({why(error)}); check folder and disk"
         ) from None
 
 

@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(texts)} captions, {len(rows)} words; held out: {100 * right.float().mean():.1f} % ",
         end="",
     )
-    print(
-        f"of tags are as in spaCy, {100 * right[content].float().mean():.1f} % of content words"
-    )
+    print(f"of tags are as in spaCy, {100 * right[content].float().mean():.1f} % of content words")
     args.out.write_bytes(zlib.compress(rounded.to(torch.int8).numpy().tobytes(), 9))
 
 
