@@ -1230,7 +1230,12 @@ SUITES: dict[str, Callable[[Source], Loaded]] = {
     "hard_positives": load_hard_positives,
 }
 PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", "probe"]
-GROUPS = {"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]}
+GROUPS = {
+    **{"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]},
+    **{"table1": PAPER[:2], "table2": PAPER[2:3], "table3": PAPER[3:4], "table4": PAPER[:3]},
+    **{"figure5": PAPER[:1], "general": PAPER[4:], "ce-clip-plus": PAPER[:4]},
+    "newer": [name for name in SUITES if name not in (*PAPER, "shapes")],
+}
 
 
 def check_root(root: Path | None) -> None:

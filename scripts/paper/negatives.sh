@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Hard negatives of the training captions: bash scripts/paper/negatives.sh
+# Needs the annotations of data.sh coco and the images of SPLIT; prints what was made, how many
+# images decode, and how many of them stand in a test. Writes $ROOT/negatives/SPLIT.jsonl, once.
+. "$(dirname "$0")/common.sh"
+mkdir -p "$(dirname "$manifest")"
+if [ "$SPLIT" = karpathy ] && [ ! -f "$captions" ]; then
+  "$PYTHON" data.py karpathy "$ROOT/karpathy/dataset_coco.json" --splits train restval --out "$captions"
+fi
+read -ra options <<< "${NEGATIVES_OPTIONS:-}"
+if [ ! -f "$manifest" ]; then
+  "$PYTHON" negatives.py "$captions" --out "$manifest" --stats --workers "$(nproc)" "${options[@]}"
+fi
+if [ ! -f "$manifest.check" ]; then
+  "$PYTHON" data.py check "$manifest" --images "$images" | tee "$manifest.check.partial"
+  mv "$manifest.check.partial" "$manifest.check"
+fi
