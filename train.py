@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ from data import (
     ShardStream,
     encode_image,
     encode_text,
+    find_overlap,
     normalise,
     picture_size,
     split_features,
@@ -239,6 +241,25 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
         )
     shares = weights or [len(source) for source in sources]
     return Mixture(sources, shares, args.batch_size, args.seed, args.captions == "one")
+
+
+def note_images(model: Model, data: Mixture | None, rank: Rank) -> None:
+    """Keep which photos the weights have seen (the checkpoint's `kit`) and say which are tested.
+
+    Photos of the checkpoint that the run starts from count; those of shards are not known.
+    """
+    own = (
+        [source.photos for source in data.sources if isinstance(source, ManifestDataset)]
+        if data
+        else []
+    )
+    if not own:
+        return
+    before = model.about.get("train_images", torch.empty(0, dtype=torch.int64)).numpy()
+    photos = np.unique(np.concatenate([before, *own]))
+    model.about["train_images"] = torch.from_numpy(photos)
+    if rank.number == 0:
+        print(f"{len(photos)} training images; among them: " + "; ".join(find_overlap(photos)))
 
 
 def split_weight(text: str) -> tuple[str, float | None]:
@@ -842,6 +863,7 @@ def main(argv: list[str] | None = None) -> int:
         raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
     run = make_run(args, model, rank)
     data = None if reads_shards(args) else make_data(args, model, run.loss)
+    note_images(model, data, rank)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     if args.dry_run:

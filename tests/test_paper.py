@@ -16,7 +16,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+import data
 import evaluate
 import train
 
@@ -343,3 +346,168 @@ def published(suite):
 def test_every_option_of_the_recipes_is_one_of_train():
     for line in (PAPER / "recipes.tsv").read_text().splitlines()[1:]:
         train.check_args(train.parse_args(line.split("\t")[2].split()), train.Rank(0, 1, "cpu"))
+
+
+# No leak: training images that stand in a test.
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("train2017/000000391895.jpg", "val2014/COCO_val2014_000000391895.jpg", True),
+        ("000000391895.jpg", "COCO_train2014_000000391895.jpg", True),
+        ("vg/VG_100K/2315.jpg", "visual7w/v7w_2315.jpg", True),
+        ("vg/VG_100K_2/2315.jpg", "aro/images/2315.jpg", True),
+        ("val2017/000000391895.jpg", "visdial/VisualDialog_val2018_000000391895.jpg", False),
+        ("val2017/000000391895.jpg", "val2017/000000391896.jpg", False),
+        ("cc3m/00000/000391895.jpg", "000000391895.jpg", False),
+    ],
+)
+def test_a_photo_has_one_number_wherever_it_stands(one, two, same):
+    assert (data.photo_number(one) == data.photo_number(two)) is same
+
+
+def test_the_test_images_that_the_kit_knows():
+    known = {name: len(ids) for name, ids in data.test_photos().items()}
+    assert known == {
+        "retrieval and aro: COCO, Karpathy's test split": 5000,
+        **{"sugarcrepe": 1560, "sugarcrepe_pp": 1542, "valse: coreference-standard": 708},
+        **{"valse: foil-it": 936, "valse: plurals": 803, "valse: relations": 486},
+        "whatsup and negbench: val2017, 2378 of its 5000": 2378,
+    }
+    assert all(len(set(ids)) == len(ids) for ids in data.test_photos().values())
+    sets = {name: set(ids) for name, ids in data.test_photos().items()}
+    assert sets["sugarcrepe_pp"] < sets["sugarcrepe"]
+    assert data.photo_number("val2014/COCO_val2014_000000391895.jpg") in next(iter(sets.values()))
+
+
+KARPATHY_TEST, SUGARCREPE = 391895, 85329  # both are the first of their official files
+
+
+def photo_folder(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 32), 60 + i).convert("RGB").save(folder / name)
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory):
+    """A run on two photos, one of them of Karpathy's test split, and a root with both."""
+    root = tmp_path_factory.mktemp("leaky")
+    tested = f"COCO_val2014_{KARPATHY_TEST:012d}.jpg"
+    names = [f"val2014/{tested}", "train2014/COCO_train2014_000000000009.jpg"]
+    photo_folder(root, names)
+    negatives = dict.fromkeys(("relation", "attribute", "object", "action"), "A cat.")
+    rows = [
+        {"image": name, "image_id": k, "caption": f"A dog {word}.", "negatives": negatives}
+        for k, name in enumerate(names)
+        for word in ("runs", "sits")
+    ]
+    write_lines(root / "train.jsonl", rows)
+    test = [{"image": name, "caption": ["A dog.", "A dog runs."]} for name in names]
+    (root / "karpathy").mkdir()
+    (root / "karpathy/coco_karpathy_test.json").write_text(json.dumps(test))
+    return root
+
+
+def test_check_says_how_many_training_images_are_tested(leaky, capsys):
+    data.check(leaky / "train.jsonl", leaky)
+    assert "1 of 5000 test images of retrieval and aro: COCO" in capsys.readouterr().out
+    photo_folder(leaky, ["x.png"])
+    write_lines(leaky / "none.jsonl", [{"image": "x.png", "caption": "A dog.", "negatives": {}}])
+    data.check(leaky / "none.jsonl", leaky)
+    assert "no test image that the kit knows" in capsys.readouterr().out
+
+
+def test_a_run_knows_its_images_and_evaluation_shows_the_overlap(leaky, capsys):
+    options = f"--data {leaky}/train.jsonl --images {leaky} --model shapes-tiny --batch-size 2"
+    run = f"{options} --steps 1 --workers 0 --device cpu --out {leaky}/run"
+    assert train.main(run.split()) == 0
+    said = capsys.readouterr().out
+    assert "2 training images; among them: 1 of 5000 test images of retrieval and aro" in said
+    # a run that starts from those weights has seen their images too
+    write_lines(leaky / "other.jsonl", [
+        {"image": "x.png", "caption": f"A {word}.", "negatives": {"object": "A cat."}}
+        for word in ("dog", "cow")
+    ])  # fmt: skip
+    photo_folder(leaky, ["x.png"])
+    second = f"--data {leaky}/other.jsonl --images {leaky} --pretrained {leaky}/run/latest.pt"
+    more = "--model shapes-tiny --batch-size 1 --steps 1 --workers 0 --recipe negclip"
+    assert train.main(f"{second} {more} --device cpu --out {leaky}/two".split()) == 0
+    assert "3 training images; among them: 1 of 5000" in capsys.readouterr().out
+    evaluate.main(f"--ckpt {leaky}/two/latest.pt --suite retrieval --root {leaky} --allow-missing "
+                  f"--device cpu --out {leaky}/results".split())  # fmt: skip
+    said = capsys.readouterr().out
+    results = json.loads((leaky / "results/results.json").read_text())
+    costs = next(iter(results.values()))["suites"]["retrieval"]["costs"]
+    assert costs["COCO image to text R@1"]["seen"] == 2
+    assert costs["COCO text to image R@1"]["seen"] == 4
+    assert ", 2 seen" in said
+    assert "6 items show one of its 3 training images" in said
+
+
+def test_photos_of_visual_genome_are_known_by_cocos_number(tmp_path):
+    (tmp_path / "vg").mkdir()
+    table = [{"image_id": 7, "coco_id": KARPATHY_TEST, "url": "http://x/VG_100K/7.jpg"}]
+    table += [{"image_id": 8, "coco_id": None, "url": "http://x/VG_100K_2/8.jpg"}]
+    (tmp_path / "vg/image_data.json").write_text(json.dumps(table))
+    regions = [{"id": k, "regions": [{"phrase": f"dog {k}"}]} for k in (7, 8)]
+    (tmp_path / "vg/region_descriptions.json").write_text(json.dumps(regions))
+    data.main(["vg", str(tmp_path / "vg"), "--out", str(tmp_path / "vg.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "vg.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == ["VG_100K_2/8.jpg"]  # the other is a test image
+    item = evaluate.Item(("s",), "0", ("aro/images/7.jpg",), ("a", "b"))
+    suite = evaluate.Suite("aro", [item], [], {}, [])
+    photos = torch.tensor([data.photo_number(f"{KARPATHY_TEST:012d}.jpg")])
+    result = {"subsets": {"s": {}}, "costs": {}}
+    evaluate.mark_seen(result, suite, photos, tmp_path)
+    assert result["subsets"]["s"]["seen"] == 1
+    evaluate.mark_seen(result, suite, photos, tmp_path / "no")
+    assert result["subsets"]["s"]["seen"] == 0
+
+
+@pytest.mark.parametrize(
+    ("splits", "kept"),
+    [(None, ["a", "b"]), (["test"], ["d"]), (["train", "val"], ["a", "c"])],
+)
+@pytest.mark.parametrize("command", ["karpathy", "flickr30k"])
+def test_a_karpathy_file_gives_its_training_splits_only(tmp_path, command, splits, kept):
+    images = [
+        {"filepath": "x", "filename": f"{name}.jpg", "cocoid": k, "split": split,
+         "sentences": [{"raw": name}]}
+        for k, (name, split) in enumerate(
+            [("a", "train"), ("b", "restval"), ("c", "val"), ("d", "test")]
+        )
+    ]  # fmt: skip
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    more = ["--splits", *splits] if splits else []
+    data.main([command, str(tmp_path / "k.json"), "--out", str(tmp_path / "k.jsonl"), *more])
+    rows = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+    assert [row["caption"] for row in rows] == kept
+    assert rows[0]["image"] == f"x/{kept[0]}.jpg"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"images": [{"split": "train"}]}', "is no Karpathy json"), ("{", "is no Karpathy json")],
+)
+def test_what_is_no_karpathy_json_is_refused(tmp_path, text, message):
+    (tmp_path / "k.json").write_text(text)
+    with pytest.raises(data.DataError, match=message):
+        data.main(["karpathy", str(tmp_path / "k.json"), "--out", str(tmp_path / "k.jsonl")])
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.main(["karpathy", str(tmp_path / "no.json"), "--out", str(tmp_path / "k.jsonl")])
+    assert not (tmp_path / "k.jsonl").exists()
+
+
+def test_images_with_captions_beside_them_are_a_source(tmp_path):
+    photo_folder(tmp_path / "cc", ["00000/000000001.jpg", "00000/000000002.jpg"])
+    (tmp_path / "cc/00000/000000001.txt").write_text("A dog runs.\n")
+    data.main(["cc3m", str(tmp_path / "cc"), "--out", str(tmp_path / "cc.jsonl")])
+    (row,) = [json.loads(line) for line in (tmp_path / "cc.jsonl").read_text().splitlines()]
+    assert (row["image"], row["caption"]) == ("00000/000000001.jpg", "A dog runs.")
