@@ -259,16 +259,16 @@ def run_judge(args: argparse.Namespace) -> int:
         label: {key: value for key, value in result.items() if key != "suites"}
         for label, result in results.items()
     }
-    count = {verdict: 0 for verdict in ("within", "OUTSIDE", "shown", "not run")}
+    count = dict.fromkeys(("within", "OUTSIDE", "shown", "in part", "not run"), 0)
     for record in records:
-        count[record["verdict"]] = count.get(record["verdict"], 0) + 1
-    content = {"table": args.judge, "world": args.world, "rule": RULE, "made": made}
+        count["in part" if record["verdict"].endswith("not judged") else record["verdict"]] += 1
+    summary = f"{args.judge}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items())
+    content = {"table": args.judge, "world": args.world, "summary": summary, "rule": RULE}
     args.record.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**content, "count": count, "rows": records}, indent=1)
+    text = json.dumps({**content, "made": made, "count": count, "rows": records}, indent=1)
     evaluate.write_text(args.record, text + "\n")
     print(evaluate.show(judgement(records)))
-    print(f"\n{RULE}\n{args.judge}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items()))
-    print(f"record: {args.record}")
+    print(f"\n{RULE}\n{summary}\nrecord: {args.record}")
     return int(count["OUTSIDE"] > 0)
 
 

@@ -15,6 +15,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import fork_python
 import pytest
 import torch
 from PIL import Image
@@ -511,3 +512,154 @@ def test_images_with_captions_beside_them_are_a_source(tmp_path):
     data.main(["cc3m", str(tmp_path / "cc"), "--out", str(tmp_path / "cc.jsonl")])
     (row,) = [json.loads(line) for line in (tmp_path / "cc.jsonl").read_text().splitlines()]
     assert (row["image"], row["caption"]) == ("00000/000000001.jpg", "A dog runs.")
+
+
+# The scripts themselves, in a short form.
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A PYTHON for the scripts that has imported torch already."""
+    folder = tmp_path_factory.mktemp("python")
+    address, path = folder / "socket", folder / "python"
+    path.write_text(fork_python.client(str(address)))
+    path.chmod(0o755)
+    command = [sys.executable, fork_python.__file__, str(address)]
+    keep = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=keep, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "ready\n"
+        yield path
+        server.terminate()
+
+
+SHORT = {"TRAIN_OPTIONS": "--batch-size 4 --steps 2 --workers 0", "EVAL_OPTIONS": "--no-blind"}
+VISION = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
+TEXT = {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The config of a model that is written and read in no time."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shapes(python, tiny, tmp_path_factory):
+    """Variables of a short run in the shapes world, and where its runs are."""
+    out = tmp_path_factory.mktemp("shapes")
+    return {"WORLD": "shapes", "OUT": out, "PYTHON": python, "MODEL": tiny, **SHORT, "SEEDS": "0 1"}
+
+
+def test_every_recipe_trains_from_the_same_base(shapes):
+    names = [line.split("\t")[0] for line in (PAPER / "recipes.tsv").read_text().splitlines()[1:]]
+    done = bash("train.sh", *names, **{**shapes, "SEEDS": "0"})
+    assert done.returncode == 0, done.stderr
+    assert {path.parent.name for path in shapes["OUT"].glob("*/latest.pt")} == {
+        f"{name}.0" for name in ("base", *names)
+    }
+    again = bash("train.sh", *names, **{**shapes, "SEEDS": "0"})
+    assert again.stdout.splitlines() == [f"{shapes['OUT']}/{x}.0 is done" for x in ("base", *names)]
+
+
+def test_a_table_has_mean_and_interval_over_seeds(shapes):
+    env = {**shapes, "RECIPES": "ce-clip"}
+    done = bash("table4.sh", **env)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((shapes["OUT"] / "table4/record.json").read_text())
+    assert {row["name"] for row in record["rows"]} == {"base", "ce-clip"}
+    assert all(len(row["seeds"]) == 2 for row in record["rows"])
+    before = (shapes["OUT"] / "table4/results.json").stat().st_mtime_ns
+    again = bash("table4.sh", **env)
+    assert again.stdout.splitlines()[-1] == f"record: {shapes['OUT']}/table4/record.json"
+    assert (shapes["OUT"] / "table4/results.json").stat().st_mtime_ns == before
+
+
+def test_figure_5_draws_and_scores_epochs(shapes):
+    done = bash("figure5.sh", **{**shapes, "RECIPES": "ce-clip", "SEEDS": "0"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads((shapes["OUT"] / "figure5" / "record.json").read_text())
+    assert {row["name"] for row in record["rows"]} == {"ce-clip epoch 01"}
+    assert (shapes["OUT"] / "ce-clip.0" / "thresholds.png").exists()
+
+
+@pytest.fixture(scope="module")
+def coco(python, tiny, tmp_path_factory):
+    """A stand-in of COCO's layout with a few rows of some suites, and variables for it."""
+    root = tmp_path_factory.mktemp("coco")
+    names = [f"train2014/COCO_train2014_{k:012d}.jpg" for k in range(8)]
+    tested = [f"val2017/{k:012d}.jpg" for k in (SUGARCREPE, 1)]
+    photo_folder(root, [*names, *tested])
+    images = [{"id": k, "file_name": name.split("/")[1]} for k, name in enumerate(names)]
+    said = ("A man riding a brown horse on the beach.", "A red bus next to a white house.")
+    captions = [{"image_id": k, "caption": text} for k in range(8) for text in said]
+    for name in ("annotations", "karpathy", "sugarcrepe"):
+        (root / name).mkdir()
+    both = {"images": images, "annotations": captions}
+    (root / "annotations/captions_train2014.json").write_text(json.dumps(both))
+    test = [{"image": name, "caption": ["A dog.", "A dog runs."]} for name in tested]
+    (root / "karpathy/coco_karpathy_test.json").write_text(json.dumps(test))
+    row = {"filename": tested[0].split("/")[1], "caption": "a", "negative_caption": "b"}
+    for name in evaluate.read_table("suites")["sugarcrepe"]["expected"]:
+        (root / f"sugarcrepe/{name}.json").write_text(json.dumps({"0": row}))
+    env = {"PYTHON": python, "ROOT": root, "OUT": root / "out", **SHORT, "ALLOW_MISSING": "1"}
+    return {**env, "MODEL": tiny, "PRETRAINED": "", "RECIPES": "ce-clip"}
+
+
+def test_all_prints_every_table_and_names_what_is_missing(coco):
+    done = bash("all.sh", **coco)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sugarcrepe" in done.stdout
+    assert "1 of 245 items, not judged" in done.stdout
+    assert "left out: vl_checklist: none of its files" in done.stderr
+    summary = done.stdout.split("== all\n")[1].splitlines()
+    assert [line.split(":")[0] for line in summary] == [
+        *("table1", "table2", "table3", "table4", "figure5", "general", "newer", "ce-clip-plus")
+    ]
+    assert summary[1].endswith("0 within, 0 OUTSIDE, 0 shown, 0 in part, 20 not run")
+    assert summary[-1] == "ce-clip-plus: NOT RUN (exit code 2, see above)"
+    assert "8 training images; among them: no test image" in done.stdout
+    assert "base: 0 items show one of its 8 training images" in done.stdout
+
+
+def test_what_is_missing_stops_a_table_unless_it_may_be(coco):
+    done = bash("table2.sh", **{**coco, "ALLOW_MISSING": ""})
+    assert done.returncode == 2
+    assert "vl_checklist/data/Attribute/vg/action.json: cannot be read" in done.stderr
+
+
+def test_ce_clip_plus_trains_on_three_sources(coco):
+    root = coco["ROOT"]
+    photo_folder(root, [f"cc3m/00000/{k:09d}.jpg" for k in range(4)])
+    photo_folder(root, [f"vg/VG_100K/{k}.jpg" for k in range(1, 5)])
+    for k in range(4):
+        (root / f"cc3m/00000/{k:09d}.txt").write_text("A man riding a brown horse.")
+    about = [{"image_id": k, "coco_id": None, "url": "x/VG_100K/1.jpg"} for k in range(1, 5)]
+    regions = [{"id": k, "regions": [{"phrase": "a brown horse on grass"}]} for k in range(1, 5)]
+    (root / "vg/image_data.json").write_text(json.dumps(about))
+    (root / "vg/region_descriptions.json").write_text(json.dumps(regions))
+    base = coco["OUT"] / "base.0" / "latest.pt"
+    if not base.exists():
+        assert bash("train.sh", "ce-clip", **coco).returncode == 0
+    more = {"PRETRAINED": base, "WEIGHTS": "2 1 1"}
+    done = bash("ce-clip-plus.sh", **{**coco, **more})
+    assert done.returncode == 0, done.stderr
+    assert "16 training images" in done.stdout  # 8 of COCO, 4 and 4
+    assert (coco["OUT"] / "ce-clip-plus" / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "message"),
+    [
+        ("table1.sh", {"WORLD": "mars"}, "WORLD=mars: is neither coco nor shapes"),
+        ("table1.sh", {"SPLIT": "test"}, "SPLIT=test: is none of train2014"),
+        ("train.sh", {}, "name recipes: clip negclip"),
+        ("train.sh recip", {}, "recip: is not in scripts/paper/recipes.tsv"),
+        ("ce-clip-plus.sh", {"WORLD": "shapes"}, "needs photos"),
+    ],
+)
+def test_a_mistake_is_one_sentence(script, env, message):
+    done = bash(*script.split(), **env)
+    assert done.returncode == 2
+    assert message in done.stderr
