@@ -22,6 +22,7 @@ from PIL import Image
 
 import data
 import evaluate
+import negatives
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -663,3 +664,58 @@ def test_a_mistake_is_one_sentence(script, env, message):
     done = bash(*script.split(), **env)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+SRUN = """#!/usr/bin/env bash
+if [ -f "$STOP" ]; then rm "$STOP"; exit 143; fi  # as train.py ends that had to stop and saved
+pids=() code=0
+for ((i = 0; i < SLURM_NTASKS; i++)); do
+  SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_STEP_NODELIST=127.0.0.1 "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit "$code"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, tiny):
+    """Run train.slurm with stand-ins of srun (local processes) and scontrol (writes its call)."""
+    for name, text in {"srun": SRUN, "scontrol": '#!/bin/bash\necho "$*" >> "$CALLS"\n'}.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def submit(tasks, **env):
+        job = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": "7", "SLURM_NTASKS": tasks}
+        run = {"WORLD": "shapes", "OUT": tmp_path / "out", "SEEDS": "0", "MODEL": tiny, **SHORT}
+        path = f"{tmp_path}/bin:{os.environ['PATH']}"
+        files = {"STOP": tmp_path / "stop", "CALLS": tmp_path / "calls", "PATH": path}
+        # sbatch's own script stands for a task too
+        batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        return bash("train.slurm", "negclip", **{**job, **run, **files, **batch, **env})
+
+    return submit
+
+
+def test_a_job_that_was_stopped_goes_back_into_the_queue_and_goes_on(slurm, tmp_path, python):
+    (tmp_path / "stop").touch()
+    first = slurm(1, PYTHON=python)
+    assert first.returncode == 143
+    assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    second = slurm(1, PYTHON=python)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "out/negclip.0/latest.pt").exists()
+    assert (tmp_path / "calls").read_text() == "requeue 7\n"
+
+
+@pytest.mark.skipif(not hasattr(negatives, "launcher"), reason="train.py does not know srun yet")
+def test_two_tasks_of_a_job_are_one_run(slurm, tmp_path, python):
+    done = slurm(2, PYTHON=python)
+    assert done.returncode == 0, done.stderr
+    assert "2 steps of 4 on 2 x cpu" in done.stdout
+
+
+def test_an_error_is_not_put_back_into_the_queue(slurm, tmp_path, python):
+    done = slurm(1, PYTHON=python, TRAIN_OPTIONS="--batch-size 0")
+    assert done.returncode == 2
+    assert not (tmp_path / "calls").exists()

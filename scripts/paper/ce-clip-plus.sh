@@ -10,8 +10,8 @@ manifests=("$manifest" "$ROOT/negatives/cc3m.jsonl" "$ROOT/negatives/vg.jsonl")
 for name in cc3m vg; do
   [ -d "$ROOT/$name" ] || fail "$ROOT/$name is not there: bash scripts/paper/data.sh $name"
   if [ ! -f "$ROOT/negatives/$name.jsonl" ]; then
-    "$PYTHON" data.py "$name" "$ROOT/$name" --out "$ROOT/negatives/$name.captions.jsonl" --overwrite
-    "$PYTHON" negatives.py "$ROOT/negatives/$name.captions.jsonl" --workers "$(nproc)" \
+    alone data.py "$name" "$ROOT/$name" --out "$ROOT/negatives/$name.captions.jsonl" --overwrite
+    alone negatives.py "$ROOT/negatives/$name.captions.jsonl" --workers "$(nproc)" \
       --out "$ROOT/negatives/$name.jsonl" --stats
   fi
 done

@@ -41,6 +41,9 @@ launch() {
   else "$PYTHON" "$@"; fi
 }
 
+# Run one process, in a job of SLURM too, whose variables would make it one of many.
+alone() { env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$@"; }
+
 # train OUT OPTIONS...: run train.py into the folder OUT, unless these very options are done there.
 train() {
   local out=$1; shift
@@ -92,7 +95,7 @@ score() {
       || { code=$?; results=$out/none; [ -n "${ALLOW_MISSING:-}" ] || exit "$code"; }
     echo "$given" > "$out/given"
   fi
-  "$PYTHON" scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
+  alone scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
     --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$out/record.json"
 }
 

@@ -5,13 +5,13 @@
 . "$(dirname "$0")/common.sh"
 mkdir -p "$(dirname "$manifest")"
 if [ "$SPLIT" = karpathy ] && [ ! -f "$captions" ]; then
-  "$PYTHON" data.py karpathy "$ROOT/karpathy/dataset_coco.json" --splits train restval --out "$captions"
+  alone data.py karpathy "$ROOT/karpathy/dataset_coco.json" --splits train restval --out "$captions"
 fi
 read -ra options <<< "${NEGATIVES_OPTIONS:-}"
 if [ ! -f "$manifest" ]; then
-  "$PYTHON" negatives.py "$captions" --out "$manifest" --stats --workers "$(nproc)" "${options[@]}"
+  alone negatives.py "$captions" --out "$manifest" --stats --workers "$(nproc)" "${options[@]}"
 fi
 if [ ! -f "$manifest.check" ]; then
-  "$PYTHON" data.py check "$manifest" --images "$images" | tee "$manifest.check.partial"
+  alone data.py check "$manifest" --images "$images" | tee "$manifest.check.partial"
   mv "$manifest.check.partial" "$manifest.check"
 fi
