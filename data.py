@@ -910,7 +910,7 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
             longest = int((packed.tokens != pad).any(dim=0).nonzero().max()) + 1
         return model.encode_text(packed.tokens[:, :longest])
     if not can_pack(model):
-        return model.encode_text(_unpack(packed, model))
+        return model.encode_text(unpack_texts(packed, model))
     tower = getattr(model, "text", model)
     # F.embedding and index_select, for the gradient of x[i] is summed in any order by threads.
     x = tower.token_embedding(packed.tokens)
@@ -992,7 +992,7 @@ def _run_block(block: Any, x: Tensor, reads: Tensor | None, mask: Tensor | None)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _unpack(packed: PackedText, model: Any) -> Tensor:
+def unpack_texts(packed: PackedText, model: Any) -> Tensor:
     """The captions one to a row again, padded with 0 to the model's context length."""
     context = getattr(model, "context_length", None) or model.text.context_length
     ends = packed.tokens.new_zeros(*packed.reads.shape, context)  # [R, E, C]

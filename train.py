@@ -55,6 +55,7 @@ from data import (
     split_features,
     text_layout,
     train_transform,
+    unpack_texts,
 )
 from evaluate import PRECISIONS, TINY_CONFIG, Model, load_model, pick_device, write_text
 from losses import IMC_VARIANTS, RECIPES, THRESHOLDS, CEClipLoss
@@ -91,18 +92,20 @@ class Rank(NamedTuple):
 class Towers(nn.Module):
     """Both towers in one forward, as DistributedDataParallel wants it."""
 
-    def __init__(self, net: Any) -> None:
-        """Wrap an open_clip model."""
+    def __init__(self, net: Any, captioned: bool = False) -> None:
+        """Wrap an open_clip model; `captioned` also runs CoCa's decoder on the captions."""
         super().__init__()
-        self.net = net
+        self.net, self.captioned = net, captioned
 
     def forward(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
         """Encode uint8 pictures [B, 3, H, W] and M texts.
 
         Returns:
             unit-length image features [B, D] and text features [M, D], logit_scale, and logit_bias
-            where the model has one (SigLIP).
+            where the model has one (SigLIP); with `captioned` what `_captioned` does.
         """
+        if self.captioned:
+            return self._captioned(normalise(images, self.net), texts)
         image_features = encode_image(self.net, normalise(images, self.net))
         text_features = encode_text(self.net, texts)
         bias = getattr(self.net, "logit_bias", None)
@@ -111,6 +114,27 @@ class Towers(nn.Module):
             F.normalize(text_features.float(), dim=-1),
             self.net.logit_scale.exp(),
             *([] if bias is None else [bias + 0]),
+        )
+
+    def _captioned(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
+        """Features, logit_scale, and the sum and the count of the decoder's losses of a word.
+
+        Each word of a true caption is told from the image and the words before it (Yu et al.,
+        arXiv 2205.01917); positives and negatives are not decoded.
+        """
+        tokens = unpack_texts(texts, self.net) if len(texts.where) else texts.tokens  # [M, C]
+        image_features, seen = self.net._encode_image(images, normalize=False)
+        text_features, words = self.net._encode_text(tokens, normalize=False)
+        told, labels = words[: len(images), :-1], tokens[: len(images), 1:]
+        logits = self.net.text_decoder(seen, told).float()  # [B, C - 1, vocabulary]
+        loss = F.cross_entropy(
+            logits.movedim(-1, 1), labels, ignore_index=self.net.pad_id, reduction="sum"
+        )
+        return (
+            F.normalize(image_features.float(), dim=-1),
+            F.normalize(text_features.float(), dim=-1),
+            self.net.logit_scale.exp(),
+            *(loss, (labels != self.net.pad_id).sum().float()),
         )
 
 
@@ -164,6 +188,7 @@ class Run(NamedTuple):
     loss: CEClipLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    caption_weight: float = 0.0  # of CoCa's captioning loss
 
 
 def start_process(device: str) -> Rank:
@@ -187,6 +212,11 @@ def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     except ValueError as error:
         raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
     net = model.net
+    captioned = bool(args.caption_weight)
+    if captioned and not hasattr(net, "text_decoder"):
+        raise DataError(f"--caption-weight: {args.model} has no decoder of captions, as CoCa has")
+    if hasattr(net, "text_decoder"):
+        net.text_decoder.requires_grad_(captioned)
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
     if args.tune == "text":
@@ -194,7 +224,7 @@ def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     if args.lora:
         add_lora(net, args.lora)
     teacher = Towers(copy.deepcopy(net)).requires_grad_(False) if args.distill else None
-    towers: nn.Module = Towers(net)
+    towers: nn.Module = Towers(net, captioned)
     if args.compile:
         towers = torch.compile(towers, dynamic=True)  # type: ignore[assignment]
     if rank.world > 1:
@@ -208,7 +238,7 @@ def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.precision == "fp16")
-    return Run(towers, net, teacher, loss, optimizer, scaler)
+    return Run(towers, net, teacher, loss, optimizer, scaler, args.caption_weight)
 
 
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
@@ -346,10 +376,13 @@ def batch_loss(
     split = [split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
     captions, positives, negatives = (torch.cat(column) for column in zip(*split, strict=True))
     images = torch.cat([f[0] for f in features])
-    scale, *bias = features[-1][2:]
+    scale, *bias = features[-1][2 : 3 if run.caption_weight else None]
     valid = torch.cat([part.valid for part in parts]).to(images.device)
     positive_valid = torch.cat([part.positive_valid for part in parts]).to(images.device)
     out = run.loss(images, captions, scale, negatives, valid, positives, positive_valid, *bias)
+    if run.caption_weight:
+        words = torch.stack([f[3] for f in features]).sum() / sum(f[4].detach() for f in features)
+        out = {**out, "loss": out["loss"] + run.caption_weight * words, "caption": words.detach()}
     if taught:
         away = [
             (mine[i] - old[i]).square().sum()
@@ -797,6 +830,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
     add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
     add("--ema", type=float, default=0.9996, help="decay of the teacher (default 0.9996)")
+    add("--caption-weight", type=float, default=0.0, help="of CoCa's captioning loss (default 0)")
     add("--compile", action="store_true", help="torch.compile the towers")
     add("--grad-checkpointing", action="store_true", help="save memory, compute a third more")
 

@@ -144,9 +144,10 @@ def test_a_family_trains_resumes_and_evaluates(family, here, tmp_path, capsys, m
 
     checkpoint = tmp_path / "run/latest.pt"
     model = evaluate.load_model(str(config), str(checkpoint))
+    open_clip.add_model_config(config)
     plain = open_clip.create_model(config.stem, pretrained=str(checkpoint)).eval()
-    size = data.picture_size(model.net)
-    images = torch.rand(3, 3, size, size)
+    size = plain.visual.image_size
+    images = torch.rand(3, 3, *(size if isinstance(size, tuple) else (size, size)))
     net = model.net.eval()
     with torch.no_grad():
         texts = data.encode_text(net, data.pack_texts(list(CAPTIONS), model.tokenizer))
@@ -158,3 +159,42 @@ def test_a_family_trains_resumes_and_evaluates(family, here, tmp_path, capsys, m
     evaluate.main(["--ckpt", str(checkpoint), "--suite", "sugarcrepe", "--root", str(here),
                    "--allow-missing", "--no-blind", "--device", "cpu"])  # fmt: skip
     assert "mean of 7 subsets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [None, 1, 2])
+def test_cocas_captioning_loss_is_open_clips(here, tmp_path, part):
+    config = config_of("CoCa", here)
+    given = ["--data", here / "train.jsonl", "--images", here, "--model", config, "--workers", 0]
+    given += ["--batch-size", 4, "--steps", 2, "--caption-weight", 2, "--out", tmp_path / "run"]
+    given += ["--micro-batch", part] if part else []
+    args = train.parse_args([str(option) for option in given])
+    rank = train.Rank(0, 1, torch.device("cpu"))
+    train.check_args(args, rank)
+    torch.manual_seed(0)
+    model = evaluate.load_model(str(config))
+    run = train.make_run(args, model, rank)
+    source = train.make_data(args, model, run.loss)
+    args.steps_per_epoch = source.steps[0]
+    parts = next(train.make_loader(args, source, model, run.loss, rank, 0))
+    out = train.gradients(run, parts, args)
+    grads = {name: p.grad.clone() for name, p in run.net.named_parameters() if p.grad is not None}
+    # the oracle: open_clip's forward and loss on the captions, ours on the features
+    run.net.zero_grad()
+    images = torch.cat([data.normalise(part.images, run.net) for part in parts])
+    rows = [data.unpack_texts(part.texts, run.net)[: len(part.images)] for part in parts]
+    said = run.net(images, torch.cat(rows))
+    oracle = open_clip.CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0)
+    _, wanted = oracle(None, None, said["logits"], said["labels"], said["logit_scale"])
+    torch.testing.assert_close(out["caption"], wanted.detach())
+    (2 * wanted).backward()
+    for name, p in run.net.text_decoder.named_parameters():
+        torch.testing.assert_close(grads[f"text_decoder.{name}"], p.grad, rtol=1e-4, atol=1e-6)
+    assert float(out["loss"]) > 2 * float(wanted)  # and the contrastive parts
+
+
+def test_a_model_without_decoder_has_no_captioning_loss(here, tmp_path):
+    config = config_of("OpenAI ViT", here)
+    given = ["--data", here / "train.jsonl", "--images", here, "--model", config, "--steps", 1]
+    given += ["--batch-size", 4, "--caption-weight", 1, "--out", tmp_path / "run"]
+    with pytest.raises(data.DataError, match="has no decoder of captions"):
+        train.main([str(option) for option in given])
