@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import copy
 import gc
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -23,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,13 +54,31 @@ from data import (
     find_overlap,
     normalise,
     picture_size,
+    read_manifest,
     split_features,
     text_layout,
     train_transform,
     unpack_texts,
 )
-from evaluate import PRECISIONS, TINY_CONFIG, Model, load_model, pick_device, write_text
-from losses import IMC_VARIANTS, RECIPES, THRESHOLDS, CEClipLoss
+from evaluate import (
+    PRECISIONS,
+    TINY_CONFIG,
+    Encoder,
+    Item,
+    Model,
+    Retrieval,
+    Suite,
+    average,
+    load_model,
+    load_suite,
+    mean_of,
+    named_averages,
+    pick_device,
+    read_table,
+    score_suite,
+    write_text,
+)
+from losses import IMC_VARIANTS, NEGATIVE_TYPES, RECIPES, THRESHOLDS, CEClipLoss
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
 DEFAULTS = {
@@ -77,6 +97,7 @@ LOSS_OPTIONS = (
 )
 # Options that do not shape the trajectory: a resumed run may change them.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
+FREE |= {"val", "val_root", "val_every", "best", "log"}
 MAX_BAD_STEPS = 3
 FAULT = 255  # a rank cannot go on; above every signal's number
 
@@ -609,8 +630,12 @@ def train(
     args: argparse.Namespace,
     rank: Rank,
     start: int,
+    after: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Train from step `start` to the end, logging and saving on the way; returns the exit code."""
+    """Train from step `start` to the end, logging and saving on the way; returns the exit code.
+
+    `after` is called with the number of steps done after each of them.
+    """
     stop, log = Stop(), Log(args, rank, start)
     fault: DataError | None = None
     bad, done, saved, code = 0, start, start, 0
@@ -641,6 +666,7 @@ def train(
         ended = done % args.steps_per_epoch == 0 or done == args.steps
         if ended or (not bad and done % args.save_every == 0):
             fault, saved = save_step(run, about, args, rank, done, ended) or fault, done
+        after(done)
     code = code or stop.agreed(rank, fault)
     if code not in (0, FAULT) and not bad and saved < done:
         fault = save_step(run, about, args, rank, done, False)
@@ -681,12 +707,144 @@ def save_step(
     return None
 
 
+VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
+
+
+def load_validation(args: argparse.Namespace) -> Suite:
+    """What --val names: a suite below --val-root, in whole or in part, or a manifest.
+
+    A manifest's captions are held to each of their negatives, and searched among all images.
+    """
+    if args.val in VAL_SUITES:
+        return load_suite(args.val, args.val_root, partial=True)
+    items: list[Item] = []
+    captions: dict[str, list[str]] = {}
+    for record in read_manifest(args.val):
+        image = str(args.val_root / record.image)
+        captions.setdefault(image, []).append(record.caption)
+        for kind, negative in zip(NEGATIVE_TYPES, record.negatives, strict=True):
+            if negative is not None:
+                items.append(Item((kind,), str(len(items)), (image,), (record.caption, negative)))
+    missing = [image for image in captions if not Path(image).is_file()]
+    if missing or not captions:
+        what = f"{len(missing)} images are not there, the first is {missing[0]}" if missing else ""
+        raise DataError(f"--val {args.val}: {what or 'holds no captions'}; see --val-root")
+    texts = [text for said in captions.values() for text in said]
+    image_of = [i for i, said in enumerate(captions.values()) for _ in said]
+    return Suite("manifest", items, [Retrieval("val", list(captions), texts, image_of)], {}, [])
+
+
+def score_validation(suite: Suite, encoder: Encoder) -> dict[str, float]:
+    """Figures in per cent by name: the suite's averages, then its subsets and costs."""
+    scored = score_suite(suite, encoder)
+    tally = {**scored.subsets, **scored.costs}
+    rows = {
+        row: 100 * mean_of({key: sum(x) / len(x) for key, x in parts.items()})
+        for row, parts in tally.items()
+    }
+    counts = {row: sum(map(len, parts.values())) for row, parts in scored.subsets.items()}
+    known = suite.name in VAL_SUITES
+    trees = named_averages(suite.name, counts) if known else {"mean of types": list(counts)}
+    averages = {name: average(tree, rows, counts) for name, tree in trees.items()}
+    return {**{name: value for name, value in averages.items() if value is not None}, **rows}
+
+
+class Validation:
+    """Scores the run's weights on --val, logs to val.jsonl, and keeps the best as best.pt.
+
+    All ranks call it: each encodes its share. With --distill the moving average is scored too.
+    """
+
+    def __init__(self, run: Run, model: Model, args: argparse.Namespace, rank: Rank) -> None:
+        """Read the suite; the best figure so far is in val.jsonl, where a run goes on."""
+        self.run, self.model, self.args, self.rank = run, model, args, rank
+        self.suite = load_validation(args)
+        headline = read_table("suites").get(args.val, {}).get("headline")
+        self.metric, self.path = args.best or headline, args.out / "val.jsonl"
+        self.best = -math.inf
+        if self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+            self.best = max((line["best"] for line in lines), default=self.best)
+
+    def __call__(self, done: int) -> None:
+        """Score after this step, if it is one of --val-every, the first or the last.
+
+        Raises:
+            DataError: --best is none of the figures, or nothing can be written.
+        """
+        args, nets = self.args, {"current": self.run.net}
+        if done % args.val_every and done != args.steps:
+            return
+        if self.run.teacher is not None:
+            nets["ema"] = self.run.teacher.net
+        options = {"batch_size": None, "precision": args.precision, "workers": 0, "cache": None}
+        options["device"] = str(self.rank.device)
+        for weights, net in nets.items():
+            encoder = Encoder(self.model._replace(net=net), argparse.Namespace(**options))
+            figures = score_validation(self.suite, encoder)
+            self.metric = self.metric or next(iter(figures))
+            if self.metric not in figures:
+                raise DataError(f"--best {self.metric}: is none of {', '.join(figures)}")
+            value = figures[self.metric]
+            better, self.best = value > self.best, max(self.best, value)
+            if self.rank.number == 0:
+                about = {**self.model.about, "recipe": args.recipe, "step": done, **versions()}
+                about |= {"val": args.val, "metric": self.metric, "value": value}
+                if better:
+                    state = {"state_dict": plain_weights(net), "kit": {**about, "weights": weights}}
+                    save(state, args.out / "best.pt")
+                line = {"step": done, "weights": weights, "best": self.best, "figures": figures}
+                append_line(self.path, line)
+                mark = f", the best: {args.out}/best.pt" if better else ""
+                print(f"val {weights} at step {done}: {self.metric} {value:.1f}{mark}", flush=True)
+        self.run.towers.train()
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a file of the run."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str, float]], None]:
+    """Where --log mirrors metrics.jsonl: takes a step and its figures. Nowhere without --log.
+
+    Raises:
+        DataError: the package is not there.
+    """
+    if args.log is None:
+        return lambda step, figures: None
+    try:
+        if args.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(args.out / "tensorboard"), purge_step=start + 1)
+
+            def write(step: int, figures: dict[str, float]) -> None:
+                for key, value in figures.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+            return write
+        wandb: Any = importlib.import_module("wandb")
+        name = hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:16]
+        which = {"project": "ce-clip", "id": name, "resume": "allow", "name": args.out.name}
+        run = wandb.init(**which, dir=str(args.out), config=chosen_options(args))
+        return lambda step, figures: run.log(figures, step=step)
+    except ImportError:
+        raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None
+
+
 class Log:
     """Counts what went by since the last line of metrics.jsonl."""
 
     def __init__(self, args: argparse.Namespace, rank: Rank, start: int) -> None:
         """Begin to count at step `start`."""
         self.args, self.rank, self.start = args, rank, start
+        self.mirror = open_mirror(args, start) if rank.number == 0 else None
         self.images = self.tokens = self.faults = 0
         self.began = self.mark = time.perf_counter()
 
@@ -722,6 +880,8 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             return DataError(f"--out {args.out}: metrics cannot be written ({error.strerror})")
+        if self.mirror:
+            self.mirror(done, {key: value for key, value in line.items() if key != "step"})
         return None
 
 
@@ -793,6 +953,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dry-run", action="store_true", help="do one step, tell what would be done, write nothing"
     )
+    add_validation_options(parser)
     add_loss_options(parser)
     add_method_options(parser)
     args = parser.parse_args(argv)
@@ -807,6 +968,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / args.recipe
     args.captions = args.captions or ("all" if args.recipe == "released" else "one")
     return args
+
+
+def add_validation_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what is scored and shown while a run goes on; none changes its weights."""
+    add = parser.add_argument_group("while training").add_argument
+    add("--val", help=f"what to score: {', '.join(VAL_SUITES)}, or a manifest with negatives")
+    add("--val-root", type=Path, help="folder of the suites, or of the manifest's images")
+    add("--val-every", type=int, help="steps between scores (default: an epoch)")
+    add("--best", help="figure by which best.pt is kept (default: the suite's headline)")
+    add("--log", choices=("tensorboard", "wandb"), help="where to show metrics.jsonl too")
 
 
 def add_loss_options(parser: argparse.ArgumentParser) -> None:
@@ -839,7 +1010,15 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
     """Refuse what cannot work before anything is loaded."""
     if args.recipe not in RECIPES:
         raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
-    for name in ("steps", "epochs", "batch_size", "micro_batch", "log_every", "save_every"):
+    for name in (
+        "steps",
+        "epochs",
+        "batch_size",
+        "micro_batch",
+        "log_every",
+        "save_every",
+        "val_every",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
@@ -848,6 +1027,10 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
             f"--batch-size {args.batch_size}: is not divisible by the {rank.world} ranks"
         )
     check_numbers(args)
+    if args.val is None and (args.val_root or args.val_every or args.best):
+        raise DataError("--val-root, --val-every and --best: need --val, what to score")
+    if args.val not in (None, "shapes") and args.val_root is None:
+        raise DataError(f"--val {args.val}: needs --val-root, the folder of its files or images")
     if args.images and not args.data:
         raise DataError("--images: needs --data, the manifest of these pictures")
     check_methods(args)
@@ -900,6 +1083,7 @@ def main(argv: list[str] | None = None) -> int:
     note_images(model, data, rank)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
+    args.val_every = args.val_every or args.steps_per_epoch
     if args.dry_run:
         dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
         return 0
@@ -909,6 +1093,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.out} is done: {start} steps; nothing to do")
         return 0
     loader = make_loader(args, data, model, run.loss, rank, start)
+    if rank.number == 0:
+        trim_metrics(args.out / "val.jsonl", start)
+    after = Validation(run, model, args, rank) if args.val else lambda done: None
     if rank.number == 0:
         start_run(args.out, options, rank)
         trim_metrics(args.out / "metrics.jsonl", start)
@@ -920,7 +1107,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{text_layout(model.net)}, from step {start}",
             flush=True,
         )
-    code = train(run, loader, model.about, args, rank, start)
+    if not start:
+        after(0)
+    code = train(run, loader, model.about, args, rank, start, after)
     if rank.number == 0 and code == 0:
         print(f"done: {args.out}/latest.pt")
     return code
