@@ -162,10 +162,11 @@ def test_tensorboard_shows_what_metrics_hold(folder, tmp_path):
 
 
 def test_wandb_takes_the_metrics_offline(folder, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert run(folder, tmp_path / "run", "--steps", 3, "--log", "wandb") == 0
+    wandb.finish()  # as the end of the process does
     (kept,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     assert b"threshold_object" in kept.read_bytes()
 
