@@ -5,6 +5,7 @@
 #   SPLIT             images to train on: train2014 (default, the paper's), karpathy, train2017
 #   MODEL, PRETRAINED open_clip's name and tag, or a checkpoint; PRETRAINED= trains a base first
 #   RECIPES           in place of those that a table has, "clip ce-clip"
+#   ENGINE            negatives.py's, if not its default; released: the published negatives
 #   SEEDS, GPUS       seeds of the runs; processes of a run (default: all GPUs)
 #   RELEASED          the authors' checkpoint, to be scored beside ours
 #   ALLOW_MISSING=1   score what is there, as N of M
@@ -27,7 +28,7 @@ case $SPLIT in
   karpathy) captions=$ROOT/karpathy/train.jsonl images=$ROOT ;;
   *) echo "SPLIT=$SPLIT: is none of train2014, karpathy, train2017" >&2; exit 2 ;;
 esac
-manifest=$ROOT/negatives/$SPLIT.jsonl
+manifest=$ROOT/negatives/$SPLIT${ENGINE:+.$ENGINE}.jsonl
 read -ra train_options <<< "${TRAIN_OPTIONS:-}"
 read -ra eval_options <<< "${EVAL_OPTIONS:-}"
 
@@ -62,8 +63,11 @@ recipes() {
 }
 
 # A run's folder and its name in tables: RECIPE of SEED.
-folder() { echo "$OUT/$1.$2"; }
-label() { [ "${SEEDS/ /}" = "$SEEDS" ] && echo "$1" || echo "$1 seed $2"; }
+folder() { echo "$OUT/$1${ENGINE:+-on-$ENGINE}.$2"; }
+label() {
+  local name="$1${ENGINE:+ on $ENGINE negatives}"
+  [ "${SEEDS/ /}" = "$SEEDS" ] && echo "$name" || echo "$name seed $2"
+}
 
 # The checkpoints of these recipes as options of evaluate.py, the one they start from first.
 checkpoints() {
@@ -81,10 +85,10 @@ checkpoints() {
 # NAME, unless that was done with these very weights; then compare with what is published.
 score() {
   local out=$OUT/$1 name=$1 suite=(--suite "$1" --root "$ROOT") given new code; shift
-  local results=$out/results.json
+  local results=$out/results.json x
   [ "$WORLD" = coco ] || suite=(--suite shapes)
   given=$(printf '%s\n' "$@" "${eval_options[@]}" "${ALLOW_MISSING:-}")
-  new=$(find "$OUT" -name '*.pt' -newer "$results" -print -quit 2>/dev/null || true)
+  new=$(for x in "$@"; do [ ! "${x#*=}" -nt "$results" ] || echo "$x"; done)
   if [ -f "$results" ] && [ -z "$new" ] && [ "$given" = "$(cat "$out/given" 2>/dev/null)" ]; then
     cat "$out/results.md"
   else

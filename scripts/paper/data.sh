@@ -37,7 +37,7 @@ is_there() { [ -e "$ROOT/$gives" ] && [ ! -e "$archive.unpacking" ]; }
 
 plan() {
   if is_there; then echo "$name: is there: $ROOT/$gives"
-  elif [ "$how" = form ]; then printf '%s\n' "$name: by hand; licence: $licence" "  $steps"
+  elif [ "$how" = form ]; then printf '%s\n' "$name: by hand; licence: $licence" "  ${steps//ROOT/$ROOT}"
   else
     local text="size not published"
     if [ "$bytes" != - ]; then text=$(gigabytes "$bytes") total=$((total + bytes)); fi
