@@ -5,6 +5,9 @@ A manifest is JSON lines, one caption a line, written by negatives.py:
 
   {"image": "a.jpg", "image_id": 9, "caption": "...", "negatives": {"relation": "...", ...}}
 
+A negative is a sentence, null, or a list of sentences of which training draws one an epoch.  The
+types are NEGATIVE_TYPES, or those that a first line {"manifest": 1, "types": [...]} names.
+
 The shapes world is the embedded data set: scenes of one to three coloured shapes, drawn on demand
 from (split, seed, index) alone, whose captions, paraphrases and hard negatives are known exactly.
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -32,22 +36,40 @@ import tarfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from negatives import NEGATIVE_TYPES, DataError, read_captions
+from negatives import (
+    NEGATIVE_TYPES,
+    DataError,
+    Record,
+    Wording,
+    add_sample,
+    header_types,
+    launcher,
+    parse_record,
+    read_captions,
+    read_records,
+    read_samples,
+    run_script,
+    sample_row,
+    split_types,
+    write_lines,
+    writing,
+)
 
-Image.MAX_IMAGE_PIXELS = 200_000_000  # a larger picture is refused, not decoded
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow warns of more, and refuses twice as many
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -400,7 +422,7 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, one: Thing, two: Thing, width: int) ->
     pen.polygon([point(two, tip, 0), point(two, back, 0.09), point(two, back, -0.09)], fill=colour)
 
 
-Transform = Callable[[Image.Image, random.Random], Tensor]  # to uint8 [3, H, W]
+Transform = Callable[..., Tensor]  # of an image and rng, to uint8 [3, H, W]; it decodes the image
 
 
 class Item(NamedTuple):
@@ -409,17 +431,20 @@ class Item(NamedTuple):
     image: Tensor  # [3, H, W] uint8
     captions: Captions
     fault: str
+    state: Any = None  # of a reader of shards, after this example
 
 
 class ShapesDataset(Dataset[Item]):
     """The training scenes of the shapes world; indices are (epoch, index) pairs."""
 
     has_negatives = True
+    types = NEGATIVE_TYPES
+    made = frozenset(NEGATIVE_TYPES)
     image_of: np.ndarray | None = None  # every caption has a picture of its own
 
-    def __init__(self, width: int, seed: int) -> None:
-        """Draw pictures of `width` pixels from the scenes of `seed`."""
-        self.width, self.seed = width, seed
+    def __init__(self, size: tuple[int, int], seed: int) -> None:
+        """Draw images of `size`, height and width in pixels, from the scenes of `seed`."""
+        self.size, self.seed = size, seed
 
     def __len__(self) -> int:
         """Count the scenes of an epoch."""
@@ -430,15 +455,19 @@ class ShapesDataset(Dataset[Item]):
         epoch, index = key
         scene = make_scene("train", self.seed, index)
         captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}")
-        return Item(pil_to_tensor(draw_scene(scene, self.width)), captions, "")
+        image = draw_scene(scene, max(self.size))
+        square = self.size[0] == self.size[1]
+        image = image if square else image.resize(self.size[::-1], Image.Resampling.BICUBIC)
+        return Item(pil_to_tensor(image), captions, "")
 
 
 class ManifestDataset(Dataset[Item]):
     """Photos and captions of a manifest; indices are (epoch, index) pairs.
 
-    What is random (the crop, which other caption of the photo is t⁺) depends on (seed, epoch,
-    index) alone, so neither workers nor a resumed run change it. Lines stay on disk: in memory a
-    caption is where its line begins and the number of its picture, 16 to 24 bytes.
+    What is random (the crop, which other caption of the photo is t⁺, which negative of a list)
+    depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it. Lines
+    stay on disk: in memory a caption is where its line begins and the number of its picture, 16 to
+    24 bytes. `types` names the K negatives of an item.
     """
 
     def __init__(
@@ -448,8 +477,17 @@ class ManifestDataset(Dataset[Item]):
         transform: Transform,
         seed: int = 0,
         on_bad_image: str = "stop",
+        types: Sequence[str] = (),
     ) -> None:
         """Index the manifest at `path`; its photos are looked up in the folder `images`.
+
+        Args:
+            path: the manifest.
+            images: the folder.
+            transform: of each photo.
+            seed: of all that is random.
+            on_bad_image: "stop" or "skip".
+            types: of the negatives to read; () for all that the manifest names.
 
         Raises:
             DataError: a line is malformed, or a photo is missing (checked before training).
@@ -460,18 +498,22 @@ class ManifestDataset(Dataset[Item]):
         seen: set[int] = set()
         photos: set[int] = set()
         missing: list[str] = []
-        self.has_negatives = False
-        for offset, record in _read_lines(self.path):
-            digest = hashlib.blake2b(record.image.encode(), digest_size=8).digest()
+        made: set[str] = set()
+        self.types: tuple[str, ...] = tuple(types)
+        for offset, record in read_records(self.path, types, need_image=True):
+            assert record.image is not None
+            text = record.image.encode(errors="surrogatepass")
+            digest = hashlib.blake2b(text, digest_size=8).digest()
             name = int.from_bytes(digest, "little", signed=True)
             if name not in seen:
                 seen.add(name)
                 photos.add(photo_number(record.image, record.image_id))
-                if not (self.images / record.image).is_file():
+                if not _is_file(self.images / record.image):
                     missing.append(record.image)
             offsets.append(offset)
             names.append(name)
-            self.has_negatives |= any(record.negatives)
+            self.types = tuple(record.negatives)  # a header further down may name more
+            made.update(name for name, given in record.negatives.items() if given)
         if not offsets:
             raise DataError(f"{path}: holds no captions; make it with negatives.py")
         if missing and (on_bad_image == "stop" or len(missing) == len(seen)):
@@ -480,6 +522,7 @@ class ManifestDataset(Dataset[Item]):
                 f"are not there, the first is {missing[0]}; point --images at their folder"
                 + (" or pass --on-bad-image skip" if len(missing) < len(seen) else "")
             )
+        self.has_negatives, self.made = bool(made), made  # types that some caption has
         self.offsets = np.array(offsets)
         self.photos = np.array(sorted(photos))  # by `photo_number`
         _, numbers = np.unique(np.array(names), return_inverse=True)
@@ -495,7 +538,8 @@ class ManifestDataset(Dataset[Item]):
         """Read the line of a caption."""
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[index]))
-            return parse_record(file.readline(), f"{self.path}, byte {self.offsets[index]}")
+            place = f"{self.path}, byte {self.offsets[index]}"
+            return parse_record(file.readline(), place, self.types, some=True, need_image=True)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         """Load the example (epoch, index), or the next readable one where that is asked for."""
@@ -503,17 +547,17 @@ class ManifestDataset(Dataset[Item]):
         faults = []
         for step in range(len(self)):
             i = (index + step) % len(self)
-            record = self.record(i)
+            record, rng = self.record(i), random.Random(f"{self.seed}:{epoch}:{i}")
             try:
-                image = open_image(self.images / record.image)
+                use = functools.partial(self.transform, rng=rng)
+                tensor = open_image(self.images / str(record.image), use=use)
             except DataError as error:
                 if self.on_bad_image == "stop":
                     raise
                 faults.append(str(error))
                 continue
-            rng = random.Random(f"{self.seed}:{epoch}:{i}")
-            tensor = self.transform(image, rng)
-            captions = Captions(record.caption, self._positive(i, record, rng), record.negatives)
+            positive = self._positive(i, record, rng)
+            captions = Captions(record.caption, positive, draw_negatives(record, rng))
             return Item(tensor, captions, "; ".join(faults))
         raise DataError(f"--images {self.images}: not one picture could be read; {faults[0]}")
 
@@ -526,8 +570,20 @@ class ManifestDataset(Dataset[Item]):
         return next((text for text in texts if text != record.caption), None)
 
 
+def draw_negatives(record: Record, rng: random.Random) -> tuple[str | None, ...]:
+    """One negative of each type, or None."""
+
+    def draw(given: Wording) -> str | None:
+        return rng.choice(given) if isinstance(given, list) else given
+
+    return tuple(draw(given) for given in record.negatives.values())
+
+
 class Mixture(Dataset[Item]):
-    """Several sources, each with a share of every batch; keys are (source, epoch, index)."""
+    """Several sources, each with a share of every batch; keys are (source, epoch, index).
+
+    `types` are those of all sources in order; a source has None where a type is not its own.
+    """
 
     def __init__(
         self,
@@ -550,6 +606,7 @@ class Mixture(Dataset[Item]):
             DataError: a source is too small for its share, or its share is less than one item.
         """
         self.sources, self.seed, self.one_caption = sources, seed, one_caption
+        self.types = tuple(dict.fromkeys(name for source in sources for name in source.types))
         self.shares = share_batch(batch, weights)
         self.steps = [
             len(self._order(s, 0)) if share else 0 for s, share in enumerate(self.shares)
@@ -589,16 +646,36 @@ class Mixture(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         """Load the example (source, epoch, index)."""
-        return self.sources[key[0]][key[1:]]
+        source = self.sources[key[0]]
+        item = source[key[1:]]
+        if source.types == self.types:
+            return item
+        own = dict(zip(source.types, item.captions.negatives, strict=True))
+        negatives = tuple(own.get(name) for name in self.types)
+        return item._replace(captions=item.captions._replace(negatives=negatives))
 
 
-class ShardStream(IterableDataset[Item]):
-    """Examples of webdataset shards, read one after the other and without end.
+Cursor = tuple[int, int, int]  # pass, shard in its order, sample of the shard
 
-    Each worker of each rank reads shards of its own (all read all where there are too few), in an
-    order of (seed, pass), and draws from a buffer of 1,000 examples by (seed, start, rank, worker).
-    A resumed run begins a new stream: unlike a manifest's, its batches are not those of a run
-    that was not cut off.
+
+class _Sample(NamedTuple):
+    """A sample of a shard: where it begins, what tells its image, content, if it has negatives."""
+
+    begin: Cursor
+    key: str
+    place: str
+    parts: dict[str, bytes]
+    negatives: bool
+
+
+class ShardStream(IterableDataset[list[Item]]):
+    """Batches of examples of webdataset shards, pass after pass without end; an image comes once.
+
+    Each worker of each rank is a reader. It reads shards of its own, or, where there are fewer
+    shards than readers, the images that a hash deals out to it, in an order of (seed, pass); it
+    shuffles blocks of about 1,000, which do not reach into the next pass. With every batch comes
+    the reader's state: where the block at hand began, and how many samples each batch took since.
+    A resumed run goes on from there as if it had never been cut off.
     """
 
     def __init__(
@@ -608,162 +685,270 @@ class ShardStream(IterableDataset[Item]):
         seed: int,
         place: tuple[int, int, int],
         on_bad_image: str = "stop",
+        types: Sequence[str] = (),
+        *,
+        batch: int = 1,
+        states: Mapping[int, Any] = MappingProxyType({}),
+        needs_negatives: bool = False,
+        remote: bool = False,
     ) -> None:
         """Read the shards of a brace pattern, "cc3m-{000..331}.tar".
 
         Args:
-            shards: files or URLs, as webdataset reads them.
-            transform: of each picture.
+            shards: the pattern.
+            transform: of each image.
             seed: of the order.
             place: the step to begin with, this rank, the number of ranks.
             on_bad_image: "stop" or "skip".
+            types: of the negatives to read; () for those that the first sample names, else
+                NEGATIVE_TYPES.
+            batch: examples of a batch of this rank.
+            states: of the readers of a run that is resumed, by number.
+            needs_negatives: refuse shards whose first block has none.
+            remote: open names with a colon by webdataset: URLs, and "pipe:", which runs a command.
 
         Raises:
-            DataError: webdataset is missing, or a shard is.
+            DataError: a shard is missing, or a name with a colon is not allowed.
         """
-        try:
-            reader: Any = importlib.import_module("webdataset")
-        except ImportError:
-            raise DataError("--data *.tar needs webdataset: pip install webdataset") from None
-        try:
-            self.shards = list(reader.SimpleShardList(shards).urls)
-        except ValueError as error:  # braces that do not match
-            raise DataError(f"--data {shards}: {error}; check the pattern") from None
-        missing = [x for x in self.shards if ":" not in x and not os.path.exists(x)]
-        if missing:
-            raise DataError(f"--data {missing[0]}: no such shard; check the pattern")
+        self.pattern, self.shards = shards, expand_braces(shards)
+        for name in self.shards:
+            if ":" in name and not remote:
+                raise DataError(
+                    f"--data {name}: --remote allows URLs, and pipe:, which runs a command; local "
+                    "shards take no weight and no colon"
+                )
+            if ":" not in name and not _is_file(Path(name)):
+                raise DataError(f"--data {name}: no such shard; check the pattern")
         self.transform, self.seed, self.place = transform, seed, place
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.some = on_bad_image, bool(types)
+        self.batch, self.states, self.needs_negatives = batch, dict(states), needs_negatives
+        self.types = tuple(types) or self._named_types()
 
-    def __iter__(self) -> Iterator[Item]:
-        """Yield this worker's examples."""
+    def _named_types(self) -> tuple[str, ...]:
+        """The types of the first sample of the first shard that is a file."""
+        first = next((x for x in self.shards if os.path.exists(x)), None)
+        with contextlib.suppress(DataError):  # told when it is used
+            for stem, parts in read_samples(first) if first else ():
+                place = f"{first}: {stem}"
+                return header_types(sample_row(stem, parts, place), place) or NEGATIVE_TYPES
+        return NEGATIVE_TYPES
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        """Yield this reader's batches."""
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         start, rank, ranks = self.place
-        slot, slots = rank * workers + number, ranks * workers
-        rng = random.Random(f"{self.seed}:{start}:{slot}")
-        waiting: list[dict[str, Any]] = []
-        faults: list[str] = []
-        for sample in self._samples(slot, slots):
-            waiting.append(sample)
-            if len(waiting) < 1000:
-                continue
-            chosen = rng.randrange(len(waiting))
-            waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
-            try:
-                record, image = _read_sample(waiting.pop())
-            except DataError as error:
-                if self.on_bad_image == "stop":
-                    raise
-                faults.append(str(error))
-                continue
-            captions = Captions(record.caption, None, record.negatives)
-            yield Item(self.transform(image, rng), captions, "; ".join(faults))
-            faults = []
+        slots, slot = (
+            ranks * workers,
+            rank * workers + (number + start) % workers,
+        )  # 0 is asked first
+        _, anchor, takes = self.states.get(slot, (slots, (0, 0, 0), ()))
+        keys: set[str] = set()  # images of the batch at hand
+        picks = self._picks(slot, slots, anchor, keys)
+        for take in takes:
+            keys.clear()
+            for sample, _ in itertools.islice(picks, take):
+                keys.add(sample.key)
+        alive = None  # the last pass with an example that could be used
+        while True:
+            keys.clear()
+            items: list[Item] = []
+            faults, take = [""], 0
+            while len(items) < self.batch:
+                try:
+                    sample, after = next(picks)
+                except DataError as error:
+                    raise DataError(f"{error}; {faults[-1]}".rstrip("; ")) from None
+                alive, take = sample.begin[0] - 1 if alive is None else alive, take + 1
+                if sample.begin[0] > alive + 1:
+                    raise DataError(
+                        f"--data {self.pattern}: nothing of a whole pass can be used; {faults[-1]}"
+                    )
+                keys.add(sample.key)
+                try:
+                    items.append(self._make(sample))
+                    alive = sample.begin[0]
+                except DataError as error:
+                    if self.on_bad_image == "stop":
+                        raise
+                    faults.append(str(error))
+            anchor, takes = (after, ()) if after else (anchor, (*takes, take))
+            told = "; ".join(faults[1:])
+            items[-1] = items[-1]._replace(fault=told, state=(slot, (slots, anchor, takes)))
+            yield items
 
-    def _samples(self, slot: int, slots: int) -> Iterator[dict[str, Any]]:
-        reader: Any = importlib.import_module("webdataset")
-        for turn in itertools.count():
-            order = list(self.shards)
+    def _picks(
+        self, slot: int, slots: int, anchor: Cursor, keys: set[str]
+    ) -> Iterator[tuple[_Sample, Cursor | None]]:
+        """Samples with keys that are not in `keys`; with a block's last, where the next begins."""
+        for was, *_ in self.states.values():
+            if was != slots:
+                raise DataError(
+                    f"--data {self.pattern}: the run began with {was} readers (ranks x workers), "
+                    f"now there are {slots}; give --workers as before"
+                )
+        samples = self._samples(slot, slots, anchor)
+        ahead = next(samples)
+        block: list[_Sample] = []
+        while True:
+            begin, size = ahead.begin, -(-BLOCK // self.batch) * self.batch - len(keys)
+            while len(block) < size and ahead.begin[0] == begin[0]:
+                block.append(ahead)
+                ahead = next(samples)
+            if self.needs_negatives and not any(sample.negatives for sample in block):
+                raise DataError(
+                    f"--data {self.pattern}: the first {len(block)} examples hold no negatives; "
+                    "make them with negatives.py, or use --recipe clip"
+                )
+            self.needs_negatives = False
+            random.Random(f"{self.seed}:{slot}:{begin}").shuffle(block)
+            left = Counter(sample.key for sample in block)  # images with many captions go first
+            while block:
+                free = (i for i, sample in enumerate(block) if sample.key not in keys)
+                i = max(free, key=lambda i: left[block[i].key], default=None)
+                if i is not None:
+                    sample = block.pop(i)
+                    left[sample.key] -= 1
+                    yield sample, None if block else ahead.begin
+                elif ahead.begin[0] > begin[0] + 1:
+                    raise DataError(
+                        f"--data {self.pattern}: a reader has {len(keys)} images for a batch of "
+                        f"{self.batch}; use a smaller batch, fewer --workers or more shards"
+                    )
+                else:  # all are of images that the batch has: look further
+                    block.append(ahead)
+                    left[ahead.key] += 1
+                    ahead = next(samples)
+
+    def _samples(self, slot: int, slots: int, begin: Cursor) -> Iterator[_Sample]:
+        first, at, skip = begin
+        for turn in itertools.count(first):
+            order, found = list(self.shards), bool(at or skip)
             random.Random(f"{self.seed}:{turn}").shuffle(order)
-            mine = order[slot::slots] if slots <= len(order) else order
-            try:
-                yield from reader.tarfile_samples({"url": url} for url in mine)
-            except (OSError, ValueError, tarfile.TarError) as error:
-                raise DataError(f"--data: a shard cannot be read ({error})") from None
+            few = slots > len(order)
+            for number, shard in enumerate(order if few else order[slot::slots]):
+                for index, (stem, parts) in enumerate(self._read(shard) if number >= at else ()):
+                    if number == at and index < skip:
+                        continue
+                    key, place, made = stem, f"{shard}: {stem}", None
+                    with contextlib.suppress(DataError):  # told when it is used
+                        row = sample_row(stem, parts, place)
+                        key, made = str(row.get("image") or stem), row.get("negatives")
+                    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8)
+                    if not few or int(digest.hexdigest(), 16) % slots == slot:
+                        found = True
+                        some = isinstance(made, dict) and any(made.values())
+                        yield _Sample((turn, number, index), key, place, parts, some)
+            if not found:
+                raise DataError(
+                    f"--data {self.pattern}: holds no example for reader {slot + 1} of {slots}; "
+                    "check the shards, or use fewer --workers"
+                )
+            at = skip = 0
+
+    def _read(self, shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+        if ":" not in shard:
+            return read_samples(shard)
+        try:
+            reader: Any = importlib.import_module("webdataset")
+            return read_samples(shard, reader.gopen(shard, bufsize=2**20))
+        except ImportError:
+            raise DataError("--remote needs webdataset: pip install webdataset") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"--data {shard}: cannot be read ({error})") from None
+
+    def _make(self, sample: _Sample) -> Item:
+        """Image and captions of a sample: .json (or .txt), and .jpg, .png or .webp."""
+        stem = sample.place.rpartition(": ")[2]
+        row = sample_row(stem, sample.parts, sample.place)
+        row["image"] = row.get("image") or stem
+        record = parse_record(row, sample.place, self.types, some=self.some, need_image=True)
+        kind = next((kind for kind in SHARD_IMAGES if kind in sample.parts), None)
+        if kind is None:
+            raise DataError(f"{sample.place}: has none of .{', .'.join(SHARD_IMAGES)}")
+        rng = random.Random(f"{self.seed}:{sample.begin[0]}:{sample.place}")
+        use = functools.partial(self.transform, rng=rng)
+        tensor = open_image(io.BytesIO(sample.parts[kind]), sample.place, use)
+        return Item(tensor, Captions(record.caption, None, draw_negatives(record, rng)), "")
 
 
-def _read_sample(sample: dict[str, Any]) -> tuple[Record, Image.Image]:
-    """The record and the picture of a shard's sample: .json (or .txt), and .jpg, .png or .webp."""
-    place = f"{sample['__url__']}: {sample['__key__']}"
-    fields = {"image": sample["__key__"]}
-    if "txt" in sample:
-        fields["caption"] = sample["txt"].decode("utf-8", "replace")
-    record = parse_record(sample.get("json", b"{}"), place, fields)
-    kind = next((kind for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
-    if kind is None:
-        raise DataError(f"{place}: has no .jpg, .png or .webp")
-    return record, open_image(io.BytesIO(sample[kind]), place)
+BLOCK = 1000  # examples that a reader shuffles at once, or a whole number of batches
+SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
-def open_image(file: str | Path | io.BytesIO, name: str | None = None) -> Image.Image:
-    """Decode a picture as RGB; `name` stands for it in messages.
+def expand_braces(pattern: str) -> list[str]:
+    """The names of "a-{000..331}.tar" and "{a,b}.tar".
 
     Raises:
-        DataError: the file is missing or is not a picture.
+        DataError: braces do not match, or there are too many names.
+    """
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        if "{" in pattern or "}" in pattern:
+            raise DataError(f"--data {pattern}: its braces do not match; check the pattern")
+        return [pattern]
+    names = found[1].split(",")
+    span = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", found[1])
+    if span:
+        if not 0 <= int(span[2]) - int(span[1]) < 10**6:
+            raise DataError(f"--data {pattern}: {found[0]} is no range; write {{000..331}}")
+        names = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [name for one in names for name in expand_braces(before + one + after)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that is closed to us
+        return False
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image as 8-bit RGB.
+
+    Raises:
+        ValueError: its numbers are no colours: floats, or integers beyond 16 bits.
+    """
+    image.load()
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or (image.mode == "I" and not _fits(image.getextrema())):
+        raise ValueError("its numbers are no colours; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # Pillow would cut what is above 255, and leave it white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _fits(extrema: Any) -> bool:
+    return extrema[0] >= 0 and extrema[1] < 2**16
+
+
+def open_image(
+    file: str | Path | io.BytesIO,
+    name: str | None = None,
+    use: Callable[[Image.Image], Any] = to_rgb,
+) -> Any:
+    """Open an image and return what `use` makes of it; `name` stands for it in messages.
+
+    Raises:
+        DataError: the file is missing, or is not an image that can be used.
     """
     name = name or str(file)
     try:
         with Image.open(file) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return use(image)
     except FileNotFoundError:
-        raise DataError(f"{name}: no such picture") from None
+        raise DataError(f"{name}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: cannot be decoded ({error})") from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        told = "no kind of image that Pillow knows" if unknown else error
+        raise DataError(f"{name}: cannot be decoded ({told})") from None
 
 
-class Record(NamedTuple):
-    """A line of a manifest."""
-
-    image: str
-    image_id: int | str | None
-    caption: str
-    negatives: tuple[str | None, ...]  # in the order of NEGATIVE_TYPES
-
-
-def read_manifest(path: str | Path) -> Iterator[Record]:
-    """Read a manifest line by line; a header line and empty lines are skipped.
-
-    Raises:
-        DataError: naming file and line, if a line is not a record or its image leaves the folder.
-    """
-    return (record for _, record in _read_lines(Path(path)))
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, Record]]:
-    """Yield where each record's line begins, and the record."""
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                header = number == 1 and line.lstrip().startswith(b'{"manifest"')
-                if line.strip() and not header:
-                    yield offset, parse_record(line, f"{path}:{number}")
-                offset += len(line)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
-def parse_record(line: bytes, place: str, known: dict[str, str] | None = None) -> Record:
-    """Read one record, whose missing fields may be known already.
-
-    Raises:
-        DataError: naming the place, if it is not a record or its image leaves the folder.
-    """
-    try:
-        fields = json.loads(line)
-    except UnicodeDecodeError:
-        raise DataError(f"{place}: is not UTF-8 text; a manifest is JSON lines") from None
-    except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{place}: is not JSON; a manifest has one record a line") from None
-    if not isinstance(fields, dict):
-        raise DataError(f'{place}: is not a record {{"image": ..., "caption": ...}}')
-    fields = {**(known or {}), **fields}
-    image, caption = fields.get("image"), fields.get("caption")
-    if not isinstance(image, str) or not image:
-        raise DataError(f'{place}: "image" must be a file name, not {image!r}')
-    if image.startswith("/") or "\\" in image or (".." in image and ".." in image.split("/")):
-        raise DataError(f'{place}: "image" {image!r} leaves the folder of --images')
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f'{place}: "caption" must be a sentence, not {caption!r}')
-    negatives = fields.get("negatives") or {}
-    if not isinstance(negatives, dict) or not negatives.keys() <= set(NEGATIVE_TYPES):
-        raise DataError(f'{place}: "negatives" must have the keys {", ".join(NEGATIVE_TYPES)}')
-    texts = tuple(negatives.get(name) for name in NEGATIVE_TYPES)
-    if any(text is not None and (not isinstance(text, str) or not text.strip()) for text in texts):
-        raise DataError(f"{place}: every negative must be a sentence or null")
-    return Record(image, fields.get("image_id"), caption, texts)
+def read_manifest(path: str | Path, types: Sequence[str] = ()) -> Iterator[Record]:
+    """Read the records of a manifest, each with its image; see `negatives.read_records`."""
+    return (record for _, record in read_records(Path(path), types, need_image=True))
 
 
 class PackedText(NamedTuple):
@@ -801,9 +986,13 @@ def pack_texts(
         tokenizer: an open_clip tokenizer, texts to [M, context length].
         share: False gives every distinct caption tokens of its own.
     """
-    padded = tokenizer(list(texts))  # [M, C]
+    return pack_tokens(tokenizer(list(texts)), hasattr(tokenizer, "eot_token_id"), share=share)
+
+
+def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText:
+    """Lay M rows of tokens [M, context length] into few; `clip` says whether they are CLIP's."""
     empty = padded.new_zeros(0)
-    if not hasattr(tokenizer, "eot_token_id"):
+    if not clip:
         return PackedText(padded, empty, empty, empty, empty)
     lengths = (padded.argmax(dim=-1) + 1).tolist()  # end-of-text has the largest number
     sequences = [tuple(row[:n]) for row, n in zip(padded.tolist(), lengths, strict=True)]
@@ -1010,6 +1199,11 @@ class Batch(NamedTuple):
     valid: Tensor  # [B, K] bool, which negatives exist
     encoded: Tensor  # [B, K] bool, which negatives are among the texts
     faults: list[str]
+    same: int = 0  # negatives that were left out, for they have the tokens of their caption
+    state: Any = None  # of the reader of shards that made it
+
+
+MISSING = "###"  # stands for a missing negative in the released code, which encodes it
 
 
 class Collate:
@@ -1028,7 +1222,7 @@ class Collate:
         Args:
             tokenizer: an open_clip tokenizer.
             positives: whether the loss reads t⁺.
-            negatives: "none", "valid", or "all": an empty text where one is missing (as released).
+            negatives: "none", "valid", or "all": "###" where one is missing (as released).
             part: pictures of each Batch; 0 makes one of all items.
         """
         self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
@@ -1039,26 +1233,70 @@ class Collate:
         part = self.part or len(items)
         return [self._batch(items[i : i + part]) for i in range(0, len(items), part)]
 
+    def bundle(self, items: list[Item]) -> Bundle:
+        """The parts in two tensors: a worker hands over a file descriptor for each tensor."""
+        parts = self(items)
+        rest = [[*part.texts, *part[2:5]] for part in parts]  # all but images and faults
+        flat = [tensor.flatten().to(torch.int64) for tensors in rest for tensor in tensors]
+        return Bundle(
+            torch.cat([part.images.movedim(1, -1) for part in parts]),
+            torch.cat(flat),
+            [[list(tensor.shape) for tensor in tensors] for tensors in rest],
+            [part[5:] for part in parts],
+        )
+
     def _batch(self, items: list[Item]) -> Batch:
         captions = [item.captions for item in items]
         positives = [c.positive if self.positives else None for c in captions]
         valid = torch.tensor([[text is not None for text in c.negatives] for c in captions])
         if self.negatives == "none":
             valid = torch.zeros_like(valid)
-        encoded = torch.ones_like(valid) if self.negatives == "all" else valid
+        encoded = torch.ones_like(valid) if self.negatives == "all" else valid.clone()
         texts = [c.caption for c in captions]
         texts += [text for text in positives if text is not None]
-        texts += [captions[i].negatives[k] or "" for i, k in encoded.nonzero().tolist()]
+        slots = encoded.nonzero()
+        texts += [captions[i].negatives[k] or MISSING for i, k in slots.tolist()]
+        tokens = self.tokenizer(texts)  # [M, C]
+        same, keep = 0, torch.ones(len(texts), dtype=torch.bool)
+        if self.negatives == "valid":
+            # An edit of case and spaces alone, or behind the context: the caption itself.
+            equal = (tokens[len(texts) - len(slots) :] == tokens[slots[:, 0]]).all(dim=1)
+            same, keep[len(texts) - len(slots) :] = int(equal.sum()), ~equal
+            valid[tuple(slots[equal].T)] = encoded[tuple(slots[equal].T)] = False
         # Stacked as they lie in memory, colours last; a loader has better things to do than sort.
         pictures = torch.stack([item.image.movedim(0, -1) for item in items])
         return Batch(
             pictures.movedim(-1, 1),
-            pack_texts(texts, self.tokenizer),
+            pack_tokens(tokens[keep], hasattr(self.tokenizer, "eot_token_id")),
             torch.tensor([text is not None for text in positives]),
             valid,
             encoded,
             [item.fault for item in items if item.fault],
+            same,
+            items[-1].state,
         )
+
+
+class Bundle(NamedTuple):
+    """Batches on their way from a loading process: all images, and all else as one tensor."""
+
+    images: Tensor  # [B, H, W, 3] uint8
+    rest: Tensor  # int64
+    shapes: list[list[list[int]]]  # of each batch's other tensors
+    notes: list[tuple[Any, ...]]  # the other fields of each batch
+
+
+def unbundle(bundle: Bundle) -> list[Batch]:
+    """Views of a bundle as the batches that it was made of."""
+    sizes = [math.prod(shape) for shapes in bundle.shapes for shape in shapes]
+    flat = iter(bundle.rest.split(sizes))
+    images, batches = bundle.images.movedim(-1, 1), []
+    for shapes, notes in zip(bundle.shapes, bundle.notes, strict=True):
+        *texts, has, valid, encoded = (next(flat).view(shape) for shape in shapes)
+        part, images = images[: len(has)], images[len(has) :]
+        packed = PackedText(*texts)
+        batches.append(Batch(part, packed, has.bool(), valid.bool(), encoded.bool(), *notes))
+    return batches
 
 
 def split_features(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -1112,22 +1350,47 @@ def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-def train_transform(model: Any, least: float = 0.9) -> Transform:
+def train_transform(
+    model: Any, least: float = 0.9, *, exif: bool = True, reduce: bool = True
+) -> Transform:
     """Cut a random part of a photo, `least` to all of its area, and resize it as the model wants.
 
     The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
+
+    Args:
+        model: of open_clip.
+        least: the smallest part.
+        exif: turn photos upright as their EXIF orientation says, or "left of" may become false.
+        reduce: decode JPEGs at 1/2, 1/4 or 1/8 where the part stays at least as large as wanted.
     """
-    size = picture_size(model)
     name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
-    mode = Image.Resampling[name.upper()]
-    return functools.partial(_cut, size=size, least=least, mode=mode)
+    size, mode = image_size(model), Image.Resampling[name.upper()]
+    return functools.partial(_cut, size=size, least=least, mode=mode, exif=exif, reduce=reduce)
+
+
+TURNS = {2 + i: Image.Transpose(turn) for i, turn in enumerate((0, 3, 1, 5, 4, 6, 2))}  # by EXIF
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of how the camera was held; from 5 on it lay on its side."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # broken EXIF says nothing; Pillow raises many kinds here
+        return 1
 
 
 def _cut(
-    image: Image.Image, rng: random.Random, size: int, least: float, mode: Image.Resampling
+    image: Image.Image,
+    rng: random.Random,
+    size: tuple[int, int],
+    least: float,
+    mode: Image.Resampling,
+    exif: bool,
+    reduce: bool,
 ) -> Tensor:
-    """Return uint8 [3, size, size]."""
-    width, height = image.size
+    """Return uint8 [3, *size]."""
+    held = _orientation(image) if exif else 1
+    width, height = image.size[::-1] if 5 <= held <= 8 else image.size
     w, h = width, height  # where no part fits: of the nearest ratio, from the middle
     if width / height > 4 / 3:
         w = round(height * 4 / 3)
@@ -1142,14 +1405,23 @@ def _cut(
             w, h = across, down
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
             break
-    part = image.crop((x, y, x + w, y + h)).resize((size, size), mode)
-    return pil_to_tensor(part)
+    part = next(n for n in (8, 4, 2, 1) if n == 1 or (n * size[1] <= w and n * size[0] <= h))
+    if part > 1 and reduce and image.format == "JPEG":
+        image.draft(None, (image.width // part, image.height // part))
+    image = to_rgb(image)
+    image = image.transpose(TURNS[held]) if held in TURNS else image
+    if image.size == (width, height):
+        return pil_to_tensor(image.crop((x, y, x + w, y + h)).resize(size[::-1], mode))
+    fx, fy = image.width / width, image.height / height
+    return pil_to_tensor(
+        image.resize(size[::-1], mode, (x * fx, y * fy, (x + w) * fx, (y + h) * fy))
+    )
 
 
-def picture_size(model: Any) -> int:
-    """Width and height in pixels of the pictures that the model reads."""
+def image_size(model: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that the model reads."""
     size = model.visual.preprocess_cfg["size"]
-    return size if isinstance(size, int) else size[0]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def normalise(images: Tensor, model: Any) -> Tensor:
@@ -1196,7 +1468,7 @@ def find_overlap(photos: np.ndarray) -> list[str]:
     return found or ["no test image that the kit knows"]
 
 
-def karpathy_records(path: Path, splits: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def karpathy_records(path: Path, splits: Sequence[str] | None) -> Iterator[Record]:
     """Captions of these splits of a Karpathy json; all of them would be training on test images.
 
     Args:
@@ -1221,14 +1493,14 @@ def karpathy_records(path: Path, splits: Sequence[str] | None) -> Iterator[dict[
             name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
             number = image.get("cocoid", image.get("imgid"))
             for sentence in image["sentences"] if image["split"] in splits else ():
-                yield {"image": name, "image_id": number, "caption": sentence["raw"]}
+                yield Record(name, number, sentence["raw"], {})
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: is no Karpathy json with splits ({error!r})") from None
 
 
-def vg_records(folder: Path) -> Iterator[dict[str, Any]]:
+def vg_records(folder: Path) -> Iterator[Record]:
     """Region descriptions of Visual Genome: FOLDER/region_descriptions.json and image_data.json.
 
     A photo that COCO has too gets image_id "coco ID"; those of COCO's tests are left out.
@@ -1249,39 +1521,21 @@ def vg_records(folder: Path) -> Iterator[dict[str, Any]]:
             if photo_number(name, known) in tested:
                 continue
             for region in image["regions"]:
-                yield {"image": name, "image_id": known, "caption": region["phrase"]}
+                yield Record(name, known, region["phrase"], {})
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{folder}: is not as Visual Genome has it ({error!r})") from None
 
 
-def folder_records(folder: Path) -> Iterator[dict[str, Any]]:
+def folder_records(folder: Path) -> Iterator[Record]:
     """Every image below a folder with the caption in the .txt beside it, as img2dataset writes."""
     for path in sorted(folder.rglob("*.txt")):
         image = path.with_suffix(".jpg")
         if image.is_file():
             name = image.relative_to(folder).as_posix()
             caption = path.read_text(encoding="utf-8", errors="replace").strip()
-            yield {"image": name, "image_id": name, "caption": caption}
-
-
-def write_manifest(path: Path, records: Iterable[dict[str, Any]], overwrite: bool) -> int:
-    """Write records to NAME.partial, rename it to NAME, and count them."""
-    if path.exists() and not overwrite:
-        raise DataError(f"--out {path}: exists; pass --overwrite or choose another name")
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for count, record in enumerate(records, 1):  # noqa: B007 - the count is returned
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"--out {path}: cannot be written ({error.strerror}); check it") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+            yield Record(name, name, caption, {})
 
 
 def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[dict[str, Any]]:
@@ -1298,53 +1552,76 @@ def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[
         yield {"image": name, "image_id": index, "caption": said.positive, "negatives": nothing}
 
 
-def write_shards(manifest: Path, images: Path, out: Path, size: int) -> int:
-    """Write a manifest and its pictures as webdataset shards of `size` examples, and count them."""
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"--out {out}: is not empty; choose another folder")
-    count = 0
+def write_shards(
+    manifest: Path, images: Path, out: Path, size: int, types: Sequence[str] = ()
+) -> int:
+    """Write a manifest and its images as webdataset shards of `size` examples, and count them.
+
+    The order is random; all captions of an image are in one shard, so that readers of other shards
+    never have it in the same batch. After an error nothing is left.
+    """
+    if size < 1:
+        raise DataError(f"--size {size}: must be 1 or more")
+    if os.path.lexists(out) and (
+        not out.is_dir() or any(p.suffix != ".partial" for p in out.iterdir())
+    ):
+        raise DataError(f"--out {out}: is not an empty folder; choose another")
+    offsets: dict[str, list[int]] = {}
+    named: tuple[str, ...] = NEGATIVE_TYPES
+    for offset, record in read_records(manifest, types, need_image=True):
+        offsets.setdefault(str(record.image), []).append(offset)
+        named = tuple(record.negatives)  # a header further down may name more
+    rng, groups = random.Random(0), list(offsets.values())
+    rng.shuffle(groups)
+    shards: list[list[int]] = [[]]
+    for group in groups:
+        if shards[-1] and len(shards[-1]) + len(group) > size:
+            shards.append([])
+        shards[-1] += group
+    out.mkdir(parents=True, exist_ok=True)
+    count, made = 0, []
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        records = read_manifest(manifest)
-        for number in itertools.count():
-            chunk = list(itertools.islice(records, size))
-            if not chunk:
-                break
-            name = out / f"{number:06d}.tar"
-            partial = name.with_name(name.name + ".partial")
-            with tarfile.open(partial, "w") as tar:
-                for record in chunk:
-                    _add_sample(tar, f"{count:09d}", record, images)
-                    count += 1
-            os.replace(partial, name)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error})") from None
+        with manifest.open("rb") as lines:
+            for number, shard in enumerate(shards):
+                rng.shuffle(shard)
+                made.append(out / f"{number:06d}.tar")
+                with writing(made[-1], True) as file, tarfile.open(fileobj=file, mode="w") as tar:
+                    for offset in shard:
+                        lines.seek(offset)
+                        place = f"{manifest}, byte {offset}"
+                        record = parse_record(lines.readline(), place, named, some=True)
+                        add_sample(tar, f"{count:09d}", _sample_parts(record, images))
+                        count += 1
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
     return count
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, record: Record, images: Path) -> None:
-    try:
-        picture = (images / record.image).read_bytes()
-    except OSError as error:
-        raise DataError(f"{images / record.image}: cannot be read ({error.strerror})") from None
-    fields = record._asdict() | {
-        "negatives": dict(zip(NEGATIVE_TYPES, record.negatives, strict=True))
-    }
-    suffix = Path(record.image).suffix.lower()
-    for ending, content in ((suffix, picture), (".json", json.dumps(fields).encode())):
-        info = tarfile.TarInfo(key + ending)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+def _sample_parts(record: Record, images: Path) -> dict[str, bytes]:
+    """The members of a record's sample; types that are not the default ones are named in it."""
+    path = images / str(record.image)
+    kinds = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+    content, form = io.BytesIO(), open_image(path, use=lambda image: image.format)
+    if form in kinds:
+        content.write(path.read_bytes())
+    else:  # what train.py does not look for in a shard
+        open_image(path).save(content, "PNG")
+    types = tuple(record.negatives)
+    named = {} if types == NEGATIVE_TYPES else {"types": types}
+    text = json.dumps({**record._asdict(), **named})
+    return {kinds.get(form, "png"): content.getvalue(), "json": text.encode()}
 
 
-def check(path: Path, images: Path) -> None:
-    """Decode every picture of a manifest and print what it holds.
+def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> None:
+    """Decode every picture of a manifest and print what it holds, and what a model sees of it.
 
     Raises:
         DataError: pictures are missing or broken; the first ones are named.
     """
-    records = list(read_manifest(path))
-    names = dict.fromkeys(record.image for record in records)
+    records = list(read_manifest(path, types))
+    names = dict.fromkeys(str(record.image) for record in records)
     broken = []
     for name in names:
         try:
@@ -1352,14 +1629,15 @@ def check(path: Path, images: Path) -> None:
         except DataError as error:
             broken.append(str(error))
     pairs = Counter((record.image, record.caption) for record in records)
-    same = sum(record.caption in record.negatives for record in records)
     print(f"{len(records)} captions of {len(names)} pictures in {path}")
-    for k, kind in enumerate(NEGATIVE_TYPES):
-        count = sum(record.negatives[k] is not None for record in records)
+    for kind in records[-1].negatives if records else ():
+        made = [(record, record.negatives.get(kind)) for record in records]
+        count = sum(given is not None for _, given in made)
         print(f"  {kind:9} {count} negatives ({100 * count / max(1, len(records)):.1f} %)")
     print(f"  {sum(pairs.values()) - len(pairs)} captions repeated for the same picture")
-    print(f"  {same} captions with a negative that is the caption itself")
-    photos = {photo_number(record.image, record.image_id) for record in records}
+    same = _same_tokens(records, model)
+    print(f"  {same} negatives are their caption to {model} (cut at its context): not trained on")
+    photos = {photo_number(str(record.image), record.image_id) for record in records}
     for line in find_overlap(np.array(sorted(photos))):
         print(f"  {line} among them")
     if broken:
@@ -1369,6 +1647,27 @@ def check(path: Path, images: Path) -> None:
             f"{len(broken)} of {len(names)} pictures cannot be used; mend or remove them"
         )
     print(f"  all {len(names)} pictures decode")
+
+
+def _same_tokens(records: Sequence[Record], model: str) -> int:
+    """Count the negatives whose tokens are those of their caption."""
+    open_clip: Any = importlib.import_module("open_clip")
+    path, context = Path(model), None
+    if path.suffix == ".json":
+        try:
+            context = json.loads(path.read_text(encoding="utf-8"))["text_cfg"]["context_length"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            raise DataError(f"--model {model}: is no model config with a context_length") from None
+    elif open_clip.get_model_config(model) is None:
+        raise DataError(f"--model {model}: open_clip knows no such model")
+    tokenizer = open_clip.get_tokenizer("" if context else model, context_length=context)
+    same = 0
+    for record in records:
+        given = [x for x in record.negatives.values() if x]
+        lists = [x if isinstance(x, list) else [x] for x in given]
+        tokens = tokenizer([record.caption, *itertools.chain(*lists)])
+        same += int((tokens[1:] == tokens[0]).all(dim=1).sum())
+    return same
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1391,6 +1690,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "csv":
             sub.add_argument("--image-column", help="name of the column of file names")
             sub.add_argument("--caption-column", help="name of the column of captions")
+            sub.add_argument(
+                "--negative",
+                nargs="+",
+                default=(),
+                metavar="COLUMN[:TYPE]",
+                help="columns of negatives (default: neg_caption, where there is one)",
+            )
     for name, text in {
         "vg": "Visual Genome's folder with region_descriptions.json and image_data.json",
         "cc3m": "a folder of images, each with its caption in a .txt beside it (img2dataset)",
@@ -1411,46 +1717,76 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
     sub.add_argument("--out", type=Path, required=True, help="folder of the shards to write")
     sub.add_argument("--size", type=int, default=10_000, help="examples of a shard (default 10000)")
+    add_types(sub)
     sub = commands.add_parser(
         "check", help="decode every picture of a manifest, count, find copies"
     )
     sub.add_argument("manifest", type=Path, help="manifest (.jsonl)")
     sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+    text = "open_clip model or config .json that will train on it (default ViT-B-32)"
+    sub.add_argument("--model", default="ViT-B-32", help=text)
+    add_types(sub)
     return parser.parse_args(argv)
+
+
+def add_types(parser: argparse.ArgumentParser) -> None:
+    """The option --types, which train.py has too."""
+    text = "of negatives to read, as counting,negation (default: all that the manifest names)"
+    parser.add_argument("--types", type=split_types, default=(), metavar="A,B", help=text)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of the commands."""
     args = parse_args(argv)
+    if launcher().world > 1:
+        raise DataError("data.py works in one process; start it without torchrun and srun")
     if args.command == "check":
-        check(args.manifest, args.images)
+        check(args.manifest, args.images, args.model, args.types)
         return
     if args.command == "shards":
-        count = write_shards(args.manifest, args.images, args.out, max(1, args.size))
+        count = write_shards(args.manifest, args.images, args.out, args.size, args.types)
         print(f"{count} examples written to {args.out}")
         return
-    if args.out.exists() and not args.overwrite:
-        raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")
+    if os.path.lexists(args.out):
+        if not args.overwrite:
+            raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")
+        if args.out.is_symlink() or not args.out.is_file():
+            raise DataError(f"--out {args.out}: is no regular file, so it is not replaced")
     if args.command == "shapes":
-        records = shapes_records(args.split, args.seed, args.images, args.limit)
+        rows = shapes_records(args.split, args.seed, args.images, args.limit)
     else:
-        columns = {"image_column": None, "caption_column": None}
-        columns |= {key: vars(args)[key] for key in columns if key in args}
-        readers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        columns: dict[str, Any] = {}
+        if args.command == "csv":
+            columns = {
+                "image_column": args.image_column,
+                "caption_column": args.caption_column,
+                "negatives": args.negative,
+            }
+        readers: dict[str, Callable[[], Iterator[Record]]] = {
             "karpathy": lambda: karpathy_records(args.captions, args.splits),
             "flickr30k": lambda: karpathy_records(args.captions, args.splits),
             "vg": lambda: vg_records(args.captions),
             "cc3m": lambda: folder_records(args.captions),
         }
         read = readers.get(args.command, lambda: read_captions(args.captions, **columns))
-        nothing = {"negatives": dict.fromkeys(NEGATIVE_TYPES)}
-        records = ({**record, **nothing} for record in read())
-    print(f"{write_manifest(args.out, records, args.overwrite)} captions written to {args.out}")
+        rows = manifest_rows(read(), args.captions)
+    count = write_lines(args.out, rows, args.overwrite)
+    print(f"{count} lines written to {args.out}")
+
+
+def manifest_rows(records: Iterable[Record], source: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest; it has a header where the types are not the default ones."""
+    for number, record in enumerate(records):
+        if record.image is None:
+            raise DataError(
+                f"{source}: caption {number + 1} has no image; name the column with "
+                "--image-column, or make negatives without images with negatives.py"
+            )
+        types = tuple(record.negatives) or NEGATIVE_TYPES
+        if not number and types != NEGATIVE_TYPES:
+            yield {"manifest": 1, "types": types}
+        yield record._asdict() | {"negatives": {**dict.fromkeys(types), **record.negatives}}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "data.py"))

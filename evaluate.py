@@ -39,6 +39,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -48,6 +49,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -64,8 +66,11 @@ from data import (
     open_image,
     pack_texts,
     photo_number,
+    run_script,
     say,
+    writing,
 )
+from negatives import launcher
 
 SHAPES_ITEMS = 500  # of each subset of the shapes suite
 EVAL_SEED = 0  # of the shapes suite, the shuffles and the bootstrap; the tests never change
@@ -102,8 +107,10 @@ def load_model(
 ) -> Model:
     """Build a model and load its weights: a tag, a checkpoint file, a folder or the hub.
 
-    A checkpoint of train.py knows its model and its activation; any other file needs `name`.
-    A folder holds open_clip_config.json with weights, or a CLIP or SigLIP of transformers.
+    A checkpoint of train.py holds its model's config, activation and preprocessing, and loads
+    without a network; any other file needs `name`. A folder holds open_clip_config.json with
+    weights, or a CLIP or SigLIP of transformers. Position embeddings of a file are resized to the
+    model's image size and context, as open_clip does, and that is said.
 
     Args:
         name: an open_clip model name, "hf-hub:ORG/REPO", "shapes-tiny", or a model config (.json).
@@ -127,36 +134,80 @@ def load_model(
         return _load_transformers(folder, activation, device)
     state: dict[str, torch.Tensor] | None = None
     about: dict[str, Any] = {}
+    config: Any = None
     preprocess: dict[str, Any] = {}
+    foreign = False
     if folder:
-        name, state, preprocess = _read_folder(folder)
+        name, config, state, preprocess = _read_folder(folder, name)
     elif pretrained and (os.path.exists(pretrained) or Path(pretrained).suffix in WEIGHT_FILES):
         state, about = read_checkpoint(pretrained)
-    name = _agreed_name(name, about.get("model"), pretrained)
-    quick = bool(_config(name).get("quick_gelu"))
+        config, preprocess = about.pop("config", None), dict(about.pop("preprocess", {}))
+        preprocess.pop("size", None)  # the model's
+        if not (name and Path(name).suffix == ".json"):  # a config of the user's own choice
+            name, foreign = _agreed_name(name, about.get("model"), pretrained, config), bool(config)
+    known = (
+        _add_config(config, str(name), str(pretrained)) if foreign or folder else _register(name)
+    )
+    config = _config(known)
+    quick = bool(config.get("quick_gelu"))
     if activation or about.get("activation"):
         quick = (activation or about["activation"]) == "quickgelu"
     tag = None if state is not None else pretrained
     if tag:
-        _check_tag(name, tag, quick, activation)
-    net = _build(name, pretrained=tag, quick_gelu=quick)
-    if not tag and hasattr(net, "text_decoder"):  # CoCa's: open_clip leaves it as memory was
-        projection = net.text_decoder.text_projection
-        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+        _check_tag(known, tag, quick, activation)
+    with _offline(foreign):
+        net = _build(known, pretrained=tag, quick_gelu=quick, pretrained_text=state is None)
+        tokenizer = _tokenizer(known)
     if state is not None:
-        _fill(net, state, name, str(pretrained))
-    net.visual.preprocess_cfg = {**net.visual.preprocess_cfg, **preprocess}
+        _fill(net, state, str(name), str(pretrained))
+    cfg = net.visual.preprocess_cfg
+    net.visual.preprocess_cfg = cfg | {
+        key: preprocess[key] for key in preprocess.keys() & cfg.keys()
+    }
     about = {**about, "model": name, "activation": "quickgelu" if quick else "gelu"}
-    return Model(net.to(device), _tokenizer(name), about)
+    about |= {"config": config, "preprocess": net.visual.preprocess_cfg}
+    return Model(net.to(device), tokenizer, about)
 
 
-def _agreed_name(name: str | None, held: str | None, path: str | None) -> str:
+def _agreed_name(name: str | None, held: str | None, path: str | None, config: Any) -> str:
     if not name and not held:
         hint = "the released CE-CLIP and NegCLIP are ViT-B-32-quickgelu"
         raise DataError(f"--ckpt {path}: is not from train.py; name its --model ({hint})")
     if name and held not in (None, name):
         raise DataError(f"--model {name}: {path} holds a {held}; leave --model out")
+    if not name and not config and held not in (*open_clip.list_models(), TINY_CONFIG.stem):
+        raise DataError(
+            f"{path}: holds a {held!r:.80}, which open_clip does not know; name --model"
+        )
     return name or str(held)
+
+
+def _add_config(config: Any, name: str, path: str) -> str:
+    """Make a model config that a file brought known to open_clip, under a name of its own."""
+    parts = ("text_cfg", "vision_cfg")
+    if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) for p in parts):
+        raise DataError(f"{path}: holds no model config (embed_dim, text_cfg, vision_cfg)")
+    text = json.dumps(config, sort_keys=True)
+    name = re.sub("[^-.0-9A-Za-z]", "_", name)[-80:]
+    known = f"{name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if open_clip.get_model_config(known) is None:
+        with tempfile.TemporaryDirectory() as room:
+            (Path(room) / f"{known}.json").write_text(text)
+            open_clip.add_model_config(Path(room) / f"{known}.json")
+    return known
+
+
+@contextlib.contextmanager
+def _offline(foreign: bool) -> Iterator[None]:
+    """Let no name that a checkpoint brought reach the hub."""
+    from huggingface_hub import constants  # comes with open_clip
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or foreign
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -164,8 +215,12 @@ WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 def _build(name: str, **options: Any) -> Any:
     try:
-        return open_clip.create_model(_register(name), **options)
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        net = open_clip.create_model(name, **options)
+        if not options.get("pretrained") and hasattr(net, "text_decoder"):  # CoCa's
+            projection = net.text_decoder.text_projection  # open_clip leaves it as memory was
+            torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+        return net
+    except Exception as error:  # a config may be wrong in any way
         bare = "; a repository of bare checkpoints: download one, pass --ckpt FILE --model NAME"
         hint = bare if name.startswith("hf-hub:") else ""
         why = _line(error)
@@ -174,16 +229,29 @@ def _build(name: str, **options: Any) -> Any:
 
 def _tokenizer(name: str) -> Any:
     try:
-        return open_clip.get_tokenizer(_register(name))
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # a config may be wrong in any way
         raise DataError(f"--model {name}: its tokenizer cannot be had ({_line(error)})") from None
 
 
+POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
+
+
 def _fill(net: Any, state: dict[str, torch.Tensor], name: str, path: str) -> None:
+    wanted = net.state_dict()
+    for key, value in state.items():
+        if key in wanted and wanted[key].is_floating_point() and not value.is_floating_point():
+            raise DataError(f"{path}: {key} is {value.dtype}; weights must be floats, as trained")
+    before = {key: len(state[key]) for key in POSITIONS if key in state}
     try:
+        resize_pos_embed(state, net)
+        resize_text_pos_embed(state, net)
         net.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: does not fit the model {name} ({_line(error)})") from None
+    for key, count in before.items():
+        if len(state[key]) != count:
+            print(f"{path}: {key} resized from {count} to {len(state[key])}", file=sys.stderr)
 
 
 def _load_hub(name: str, activation: str | None, device: str) -> Model:
@@ -191,26 +259,26 @@ def _load_hub(name: str, activation: str | None, device: str) -> Model:
     net = _build(name, require_pretrained=True, **options)
     quick = any(type(part).__name__ == "QuickGELU" for part in net.modules())
     about = {"model": name, "activation": "quickgelu" if quick else "gelu"}
+    about |= {"config": open_clip.get_model_config(name), "preprocess": net.visual.preprocess_cfg}
     return Model(net.to(device), _tokenizer(name), about)
 
 
-def _read_folder(folder: Path) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-    """Read open_clip_config.json and the weights beside it."""
+def _read_folder(
+    folder: Path, given: str | None
+) -> tuple[str, Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """Name, config, weights and preprocessing of a folder with open_clip_config.json."""
+    if given:
+        raise DataError(f"--model {given}: {folder} brings its own model; leave --model out")
     try:
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        model = config["model_cfg"]
-    except (OSError, ValueError, KeyError, TypeError):
+        model, pixels = config["model_cfg"], dict(config.get("preprocess_cfg", {}))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{folder}/open_clip_config.json: is no model of open_clip") from None
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
     if not files:
         raise DataError(f"{folder}: holds no weights ({', '.join(WEIGHT_FILES)}); copy them there")
     best = max(files, key=lambda path: ("open_clip" in path.name, path.suffix == ".safetensors"))
-    name = folder.resolve().name
-    with tempfile.TemporaryDirectory() as room:
-        path = Path(room) / f"{name}.json"
-        path.write_text(json.dumps(model))
-        open_clip.add_model_config(path)
-    return name, read_checkpoint(best)[0], config.get("preprocess_cfg", {})
+    return folder.resolve().name, model, read_checkpoint(best)[0], pixels
 
 
 class _Transformers(torch.nn.Module):
@@ -319,15 +387,18 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         why = "it is torn, or no file of torch.save" if noise else _line(error)
         raise DataError(f"{path}: cannot be read as weights ({why}){_mend(error)}") from None
     content = content if isinstance(content, dict) else {}
-    state = content.get("state_dict", content.get("model", content))
+    nested = (content.get(key) for key in ("state_dict", "model_state_dict", "model"))
+    state = next((part for part in nested if isinstance(part, dict)), content)
     if not isinstance(state, dict) or not state:
         raise DataError(f"{path}: holds no state_dict of a model")
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise DataError(f"{path}: holds no state_dict of a model, but other things too")
+    # What DistributedDataParallel, torch.compile and trainers put before every name.
+    for prefix in 3 * ("module.", "_orig_mod.", "model."):
+        if all(str(key).startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     kit = content.get("kit")
-    return {key.removeprefix("module."): value for key, value in state.items()}, dict(
-        kit if isinstance(kit, dict) else {}
-    )
+    return state, dict(kit if isinstance(kit, dict) else {})
 
 
 def _read_tensors(path: Path) -> Any:
@@ -368,18 +439,20 @@ def _line(error: Exception) -> str:
     return textwrap.shorten(line, 240, placeholder=" ...")
 
 
-def _register(name: str) -> str:
+def _register(name: str | None) -> str:
     """Make a model config file known to open_clip, and give the name it has there."""
-    path = TINY_CONFIG if name == TINY_CONFIG.stem else Path(name)
+    path = TINY_CONFIG if name == TINY_CONFIG.stem else Path(str(name))
     if path.suffix != ".json":
-        return name
-    with contextlib.suppress(OSError, ValueError):
-        open_clip.add_model_config(path)
-    return path.stem
+        return str(name)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"--model {name}: is no model config ({_line(error)})") from None
+    return _add_config(config, path.stem, f"--model {name}")
 
 
 def _config(name: str) -> dict[str, Any]:
-    config = open_clip.get_model_config(_register(name))
+    config = open_clip.get_model_config(name)
     if config is None:
         near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY_CONFIG.stem], 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
@@ -1422,7 +1495,7 @@ class Encoder:
         self.dtype = PRECISIONS[args.precision]
         cfg = PreprocessCfg(**model.net.visual.preprocess_cfg)
         self.transform = image_transform_v2(cfg, is_train=False)
-        self.width = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
+        self.width = cfg.size if isinstance(cfg.size, int) else max(cfg.size)
         self.workers = args.workers
         self.rank, self.ranks = rank_and_ranks()
         self.known: dict[str, torch.Tensor] = {}  # features by key
@@ -1433,6 +1506,12 @@ class Encoder:
             self.cache = args.cache / f"{self.hash[:16]}-{args.precision}"
             self._read_cache()
         model.net.eval()
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """Width of the features."""
+        with torch.no_grad():
+            return self._unit(self.model.net.encode_text, self.model.tokenizer(["a"])).shape[1]
 
     @functools.cached_property
     def hash(self) -> str:
@@ -1516,7 +1595,11 @@ class Encoder:
         for file in sorted(self.cache.glob("*.pt")) if self.cache else []:
             try:
                 kept = torch.load(file, weights_only=True)
-                self.known.update(dict(zip(kept["keys"], kept["rows"], strict=True)))
+                rows = kept["rows"]
+                unit = (rows.norm(dim=1) - 1).abs().max() < 1e-3  # false of NaN too
+                if rows.dtype != torch.float32 or rows.shape[1] != self.dim or not unit:
+                    raise ValueError("these are no features of the model")
+                self.known.update(dict(zip(kept["keys"], rows, strict=True)))
             except Exception:  # torch raises many kinds here
                 if self.rank == 0:
                     print(f"evaluate.py: --cache {file}: is torn, made again", file=sys.stderr)
@@ -1612,8 +1695,51 @@ def hash_model(model: Model) -> str:
     return digest.hexdigest()
 
 
+class Rank(NamedTuple):
+    """This process among all, and its device."""
+
+    number: int
+    world: int
+    device: torch.device
+
+
+def start_process(device: str) -> Rank:
+    """Join the others where torchrun or srun started several, and choose this one's device.
+
+    Raises:
+        DataError: the launcher's variables do not fit, the others do not come within
+            $JOIN_SECONDS (30), or one of them has no such device.
+    """
+    number, world, local = launcher()
+    if world > 1:
+        lacks = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if lacks:
+            raise DataError(f"{lacks[0]} is not set: start the {world} ranks with torchrun or srun")
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        seconds = float(os.environ.get("JOIN_SECONDS", "30"))
+        wait = timedelta(seconds=seconds)
+        try:
+            store, *_ = next(dist.rendezvous("env://", number, world, timeout=wait))
+            # Objects and CPU tensors go by gloo; NCCL joins where there are GPUs.
+            kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(kinds, store=store, rank=number, world_size=world)
+        except (RuntimeError, ValueError, OSError):
+            raise DataError(
+                f"rank {number} of {world}: the others did not come to {place} within {seconds:g} "
+                "s; start all of them with torchrun or srun (JOIN_SECONDS=300 waits longer)"
+            ) from None
+    kind = together(lambda: pick_device(device))
+    if kind == "cpu":
+        return Rank(number, world, torch.device(kind))
+    gpus = torch.cuda.device_count()
+    if 1 < gpus <= local:  # with one, srun shows each task its own
+        raise DataError(f"--device cuda: local rank {local}, but this machine has {gpus} GPUs")
+    torch.cuda.set_device(local if gpus > 1 else 0)
+    return Rank(number, world, torch.device("cuda", torch.cuda.current_device()))
+
+
 def rank_and_ranks() -> tuple[int, int]:
-    """Rank of this process under torchrun and how many there are."""
+    """Rank of this process and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -2616,7 +2742,9 @@ def evaluate(
         encoder = Encoder(build(), args)
         about = {"weights_sha256": encoder.hash, "evaluated_with": versions(args)}
         photos = encoder.model.about.pop("train_images", None)
-        results[label] = {**encoder.model.about, **about}
+        known = encoder.model.about.items()
+        kept = {key: value for key, value in known if key not in ("config", "preprocess")}
+        results[label] = {**kept, **about}
         results[label]["suites"] = {}
         for name, suite in suites.items():
             scored = _score(label if len(models) > 1 else "", suite, encoder, args.ties)
@@ -2730,9 +2858,8 @@ def replace_folder(new: Path, old: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path, overwrite=True) as file:
+        file.write(text.encode())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -2934,8 +3061,10 @@ def check_out(out: Path, overwrite: bool) -> None:
             raise DataError(f"--out {out}: has results already; pass --overwrite to replace them")
         own = [path for path in (out / "items").rglob("*") if path.is_file()]
         foreign = next((path for path in own if path.suffix != ".jsonl"), None)
-        loose = [out / f"results.{kind}" for kind in ("md", "tex", "csv")]
-        loose = [path for path in loose if path.exists() and not overwrite]
+        loose = [out / f"results.{kind}" for kind in ("json", "md", "tex", "csv")]
+        loose = [path for path in loose if os.path.lexists(path)]
+        plain = [path for path in loose if path.is_file() and not path.is_symlink()]
+        loose = [path for path in loose if not overwrite or path not in plain]
         if loose:
             raise DataError(f"--out {out}: {loose[0]} is in the way; choose another folder")
         if foreign or (own and not overwrite):
@@ -2955,14 +3084,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         list_suites(args.root)
         return
-    check_args(args)
-    args.device = pick_device(args.device)
-    named = name_models(args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
-        raise DataError("WORLD_SIZE is set but RANK is not; start with torchrun, or unset it")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
+    args.device = str(start_process(args.device).device)
+    together(lambda: check_args(args))
+    named = together(lambda: name_models(args))
     load = functools.partial(load_model, activation=args.activation, device=args.device)
     builds: dict[str, Build] = {
         label: functools.partial(load, *what) for label, what in named.items()
@@ -3014,11 +3138,4 @@ def write_results(results: dict[str, Any], table: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the table has seen enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except DataError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "evaluate.py"))

@@ -37,22 +37,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# fmt: off
 __all__ = [
-    "NEGATIVE_TYPES",
-    "RECIPES",
-    "CEClipLoss",
-    "RankThreshold",
-    "ce_clip_loss",
-    "ce_clip_loss_and_grads",
-    "gather_rows",
-    "intra_modal_loss",
-    "own_negatives_loss",
-    "rank_loss",
+    "NEGATIVE_TYPES", "RECIPES", "CEClipLoss", "RankThreshold", "ce_clip_loss",
+    "ce_clip_loss_and_grads", "gather_rows", "intra_modal_loss", "own_negatives_loss", "rank_loss",
 ]
+# fmt: on
 
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 IMC_VARIANTS = ("none", "paired", "paper", "repulsion", "released")
 THRESHOLDS = ("adaptive", "fixed", "max", "released")
+WORDS = {"imc": IMC_VARIANTS, "imc_scope": ("own", "batch"), "cmr_mean": ("valid", "all")}
+WORDS["backend"] = ("auto", "plain", "torch", "triton")
+WORDS["operands"] = ("auto", "float32", "bfloat16")
 SMALL = 2**19  # logits, up to which plain autograd is as fast as the fused core
 
 # What a recipe switches on; what it does not name has the default of Options or RankThreshold.
@@ -360,8 +357,7 @@ def ce_clip_loss(
         `image_negative` [b, K], all without gradient.
 
     Raises:
-        ValueError: shapes, dtypes, mask or options do not fit, or ranks hold different numbers of
-            rows.
+        ValueError: shapes, dtypes, mask or options do not fit, or ranks hold unequal batches.
     """
     features = (image_features, text_features, negative_features, positive_features)
     scalars = (logit_scale, logit_bias, thresholds)
@@ -382,10 +378,13 @@ def _loss(
         with torch.autocast(x.images.device.type, enabled=False):
             loss, parts, true, own = _plain(_clean(x, o), o, group)
     else:
-        alone = _world(group)[1] == 1
-        name = "" if alone else (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
         needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in x]
-        loss, parts, true, own, *_ = _fused_op(*x, [str(value) for value in o], needs, name)
+        if torch.compiler.is_compiling():
+            alone = _world(group)[1] == 1
+            name = "" if alone else (group or dist.group.WORLD).group_name  # type: ignore
+            loss, parts, true, own, *_ = _fused_op(*x, [str(value) for value in o], needs, name)
+        else:
+            loss, parts, true, own, *_ = _Fused.apply(*x, o, needs, group)
     itc, imc, cmr, mine = parts.detach().unbind()
     return {
         **{"loss": loss, "itc": itc, "imc": imc, "cmr": cmr, "own": mine},
@@ -417,10 +416,7 @@ def ce_clip_loss_and_grads(
         "positive_features": positive_features,
         "logit_bias": None if logit_bias is None else torch.as_tensor(logit_bias) * 1.0,
     }
-    leaves: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if value is not None:
-            leaves[name] = value.detach().requires_grad_()
+    leaves: Any = {k: v.detach().requires_grad_() for k, v in inputs.items() if v is not None}
     with torch.enable_grad():
         out = ce_clip_loss(**leaves, valid=valid, positive_valid=positive_valid, **options)
         grads = torch.autograd.grad(out["loss"], list(leaves.values()), materialize_grads=True)
@@ -431,20 +427,16 @@ def _options(given: dict[str, Any]) -> Options:
     unknown = set(given) - set(Options._fields)
     if unknown:
         raise ValueError(f"unknown option {min(unknown)!r}; there are {', '.join(Options._fields)}")
-    defaults = Options()
     for name, value in given.items():
-        kind = type(getattr(defaults, name))
+        kind = type(Options._field_defaults[name])
         fits = isinstance(value, bool) == (kind is bool) and isinstance(value, kind | int)
         if not fits or (kind is float and not math.isfinite(value)):
             wanted = {bool: "True or False", str: "a word", float: "a finite number"}[kind]
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
     cast: dict[str, Any] = {k: float(v) if type(v) is int else v for k, v in given.items()}
     o = Options(**cast)
-    _choose("imc", o.imc, IMC_VARIANTS)
-    _choose("imc_scope", o.imc_scope, ("own", "batch"))
-    _choose("cmr_mean", o.cmr_mean, ("valid", "all"))
-    _choose("backend", o.backend, ("auto", "plain", "torch", "triton"))
-    _choose("operands", o.operands, ("auto", "float32", "bfloat16"))
+    for name, words in WORDS.items():
+        _choose(name, getattr(o, name), words)
     for name in ("imc_weight", "cmr_weight", "own_weight", "workspace_mib"):
         if getattr(o, name) < 0:
             raise ValueError(f"{name} is {getattr(o, name)}; it must be 0 or more")
@@ -505,21 +497,18 @@ def _inputs(
     (images, texts, negatives, positives), (valid, positive_valid) = features, masks
     scale, bias, thresholds = scalars
     if images.dim() != 2 or not len(images) or not images.is_floating_point():
-        raise ValueError(
-            f"image_features are {images.dtype} {list(images.shape)}; "
-            "they must be floats [B, D], B > 0"
-        )
+        was = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"image_features are {was}; they must be floats [B, D], B > 0")
     b, d = images.shape
     forgotten = valid is None
     if negatives is None and valid is not None and valid.numel():
         raise ValueError("valid is given, but negative_features are missing")
     negatives = images.new_zeros(b, 0, d) if negatives is None else negatives
     k = negatives.shape[1] if negatives.dim() == 3 else -1
-    valid = images.new_ones(b, max(k, 0), dtype=torch.bool) if valid is None else valid
-    if positive_valid is None:
-        positive_valid = images.new_ones(b, dtype=torch.bool)
-    if thresholds is None:
-        thresholds = images.new_zeros(max(k, 0))
+    every = images.new_ones(b, max(k, 0) + 1, dtype=torch.bool)
+    valid = every[:, 1:] if valid is None else valid
+    positive_valid = every[:, 0] if positive_valid is None else positive_valid
+    thresholds = images.new_zeros(max(k, 0)) if thresholds is None else thresholds
     for name, tensor, shape, mask in (
         ("text_features", texts, (b, d), False),
         ("negative_features", negatives, (b, k, d), False),
@@ -528,13 +517,12 @@ def _inputs(
         ("valid", valid, (b, k), True),
         ("positive_valid", positive_valid, (b,), True),
     ):
-        if tensor is not None and tensor.shape != shape:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
             size = f"[{', '.join('K' if n == -1 else str(n) for n in shape)}]"
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {size}")
-        right = tensor is None or (
-            tensor.dtype == torch.bool if mask else tensor.is_floating_point()
-        )
-        if tensor is not None and not right:
+        if not (tensor.dtype == torch.bool if mask else tensor.is_floating_point()):
             kind = "a bool mask" if mask else "of floats"
             raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
     if o.imc == "paired" and o.imc_weight and k > 0 and positives is None:
@@ -542,7 +530,7 @@ def _inputs(
             "imc 'paired' needs positive_features, another caption of each image; without one "
             "use imc='repulsion'"
         )
-    counted = valid if o.mask_invalid else torch.ones_like(valid)
+    counted = valid if o.mask_invalid else every[:, 1:]
     scale = _scalar("logit_scale", scale, images.device)
     bias = None if bias is None else _scalar("logit_bias", bias, images.device)
     x = Inputs(
@@ -555,8 +543,7 @@ def _inputs(
 
 
 def _scalar(name: str, value: Tensor | float, device: torch.device) -> Tensor:
-    tensor = torch.as_tensor(value, device=device)
-    if tensor.numel() != 1:
+    if (tensor := torch.as_tensor(value, device=device)).numel() != 1:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be a scalar")
     return tensor.reshape(())
 
@@ -595,7 +582,8 @@ def _clean(x: Inputs, o: Options) -> Inputs:
 class CEClipLoss(nn.Module):
     """The loss of a training step, with thresholds that it keeps from step to step.
 
-    Also usable where open_clip's `ClipLoss` is: pass output_dict as open_clip does.
+    Also usable where open_clip's `ClipLoss` is: pass output_dict as open_clip does. Thresholds are
+    a buffer: save `state_dict()` with your checkpoint and load it, or they begin at 0 again.
     """
 
     def __init__(
@@ -613,7 +601,7 @@ class CEClipLoss(nn.Module):
         """Take the options of a recipe; keywords overrule it.
 
         Args:
-            recipe: "clip", "negclip", "ce-clip" or "released", see RECIPES.
+            recipe: one of RECIPES.
             types: names of the K types of negatives, in the order of axis K.
             group: the process group, or None for the default one.
             threshold: a mode of RankThreshold (default: the recipe's, else "adaptive").
@@ -627,13 +615,11 @@ class CEClipLoss(nn.Module):
         """
         super().__init__()
         _choose("recipe", recipe, list(RECIPES))
-        chosen = dict(RECIPES[recipe])
-        mode = chosen.pop("threshold", "adaptive") if threshold is None else threshold
-        reset = chosen.pop("reset_each_epoch", False)
-        chosen.pop("threshold", None)
+        chosen = {"threshold": "adaptive", "reset_each_epoch": False, **RECIPES[recipe]}
+        mode, reset = chosen.pop("threshold"), chosen.pop("reset_each_epoch")
         self.recipe, self.types, self.group = recipe, tuple(types), group
         self.reset_each_epoch = reset if reset_each_epoch is None else reset_each_epoch
-        self.threshold = RankThreshold(len(self.types), mode, cap, fixed_threshold)
+        self.threshold = RankThreshold(len(self.types), threshold or mode, cap, fixed_threshold)
         self._options = _options(chosen | options)
 
     @property
@@ -664,6 +650,7 @@ class CEClipLoss(nn.Module):
         positive_valid: Tensor | None = None,
         logit_bias: Tensor | float | None = None,
         output_dict: bool | None = None,
+        update: bool = True,
     ) -> Any:
         """Compute the loss with the current thresholds, then, in training, move them on.
 
@@ -671,12 +658,14 @@ class CEClipLoss(nn.Module):
             image_features: unit-length images [b, D].
             text_features: unit-length captions [b, D].
             logit_scale: scalar, already exponentiated.
-            negative_features: unit-length negatives [b, K, D], K types in the order of `types`.
+            negative_features: unit-length negatives [b, K, D], in the order of `types`.
             valid: which negatives exist [b, K] bool.
             positive_features: another caption of each image [b, D].
             positive_valid: which of those exist [b] bool.
             logit_bias: scalar; if given, itc is SigLIP's.
-            output_dict: as open_clip asks: True for {"contrastive_loss": loss}, False for loss.
+            output_dict: as open_clip asks: False for the loss; True for weighted parts that sum to
+                it, `contrastive_loss` (which has all the gradient), `imc_loss`, `cmr_loss` ...
+            update: whether thresholds move on; with --accum-freq only the last call of a step may.
 
         Returns:
             Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, `own`, and
@@ -689,10 +678,12 @@ class CEClipLoss(nn.Module):
         k = negative_features.shape[1] if given and negative_features is not None else 0
         if k not in (0, len(self.types)):
             raise ValueError(f"negative_features have K = {k}; there are {len(self.types)} types")
+        if self.needs_negatives and not k:
+            _say_once(f"recipe {self.recipe} gets no negative_features: it trains as plain CLIP")
+        if self.threshold.value.device != image_features.device:
+            self.threshold.to(image_features.device)
         theta = self.threshold.value.clone()
-        negatives, mask = negative_features, valid
-        if not self.needs_negatives:
-            negatives, mask = None, None
+        negatives, mask = (negative_features, valid) if self.needs_negatives else (None, None)
         out = _loss(
             (image_features, text_features, negatives, positive_features),
             (mask, positive_valid),
@@ -701,11 +692,14 @@ class CEClipLoss(nn.Module):
             self.group,
         )
         true, wrong = out.pop("image_text"), out.pop("image_negative")
-        if self.training and wrong.shape[1]:
+        if self.training and update and wrong.shape[1]:
             mask = torch.ones_like(wrong, dtype=torch.bool) if valid is None else valid
             self.threshold.update(true, wrong, mask, self.group)
         if output_dict is not None:
-            return {"contrastive_loss": out["loss"]} if output_dict else out["loss"]
+            weights = {name: self.options[f"{name}_weight"] for name in ("imc", "cmr", "own")}
+            parts = {f"{name}_loss": w * out[name] for name, w in weights.items() if w}
+            rest = out["loss"] - sum(parts.values())
+            return {"contrastive_loss": rest, **parts} if output_dict else out["loss"]
         names = [f"threshold_{name}" for name in self.types]
         return {**out, **dict(zip(names, theta.unbind(), strict=True))}
 
@@ -940,10 +934,8 @@ def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor
 def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
     """Softmax rows of towers over the negatives: adds their gradients, returns totals [b] by tower.
 
-    Args:
-        step: what is common.
-        blocks: tower (0 images, 1 captions), and of its rows [b] each: the log-sum-exp of what else
-            stands in the denominator, and the derivative of the loss by the row's total.
+    A block is a tower (0 images, 1 captions), and of its rows [b] each: the log-sum-exp of what
+    else stands in the denominator, and the derivative of the loss by the row's total.
     """
     if not blocks:
         return {}
@@ -999,8 +991,7 @@ def _exp_logits(
 def _sigmoid_contrast(step: _Step, true: Tensor) -> tuple[Tensor, Tensor]:
     """SigLIP's loss: each pair, and each image with each negative, is a question of its own.
 
-    Returns:
-        this rank's share of the loss, times the number of ranks, and its derivative by the bias.
+    Returns this rank's share of it, times the number of ranks, and its derivative by the bias.
     """
     x, o, bias = step.x, step.o, step.x.bias
     assert bias is not None  # what makes it SigLIP's
@@ -1119,9 +1110,38 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
         to.addmm_(a, b)
 
 
-# As one operator, which torch.compile takes as it is
+def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    ctx.needs = inputs[-2]
+    ctx.save_for_backward(*output[4:])
+    ctx.set_materialize_grads(False)
 
 
+def _scale_grads(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    found = [None] * len(ctx.needs)
+    if grads[0] is not None:
+        # In place, for a copy would be as big as all features.
+        kept = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        found = [x.mul_(grads[0]) if wanted else None for x, wanted in kept]
+    return (*found, None, None, None)
+
+
+class _Fused(torch.autograd.Function):
+    """The fused core for autograd."""
+
+    setup_context = staticmethod(_keep_grads)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, o, needs, group = inputs
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return tuple(_fused(Inputs(*tensors), o, needs, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _scale_grads(ctx, grads)
+
+
+# The same as one operator, which torch.compile takes as it is; its first call imports 900 modules
 @torch.library.custom_op(
     "ce_clip::fused",
     mutates_args=(),
@@ -1133,10 +1153,8 @@ def _fused_op(*arguments: Any) -> list[Tensor]:
     *tensors, words, needs, name = arguments
     kinds: Any = zip(words, Options(), strict=True)
     values: Any = [w == "True" if isinstance(d, bool) else type(d)(w) for w, d in kinds]
-    o = Options(*values)
     group = torch.distributed.distributed_c10d._resolve_process_group(name) if name else None
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return _fused(Inputs(*tensors), o, needs, group)
+    return list(_Fused.forward(*tensors, Options(*values), needs, group))
 
 
 @_fused_op.register_fake
@@ -1150,23 +1168,6 @@ def _(*arguments: Any) -> list[Tensor]:
         for t, n in zip(x, needs, strict=True)
     ]
     return [scalar, *own, *grads]
-
-
-def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.needs = inputs[-2]
-    ctx.save_for_backward(*output[4:])
-    ctx.set_materialize_grads(False)
-
-
-def _scale_grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    found = [None] * len(ctx.needs)
-    if grads[0] is not None:
-        # In place, for a copy would be as big as all features.
-        found = [
-            kept.mul_(grads[0]) if n else None
-            for kept, n in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
-    return (*found, None, None, None)
 
 
 _fused_op.register_autograd(_scale_grads, setup_context=_keep_grads)
@@ -1240,8 +1241,7 @@ def _equal_rows(x: Tensor, group: dist.ProcessGroup | None) -> None:
     if _world(group)[1] > 1:
         rows = _gather(torch.tensor(len(x), device=x.device), group).tolist()
         if len(set(rows)) > 1:
-            few, many = min(rows), max(rows)
-            raise ValueError(f"ranks hold {few} and {many} rows; local batches must be equal")
+            raise ValueError(f"ranks hold {min(rows)} and {max(rows)} rows; they must be equal")
 
 
 # Kernels: one tile of logits q k^T, and what is made of it before it leaves the registers

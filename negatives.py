@@ -27,26 +27,37 @@ that was stopped goes on where it was.  Webdataset shards (.tar) come out as sha
 from __future__ import annotations
 
 import argparse
+import ast
 import bisect
 import contextlib
 import csv
+import difflib
+import errno
 import functools
 import gc
 import hashlib
+import http.client
 import io
 import itertools
 import json
 import os
+import queue
 import random
 import re
+import socket
 import sys
 import tarfile
+import threading
+import time
+import urllib.parse
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from math import exp, expm1, inf, log
-from multiprocessing import Pool
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -66,7 +77,6 @@ __all__ = [
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 MAX_WORDS = 60  # CLIP reads 77 subwords; an edit behind them would not be seen
 MAX_CANDIDATES = 16  # of one type that are weighed; of more every second, third ... one
-CHUNK = 256  # captions handed to a worker at once
 
 # Things.  "class.kind: a/b, c > d; ...": a and b mean the same, words before > become those after
 # it, ~ marks a word that is never chosen, * a kind without plural.
@@ -755,10 +765,6 @@ castle, church, village, city, office, field, hallway, kitchen, bathroom, bedroo
 store, bakery, museum, library, hospital, park, market, lake, pond, ocean"""
 
 
-class DataError(ValueError):
-    """A mistake in a user's file; the message names the place and how to mend it."""
-
-
 # Making negatives
 
 Edit = tuple[int, int, str]  # start, end, new text
@@ -767,8 +773,9 @@ Edit = tuple[int, int, str]  # start, end, new text
 class Negative(NamedTuple):
     """A hard negative and the edits that made it: offsets in the caption, and what went there."""
 
-    text: str
+    text: str | None
     edits: tuple[Edit, ...]
+    how: str = "replace"  # or "exchange"; where the text is None, the rule that left none
 
 
 def make_negatives(
@@ -815,7 +822,6 @@ def edit_sentence(
     key: str | int = "",
     types: Sequence[str] = NEGATIVE_TYPES,
     slots: Slots | None = None,
-    masked: MaskedModel | None = None,
 ) -> dict[str, Negative | None]:
     """What ``make_negatives`` returns, with the edits, of a caption that has been read."""
     negatives: dict[str, Negative | None] = dict.fromkeys(_ordered(types))
@@ -834,8 +840,7 @@ def edit_sentence(
             candidates.append(NONE)
         logs = [0.0] * len(candidates)
         if slots and candidates:
-            gains = _masked_gains(sentence, candidates, masked) if masked else None
-            logs = _weigh(sentence, candidates, name, slots, gains)
+            logs = _weigh(sentence, candidates, name, slots)
         for chosen in _drawn(candidates, logs, draw):
             if not chosen:
                 break
@@ -843,7 +848,8 @@ def edit_sentence(
             text = _apply(sentence.caption, edits)
             if _plain(text) not in seen:
                 seen.add(_plain(text))
-                negatives[name] = Negative(text, tuple(edits))
+                how = "exchange" if chosen[0].moved else "replace"
+                negatives[name] = Negative(text, tuple(edits), how)
                 break
     return negatives
 
@@ -3037,145 +3043,58 @@ def _apply(caption: str, edits: Iterable[Edit]) -> str:
     return caption
 
 
-# Reading captions
+# Adapter to the old engine: goes away with it
+
+Learned = Slots
 
 
-def read_captions(
-    path: Path | str, *, image_column: str | None = None, caption_column: str | None = None
-) -> Iterator[dict[str, Any]]:
-    """Read captions from any of the formats of the module's docstring.
+class Options(NamedTuple):
+    """What a rewriting depends on, but for the captions."""
 
-    Args:
-        path: a .jsonl, .json, .csv or .tsv file, or "-" for one caption a line on stdin.
-        image_column: column of the images in a table; ``filepath`` or ``image`` if not given.
-        caption_column: column of the captions; ``title`` or ``caption`` if not given.
-
-    Yields:
-        Records with the keys image (str or None), image_id (as found, or None) and caption (str).
-
-    Raises:
-        DataError: the file cannot be read, or a record is not what it should be.
-    """
-    path, suffix = Path(path), Path(path).suffix.lower()
-    try:
-        if str(path) == "-":
-            lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig")
-            yield from (_record(None, None, line.rstrip("\r\n"), "-") for line in lines)
-        elif suffix == ".jsonl":
-            yield from _read_manifest(path)
-        elif suffix == ".json":
-            yield from _read_json(path)
-        elif suffix in (".csv", ".tsv"):
-            yield from _read_table(path, image_column, caption_column)
-        else:
-            raise DataError(f"{path}: unknown kind of file; want .jsonl, .json, .csv, .tsv or -")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    types: tuple[str, ...] = NEGATIVE_TYPES
+    seed: int = 0
+    exchange: float = 0.5
+    plausible: float = 0.0
+    refine: float = inf
+    tag: Callable[[str], Any] | None = None
 
 
-def _record(image: Any, image_id: Any, caption: Any, place: str) -> dict[str, Any]:
-    if not isinstance(caption, str):
-        raise DataError(f"{place}: want a caption that is a string, got {str(caption)[:40]!r}")
-    return {"image": image, "image_id": image_id, "caption": caption}
-
-
-def _parse(text: str, name: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise DataError(f"{name}:{line}: not JSON ({error}); JSON lines are named .jsonl") from None
-
-
-def _read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            row = _parse(line, path.name, number) if line.strip() else {"manifest": 1}
-            if not isinstance(row, dict):
-                raise DataError(f"{path.name}:{number}: want a JSON object, got {line[:40]!r}")
-            if "manifest" not in row:
-                place = f"{path.name}:{number}"
-                yield _record(row.get("image"), row.get("image_id"), row.get("caption"), place)
-
-
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    """A COCO captions file, or either layout of the Karpathy splits."""
-    data = _parse(path.read_text(encoding="utf-8-sig"), path.name, 1)
-    i = -1
-    try:
-        files = {}
-        if isinstance(data, dict) and "annotations" in data:
-            files = {image["id"]: image["file_name"] for image in data.get("images", ())}
-        rows = data if isinstance(data, list) else data.get("annotations", data.get("images"))
-        for i, row in enumerate(rows):
-            image_id = row.get("image_id", row.get("cocoid", row.get("imgid")))
-            if "sentences" in row:
-                image = "/".join(filter(None, (row.get("filepath"), row["filename"])))
-                captions = [sentence["raw"] for sentence in row["sentences"]]
-            else:
-                image = row.get("image", files.get(image_id))
-                captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-            for caption in captions:
-                yield _record(image, image_id, caption, f"{path.name}: record {i}")
-    except (KeyError, TypeError, AttributeError) as error:
-        place = f"{path.name}: record {i}" if i >= 0 else f"{path.name}:1"
-        raise DataError(f"{place}: neither COCO nor Karpathy form ({error!r})") from None
-
-
-def _read_table(path: Path, image: str | None, caption: str | None) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        delimiter = "\t" if "\t" in lines.readline() else ","
-        lines.seek(0)
-        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        try:
-            columns = table.fieldnames or []
-            images = [c for c in ([image] if image else ["filepath", "image"]) if c in columns]
-            texts = [c for c in ([caption] if caption else ["title", "caption"]) if c in columns]
-            if columns and (not texts or (image and not images)):
-                raise DataError(
-                    f"{path.name}:1: columns are {', '.join(columns)}; "
-                    "name yours with --image-column and --caption-column"
-                )
-            for row in table:
-                place = f"{path.name}:{table.line_num}"
-                if None in row:
-                    raise DataError(f"{place}: more fields than columns; quote texts with commas")
-                yield _record(row[images[0]] if images else None, None, row[texts[0]], place)
-        except csv.Error as error:
-            raise DataError(f"{path.name}:{table.line_num}: not a table ({error})") from None
-
-
-# Engines
-
-
-class Engine(NamedTuple):
-    """How captions are read and rewritten; the same in every process."""
-
-    seed: int
-    types: tuple[str, ...]
-    explain: bool
-    slots: Slots | None
-    parse: Callable[[str], Any] | None  # a spaCy pipeline; None for the lexicon's own reader
-    masked: MaskedModel | None
-    released: bool = False
-
-
-ENGINE: list[Engine] = []  # of this process, set by _start
-
-
-def _start(engine: Engine) -> None:
-    ENGINE[:] = [engine]
-    _known.cache_clear()
-
-
-@functools.lru_cache(maxsize=4096)
-def _known(caption: str) -> tuple[Sentence | None, frozenset[str]]:
+def _known(caption: str, options: Options) -> tuple[Sentence | None, frozenset[str]]:
     """A caption as the engine reads it, and the facts that it states."""
-    parse = ENGINE[0].parse
-    sentence = _read_spacy(parse(caption)) if parse else _read(caption)
+    sentence = _read_spacy(options.tag(caption)) if options.tag else _read(caption)
     return sentence, frozenset(_facts(sentence) if sentence else ())
+
+
+def learn(captions: Sequence[str], images: Sequence[str], options: Options) -> Learned:
+    """Count what fits where."""
+    read = (_known(caption, options)[0] for caption in captions)
+    return learn_slots((s for s in read if s), options.types, refine=options.refine)
+
+
+def rewrite(
+    captions: Sequence[str],
+    others: Sequence[tuple[str, ...]],
+    keys: Sequence[str],
+    learned: Learned | None,
+    options: Options,
+) -> list[dict[str, Negative]]:
+    """Negatives of a block of captions."""
+    found = []
+    for caption, rest, key in zip(captions, others, keys, strict=True):
+        sentence = _known(caption, options)[0]
+        facts = frozenset().union(*(_known(other, options)[1] for other in rest))
+        sentence = _forbid(sentence, facts) if sentence and facts else sentence
+        made = edit_sentence(
+            sentence, seed=options.seed, key=key, types=options.types, slots=learned
+        )
+        rule = "no word that can be replaced" if sentence else "not English"
+        found.append({n: made[n] or Negative(None, (), rule) for n in options.types})
+    return found
+
+
+def contradicted(caption: str, negative: str, others: Sequence[str]) -> str:
+    """Why the negative may be true of the image; "" if it is false.  STUB until the new core."""
+    return ""
 
 
 def _read_spacy(doc: Any) -> Sentence | None:
@@ -3211,14 +3130,597 @@ def _tag_of(token: Any) -> str:
     return fine.get(token.tag_) or coarse.get(token.pos_, "X")
 
 
-def _load_spacy(name: str, *, tags_only: bool) -> Callable[[str], Any]:
+# Captions on disk
+#
+# All of the kit reads and writes captions here: manifests, tables, json, the samples of shards.
+
+
+class DataError(ValueError):
+    """A mistake in a user's file or option; the message names the place and how to mend it."""
+
+
+def run_script(
+    main: Callable[[], int | None], name: str, *, quiet: Callable[[], bool] = lambda: False
+) -> int:
+    """Run the main function of a script and return the exit code.
+
+    A mistake of the user is one sentence on stderr and code 2, Ctrl-C is code 130, and a reader
+    who has seen enough of the output (``| head``) is no error.  ``quiet`` tells whether another
+    rank says the sentence.
+    """
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks letters shows "?"
+            sys.stdout.reconfigure(errors="replace")
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DataError, OSError) as error:
+        if not quiet():
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+
+
+class Launch(NamedTuple):
+    """This process among all of a run, as its launcher numbered them."""
+
+    rank: int
+    world: int
+    local: int  # among those of this machine
+
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),  # srun
+)
+
+
+def launcher() -> Launch:
+    """Read who this process is from torchrun's variables, else from SLURM's, else it is alone.
+
+    Under srun it also sets MASTER_ADDR, to the first node of the job, and MASTER_PORT, to one made
+    from the number of the job, unless they are set.
+
+    Raises:
+        DataError: some of a launcher's variables are missing, or they are no numbers that fit.
+    """
+    env = os.environ
+    # A script of sbatch has no SLURM_NTASKS unless it asks for it; a shell of salloc has no other.
+    one = {("SLURM_PROCID", "SLURM_LOCALID"): "0", ("SLURM_NTASKS",): "1"}
+    for names in LAUNCHERS:
+        there = tuple(name for name in names if name in env)
+        if not there or env[there[0]] == one.get(there):
+            continue
+        if there != names:
+            missing = next(name for name in names if name not in env)
+            raise DataError(
+                f"{there[0]} is {env[there[0]]} but {missing} is not set: start all processes with "
+                f"torchrun or srun, or unset {there[0]} to run one"
+            )
+        try:
+            found = Launch(*(int(env[name]) for name in names))
+        except ValueError:
+            found = Launch(0, 0, 0)
+        if not (0 <= found.rank < found.world and found.local >= 0):
+            raise DataError(
+                f"{', '.join(f'{name}={env[name]}' for name in names)}: must be numbers from 0, "
+                f"{names[0]} less than {names[1]}; start with torchrun or srun, or unset them"
+            )
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if names[0] == "SLURM_PROCID" and nodes:
+            first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # gpu[07-09,12] is gpu07
+            env.setdefault("MASTER_ADDR", first)
+            job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
+            env.setdefault("MASTER_PORT", str(20_000 + int(job) % 20_000))
+        return found
+    return Launch(0, 1, 0)
+
+
+def why(error: Exception) -> str:
+    """What the system says; torch hides it behind an error of its own."""
+    told = error if isinstance(error, OSError) else error.__context__
+    if isinstance(told, OSError):
+        full = told.errno in (errno.ENOSPC, errno.EDQUOT)
+        return "disk full" if full else str(told.strerror or told)
+    return str(error).splitlines()[0][:160]
+
+
+def lock(out: Path) -> Any:
+    """Keep other runs out of the directory until this process ends, or the file is closed."""
+    try:
+        file = (out / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by workers
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise DataError(
+                f"--out {out}: {holder} trains into it; wait for its end, or choose another --out"
+            ) from None
+        print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
+        return file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
+        file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, overwrite: bool = False, *, partial: Path | None = None
+) -> Iterator[BinaryIO]:
+    """Open NAME.partial, and rename it to NAME when the block ends; after an error it goes.
+
+    Files are never replaced without ``overwrite``; that, or a full disk, is a DataError.
+    """
+    if path.is_dir() or not path.name:
+        raise DataError(f"{path}: is a folder; name a file in it")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path}: exists; pass --overwrite or choose another name")
+    partial = partial or path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb" if overwrite else "xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        raise DataError(
+            f"{partial}: left by a run that was cut off, or of one that is at work; "
+            "remove it, or pass --overwrite"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({why(error)}); check folder and disk"
+        ) from None
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]], overwrite: bool = False) -> int:
+    """Write JSON lines, whole or not at all, and count them."""
+    count = 0
+    with writing(path, overwrite) as file:
+        for count, row in enumerate(rows, 1):  # noqa: B007 - the count is returned
+            file.write(json_line(row))
+    return count
+
+
+def json_line(row: dict[str, Any]) -> bytes:
+    """A row as a line of UTF-8."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can say
+        return (json.dumps(row) + "\n").encode()
+
+
+CHUNK = 256  # captions handed to a worker at once
+Wording = str | list[str] | None  # a negative; of several, training draws one an epoch
+
+
+class Record(NamedTuple):
+    """A caption of a manifest, and its negatives by type."""
+
+    image: str | None
+    image_id: int | str | None
+    caption: str
+    negatives: dict[str, Wording]
+
+
+def split_types(text: str) -> tuple[str, ...]:
+    """The types of ``--types relation,counting``."""
+    try:
+        return _checked_types(text.split(","), "--types")
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _checked_types(names: Any, place: str) -> tuple[str, ...]:
+    """Names of types: letters, digits, "-" and "_"."""
+    good = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not good or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+        raise DataError(f"{place}: types must be names of letters, digits, - and _, not {names!r}")
+    if len(set(names)) < len(names):
+        raise DataError(f"{place}: a type is named twice in {', '.join(names)}")
+    return tuple(names)
+
+
+def header_types(row: dict[str, Any], place: str) -> tuple[str, ...]:
+    """The types that a header, or the .json of a sample, names; () if it names none."""
+    return _checked_types(row["types"], f'{place}: "types"') if "types" in row else ()
+
+
+def parse_record(
+    line: bytes | dict[str, Any],
+    place: str,
+    types: Sequence[str] = NEGATIVE_TYPES,
+    *,
+    some: bool = False,
+    need_image: bool = False,
+) -> Record:
+    """Read one record of a manifest, from its line or the JSON object of it.
+
+    The negatives of the record have the keys ``types``, null where one is missing; ``some`` leaves
+    out those of other types, which are else a DataError, as is all that is no record: it names
+    the place.
+    """
+    row = line if isinstance(line, dict) else _parse_row(line, place)
+    image, caption, given = row.get("image"), row.get("caption"), row.get("negatives")
+    if image is None and not need_image:
+        pass
+    elif not isinstance(image, str) or not image:
+        raise DataError(f'{place}: "image" must be a file name, not {image!r}')
+    elif image.startswith("/") or "\\" in image or (".." in image and ".." in image.split("/")):
+        raise DataError(
+            f'{place}: "image" {image!r} leaves the folder of --images; name it from there'
+        )
+    if not isinstance(caption, str) or not caption.strip():
+        raise DataError(f"{place}: the caption must be a sentence, not {str(caption)[:40]!r}")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise DataError(f'{place}: "negatives" must be an object with a key for each type')
+    unknown = next((key for key in given if key not in types), None)
+    if unknown is not None and not some:
+        raise DataError(
+            f'{place}: "negatives" has the key {unknown!r}, and the types are {", ".join(types)}; '
+            'name them in the header, {"manifest": 1, "types": [...]}, or with --types'
+        )
+    negatives = {name: _wording(given.get(name), place, name) for name in types}
+    return Record(image, row.get("image_id"), caption, negatives)
+
+
+def _wording(given: Any, place: str, name: str) -> Wording:
+    """A negative as it was given; an empty list is null."""
+    if given is None or given == []:
+        return None
+    for text in given if isinstance(given, list) else [given]:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{place}: the {name} negative must be a sentence, a list of sentences or null, "
+                f"not {str(text)[:40]!r}"
+            )
+    return given
+
+
+def _parse_json(text: bytes | str, place: str, kind: str) -> Any:
+    """JSON; ``kind`` says in messages what was wanted."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError:
+        raise DataError(f"{place}: is not UTF-8 text; {kind}") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        where = f" of line {line}" if line > 1 else ""
+        column = getattr(error, "colno", 0)
+        raise DataError(f"{place}: is not JSON at column {column}{where}; {kind}") from None
+
+
+def _parse_row(line: bytes, place: str) -> dict[str, Any]:
+    row = _parse_json(line, place, "a manifest has one JSON object a line")
+    if not isinstance(row, dict):
+        raise DataError(f'{place}: is not a record {{"image": ..., "caption": ...}}')
+    return row
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Read a manifest: where each line begins, its name in messages, and its JSON object.
+
+    A header, a row with the key ``manifest``, may stand anywhere: ``cat`` joins manifests.
+    """
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip(b"\xef\xbb\xbf\r\n\t "):
+                    place = f"{path}:{number}"
+                    yield offset, place, _parse_row(line, place)
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_records(
+    path: Path, types: Sequence[str] = (), *, need_image: bool = False
+) -> Iterator[tuple[int, Record]]:
+    """Read the records of a manifest, and where their lines begin.
+
+    Their negatives have the keys ``types``; without, those that headers named so far, else
+    NEGATIVE_TYPES: the last record has all types of the file.
+    """
+    named = tuple(types)
+    for offset, place, row in read_rows(path):
+        if "manifest" in row:
+            more = () if types else header_types(row, place)
+            named = tuple(dict.fromkeys((*named, *more)))
+        else:
+            named = named or NEGATIVE_TYPES
+            yield offset, parse_record(row, place, named, some=bool(types), need_image=need_image)
+
+
+def read_captions(
+    path: Path | str,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    negatives: Sequence[str] = (),
+) -> Iterator[Record]:
+    """Read captions from any of the formats of the module's docstring, "-" for stdin.
+
+    Columns of a table, if not given: ``filepath`` or ``image``, ``title`` or ``caption``, and
+    ``neg_caption``.  Columns of negatives are named COLUMN or COLUMN:TYPE, and a cell of one holds
+    a sentence, or several as a Python list.  A DataError names what is not as it should be.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if (image_column or caption_column or negatives) and suffix not in (".csv", ".tsv"):
+        raise DataError(f"{path}: only a .csv or .tsv has columns to name")
+    try:
+        if str(path) == "-":
+            lines = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline="\n")
+            for number, line in enumerate(lines, 1):
+                yield parse_record({"caption": line.rstrip("\r\n")}, f"-:{number}")
+        elif suffix == ".jsonl":
+            yield from (record for _, record in read_records(path))
+        elif suffix == ".json":
+            yield from _read_json(path)
+        elif suffix in (".csv", ".tsv"):
+            yield from _read_table(path, image_column, caption_column, negatives)
+        else:
+            raise DataError(f"{path}: unknown kind of file; want .jsonl, .json, .csv, .tsv or -")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """A COCO captions file, or either layout of the Karpathy splits."""
+    data = _parse_json(path.read_bytes(), str(path), "JSON lines are named .jsonl")
+    place = str(path)
+    try:
+        files = {}
+        if isinstance(data, dict) and "annotations" in data:
+            files = {image["id"]: image["file_name"] for image in data.get("images", ())}
+        rows = data if isinstance(data, list) else data.get("annotations", data.get("images"))
+        for i, row in enumerate(rows):
+            place = f"{path}: record {i}"
+            image_id = row.get("image_id", row.get("cocoid", row.get("imgid")))
+            if "sentences" in row:
+                image = "/".join(filter(None, (row.get("filepath"), row["filename"])))
+                captions = [sentence["raw"] for sentence in row["sentences"]]
+            else:
+                image = row.get("image", files.get(image_id))
+                captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+            for caption in captions:
+                found = {"image": image, "image_id": image_id, "caption": caption}
+                yield parse_record(found, place, ())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{place}: neither COCO nor Karpathy form ({error!r})") from None
+
+
+def _read_table(
+    path: Path, image: str | None, caption: str | None, negatives: Sequence[str]
+) -> Iterator[Record]:
+    """A table; as in a .csv, a cell of a .tsv that begins with a quote ends with one."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        delimiter = "\t" if "\t" in lines.readline() else ","
+        lines.seek(0)
+        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        place, columns = f"{path}:1", []
+        try:
+            columns = next(table, [])
+            pick = _columns(path, columns, image, caption, negatives) if columns else {}
+            while True:
+                start = table.line_num + 1
+                place = f"{path}:{start}"
+                row = next(table, None)
+                if row is None:
+                    return
+                if row:
+                    yield _table_record(row, pick, len(columns), place)
+        except csv.Error as error:
+            raise DataError(
+                f"{place}: a cell that begins here is not well quoted ({error}); a cell that "
+                "begins with a quote ends with one, and quotes inside it are doubled"
+            ) from None
+
+
+def _columns(
+    path: Path,
+    columns: list[str],
+    image: str | None,
+    caption: str | None,
+    negatives: Sequence[str],
+) -> dict[str, int]:
+    """Number of the column of the image, the caption and, with ":" before it, of each type."""
+    wanted = {
+        "image": [image] if image else ["filepath", "image"],
+        "caption": [caption] if caption else ["title", "caption"],
+    }
+    found = {key: [c for c in names if c in columns] for key, names in wanted.items()}
+    for text in negatives or [c for c in ("neg_caption",) if c in columns]:
+        column, _, name = (text, "", text) if text in columns else text.rpartition(":")
+        (kind,) = _checked_types([name], f"--negative {text}")
+        if f":{kind}" in found:
+            raise DataError(f"--negative {text}: two columns are of the type {kind}")
+        found[f":{kind}"] = [c for c in (column or name,) if c in columns]
+    lacks = [key for key, names in found.items() if not names and (key != "image" or image)]
+    if lacks:
+        raise DataError(
+            f"{path}:1: columns are {', '.join(columns)}; "
+            "name yours with --image-column, --caption-column and --negative"
+        )
+    return {key: columns.index(names[0]) for key, names in found.items() if names}
+
+
+def _table_record(row: list[str], pick: dict[str, int], columns: int, place: str) -> Record:
+    if len(row) != columns:
+        raise DataError(
+            f"{place}: {len(row)} cells for {columns} columns; quote texts that hold the delimiter"
+        )
+    for text in row:
+        if "\n" in text.strip():
+            raise DataError(
+                f"{place}: a quote that opens here closes lines later, and took in "
+                f"{text.strip().splitlines()[1][:40]!r}; close it, or write the text on one line"
+            )
+    negatives: dict[str, Any] = {}
+    for key, column in pick.items():
+        if key.startswith(":"):
+            text = row[column].strip()
+            negatives[key[1:]] = text or None
+            if text.startswith("["):
+                try:
+                    negatives[key[1:]] = ast.literal_eval(text)
+                except (ValueError, SyntaxError, MemoryError, RecursionError):
+                    raise DataError(f"{place}: {text[:40]!r} is no Python list of texts") from None
+    found = {key: row[column] for key, column in pick.items() if not key.startswith(":")}
+    return parse_record({**found, "negatives": negatives}, place, tuple(negatives))
+
+
+def read_samples(
+    path: str | Path, file: BinaryIO | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Read the samples of a webdataset shard: members whose names agree up to the first dot.
+
+    Yields that name, with its folder, and the contents by what follows the dot, in lower case.
+    ``file`` is a stream to read instead of the path.  A shard that was cut off is a DataError.
+    """
+    try:
+        with tarfile.open(
+            None if file else path, "r|" if file else "r:", fileobj=file, tarinfo=_Header
+        ) as tar:
+            files = (member for member in tar if not member.isdir())
+            for stem, members in itertools.groupby(files, key=lambda m: _split_name(m.name)[0]):
+                parts: dict[str, bytes] = {}
+                for member in members:
+                    suffix = _split_name(member.name)[1]
+                    content = tar.extractfile(member)
+                    if content is None:
+                        raise DataError(f"{path}: {member.name} is neither file nor link")
+                    if suffix in parts:
+                        raise DataError(f"{path}: {member.name} is in it twice")
+                    parts[suffix] = content.read()
+                yield stem, parts
+    except KeyError as error:
+        raise DataError(f"{path}: a link to what is not in it ({error})") from None
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); is it a whole .tar shard?") from None
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; unlike tarfile, it knows the end of a shard from a cut."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        """Read the next one."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the two empty blocks at the end
+                raise
+            raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}") from None
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def sample_row(stem: str, parts: dict[str, bytes], place: str) -> dict[str, Any]:
+    """The row of a manifest that a sample holds: its .json, whose caption may stand in a .txt."""
+    row = _parse_row(parts["json"], place) if "json" in parts else {}
+    if row.get("caption") is None and "txt" in parts:
+        try:
+            row["caption"] = parts["txt"].decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"{place}: its .txt is not UTF-8") from None
+    return row
+
+
+def add_sample(tar: tarfile.TarFile, stem: str, parts: dict[str, bytes]) -> None:
+    """Append a sample to a shard that is being written."""
+    for suffix, content in parts.items():
+        info = tarfile.TarInfo(f"{stem}.{suffix}" if suffix else stem)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+# Engines
+
+
+Job = tuple[dict[str, Any], tuple[str, ...]]  # a row, and the other captions of its image
+Made = dict[str, Negative]
+Counts = Counter[tuple[str, str]]  # of type and "exchange", "replace" or the rule of a null
+Line = tuple[int, list[str], bytes]  # number of the job, how each type was made, and its line
+Chat = Callable[[list[dict[str, str]], threading.Event], str]  # messages to an answer
+
+
+class Engine(NamedTuple):
+    """Who rewrites captions; the same in every process."""
+
+    name: str
+    options: Options
+    learned: Learned | None = None
+    explain: bool = False
+    parse: Callable[[str], Any] | None = None  # spaCy's pipeline, of the released recipe
+    masked: MaskedModel | None = None
+    chat: Chat | None = None
+    requests: int = 1  # to the language model at once
+    fallback: str = "lexicon"
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    """Load the models that the engine needs."""
+    parse = masked = chat = None
+    if args.engine in ("spacy", "released"):
+        parse = load_spacy(args.spacy_model, tags_only=args.engine == "released")
+    if args.engine == "released":
+        masked = MaskedModel(args.mlm, args.device)
+    if args.engine == "llm":
+        chat = _server_chat(args)
+    tag = parse if args.engine == "spacy" else None
+    options = Options(args.types, args.seed, args.exchange, args.plausible, args.refine, tag)
+    more = (parse, masked, chat, args.llm_requests, args.fallback)
+    return Engine(args.engine, options, None, args.explain, *more)
+
+
+def _taught(engine: Engine, rows: Iterable[dict[str, Any]]) -> Engine:
+    """The engine with what it learns from the captions, if it does."""
+    if engine.name == "released" or (engine.chat and engine.fallback == "null"):
+        return engine
+    some = list(itertools.islice(rows, LEARNED))
+    images = [_image_of(row) for row in some]
+    return engine._replace(learned=learn([row["caption"] for row in some], images, engine.options))
+
+
+def load_spacy(name: str, *, tags_only: bool) -> Callable[[str], Any]:
+    """An English pipeline of spaCy."""
     try:
         import spacy
     except ImportError:
         raise DataError("--engine: spaCy is missing; pip install spacy") from None
-    unused = ["ner", "parser"] if tags_only else ["ner"]
     try:
-        return spacy.load(name, exclude=unused)
+        return spacy.load(name, exclude=["ner", "parser"] if tags_only else ["ner"])
     except OSError:
         raise DataError(
             f"--spacy-model {name}: not installed; python -m spacy download {name}"
@@ -3235,11 +3737,10 @@ class MaskedModel:
             from transformers import AutoModelForMaskedLM, AutoTokenizer
         except ImportError:
             raise DataError("--mlm: transformers is missing; pip install transformers") from None
-        self.torch = torch
-        self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device
-        self.device = "cpu" if self.device == "auto" else self.device
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if device == "cuda" and not torch.cuda.is_available():
             raise DataError("--device cuda: this machine has no CUDA device; use cpu or auto")
+        cuda = device != "cpu" and torch.cuda.is_available()
+        self.torch, self.device = torch, "cuda" if cuda else "cpu"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, report = AutoModelForMaskedLM.from_pretrained(
@@ -3252,109 +3753,347 @@ class MaskedModel:
         if missing or self.tokenizer.mask_token is None:
             raise DataError(f"--mlm {name}: has no masked-language-model head, lacks {missing[:2]}")
         self.model = model.to(self.device).eval()
-        self.known: dict[str, Any] = {}
 
-    def predict(self, texts: Iterable[str], batch: int = 256) -> None:
-        """Read masked texts; ``known`` keeps the log probabilities of their masks."""
+    def fill(self, texts: Iterable[str], rank: int = 3, batch: int = 256) -> dict[str, str]:
+        """Texts with their first mask filled by the guess of this rank, 0 for the likeliest.
+
+        The whole sequence is decoded, as transformers' fill-mask pipeline does, so that word
+        pieces join ("a wig" and "##gling" are "a wiggling").  A text whose mask was cut off is
+        left out.
+        """
         torch, mask = self.torch, self.tokenizer.mask_token_id
-        new = sorted(set(texts) - self.known.keys(), key=lambda text: (len(text), text))
-        for at in range(0, len(new), batch):
-            rows = self.tokenizer(
-                new[at : at + batch], padding=True, truncation=True, return_tensors="pt"
-            ).to(self.device)
+        found: dict[str, str] = {}
+        texts = sorted(set(texts), key=lambda text: (len(text), text))
+        for at in range(0, len(texts), batch):
+            part = texts[at : at + batch]
+            rows = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
             with torch.inference_mode():
-                logits = self.model(**rows).logits.float()
-            for text, ids, scores in zip(
-                new[at : at + batch], rows["input_ids"], logits, strict=True
-            ):
+                logits = self.model(**rows.to(self.device)).logits.float().cpu()
+            for text, ids, scores in zip(part, rows["input_ids"].cpu(), logits, strict=True):
                 places = (ids == mask).nonzero().flatten()
-                if len(places):  # else it was cut off
-                    self.known[text] = scores[places[0]].log_softmax(-1).cpu()
-
-    def fit(self, text: str, word: str) -> float | None:
-        """Log probability of a word in the place of the mask; None if it is not one token."""
-        scores = self.known.get(text)
-        if scores is None:
-            return None
-        space = " " if self.tokenizer.mask_token == "<mask>" else ""  # RoBERTa's words have one
-        ids = self.tokenizer(space + word, add_special_tokens=False)["input_ids"]
-        return float(scores[ids[0]]) if len(ids) == 1 else None
+                if len(places):
+                    filled = ids.clone()
+                    filled[places[0]] = scores[places[0]].topk(rank + 1).indices[rank]
+                    filled = filled[filled != self.tokenizer.pad_token_id]
+                    found[text] = str(self.tokenizer.decode(filled, skip_special_tokens=True))
+        return found
 
 
-def _masked_text(sentence: Sentence, part: Part, mask: str) -> str:
-    tokens = sentence.tokens
-    start, end = tokens[part.first].start, tokens[part.last].end
-    return sentence.caption[:start] + mask + sentence.caption[end:]
-
-
-def _masked_gains(
-    sentence: Sentence, candidates: Sequence[Candidate], model: MaskedModel
-) -> list[float | None]:
-    """How much likelier than its own word the model finds each one-word candidate."""
-    gains: list[float | None] = []
-    for candidate in candidates:
-        if not candidate:
-            gains.append(None)
-            continue
-        part = candidate[0]
-        text = _masked_text(sentence, part, model.tokenizer.mask_token)
-        own = " ".join(t.word for t in sentence.tokens[part.first : part.last + 1])
-        new = model.fit(text, part.new) if len(candidate) == 1 and not part.moved else None
-        old = model.fit(text, own)
-        gains.append(None if new is None or old is None else new - old)
-    return gains
-
-
-# The published recipe
-
-
-def _released(
-    captions: Sequence[str], keys: Sequence[str], engine: Engine
-) -> list[dict[str, str | None]]:
+def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> list[Made]:
     """Negatives as the published code makes them, faults included; only the draws are seeded.
 
     spaCy's NOUN, ADJ and VERB words; of three nouns and more the first two change places by
-    ``str.replace``; one word of each class, drawn at random, is masked where it first
-    appears (even inside another word) and filled with the 4th guess of the masked model; nothing
-    is checked.  A class without a word is null here; there, its text is what the model makes of a
-    bare mask, null only if that is "###", as it happens to be with distilroberta-base.
+    ``str.replace``; one word of each class, drawn at random, is masked where it first appears
+    (even inside another word) and filled with the 4th guess of the masked model; nothing is
+    checked.  A negative that is missing is null here and the text "###" there; train.py
+    --recipe released encodes that text.
     """
     assert engine.parse is not None
     assert engine.masked is not None
-    model, mask = engine.masked, engine.masked.tokenizer.mask_token
+    mask = engine.masked.tokenizer.mask_token
     classes = {"ADJ": "attribute", "NOUN": "object", "VERB": "action"}
-    found: list[dict[str, str | None]] = []
+    drawn: list[dict[str, str]] = []
     for doc, key in zip(map(engine.parse, captions), keys, strict=True):
-        caption = doc.text
+        caption, texts = str(doc.text), dict[str, str]()
         words = {p: [t.text for t in doc if t.pos_ == p] for p in classes}
-        negatives: dict[str, str | None] = dict.fromkeys(NEGATIVE_TYPES)
         nouns = words["NOUN"]
         if len(nouns) > 2:
             swapped = caption.replace(nouns[0], "temp1").replace(nouns[1], nouns[0])
-            negatives["relation"] = swapped.replace("temp1", nouns[1])
-        rng = random.Random(f"{engine.seed}:{key}:{caption}".encode("utf-8", "surrogatepass"))
+            texts["relation"] = swapped.replace("temp1", nouns[1])
+        start = f"{engine.options.seed}:{key}:{caption}".encode("utf-8", "surrogatepass")
+        rng = random.Random(start)
         for pos, name in classes.items():
             if words[pos]:
-                negatives[name] = caption.replace(rng.choice(words[pos]), mask, 1)
-        found.append(negatives)
-    model.known.clear()
-    model.predict(n[name] or "" for n in found for name in classes.values() if n[name])
-    for negatives in found:
-        for name in classes.values():
-            text = negatives[name]
-            scores = model.known.get(text) if text else None
-            if text and scores is not None:
-                guess = str(model.tokenizer.decode(scores.topk(5).indices[3:4])).strip()
-                negatives[name] = text.replace(mask, guess, 1)
-            else:
-                negatives[name] = None
-    return [{n: negatives[n] for n in engine.types} for negatives in found]
+                texts[name] = caption.replace(rng.choice(words[pos]), mask, 1)
+        drawn.append(texts)
+    filled = engine.masked.fill(t for texts in drawn for n, t in texts.items() if n != "relation")
+    none = Negative(None, (), "no word of its class")
+    made = []
+    for texts in drawn:
+        found = {
+            name: Negative(filled[t], (), "replace") for name, t in texts.items() if t in filled
+        }
+        if "relation" in texts:
+            found["relation"] = Negative(texts["relation"], (), "exchange")
+        made.append({name: found.get(name, none) for name in engine.options.types})
+    return made
+
+
+# A language model as an engine
+#
+# It answers for all types of a caption at once.  What it says is measured by the same musts as the
+# lexicon's negatives: one changed span or an exchange, not true by another caption, not equal.
+
+TASK = """\
+You write hard negatives: sentences that differ from the caption of an image at one place and are \
+false of the image. Change as little as possible and keep every other word as it is. Each sentence \
+must be grammatical English and clearly false, going by all captions of the image. Do not use \
+"no", "not" or "without".
+relation: exchange two noun phrases ("a man riding a horse": "a horse riding a man"); only where \
+that cannot be, replace one preposition or linking verb by one that contradicts it.
+attribute: exchange the attributes of two nouns ("a red bus and a blue car": "a blue bus and a red \
+car"); only where that cannot be, replace one colour, size, age, material or number.
+object: replace one noun by another of its kind.
+action: replace one verb by another that cannot go on at the same time, in the same form.
+Answer with one JSON object and nothing else. Its keys are {types}; each value is the sentence, or \
+null where none can be made.
+
+Caption: {caption}
+Other captions of the image: {others}"""
+AGAIN = "Not accepted: {reasons}. Answer again, with one JSON object that has the keys {types}."
+NONE_GIVEN = "the model gave none"
+ANSWER_WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
+TRIES = 6  # of a request
+PAUSE = 0.5  # seconds after the first try; doubled after each one
+LONGEST_PAUSE = 60.0
+ANSWER_TOKENS = 1024
+
+
+def _server_of(args: argparse.Namespace) -> tuple[urllib.parse.SplitResult, str]:
+    """The address of --llm, and the key, which no message shows."""
+    try:
+        parts = urllib.parse.urlsplit(args.llm)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.username:
+        raise DataError(f"--llm {args.llm}: want a URL like http://localhost:8000/v1")
+    key = os.environ.get(args.llm_key_env, "").strip() if args.llm_key_env else ""
+    if args.llm_key_env and not re.fullmatch("[!-~]+", key):
+        raise DataError(
+            f"--llm-key-env {args.llm_key_env}: the environment has no such key, or one with "
+            "spaces or other letters than ASCII; export it first"
+        )
+    return parts, key
+
+
+def _server_chat(args: argparse.Namespace) -> Chat:
+    """What asks the server of --llm, in the OpenAI-compatible chat protocol."""
+    parts, key = _server_of(args)
+    secure = parts.scheme == "https"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    path = parts.path.rstrip("/") + "/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    shape = {"model": args.llm_model, "temperature": 0, "seed": args.seed}
+    shape["max_tokens"] = ANSWER_TOKENS
+
+    def send(body: bytes) -> tuple[int, bytes, float]:
+        """Status, content, and seconds that the server wants us to wait."""
+        connection = kind(parts.netloc, timeout=args.llm_timeout)
+        try:
+            connection.request("POST", path, body, headers)
+            response = connection.getresponse()
+            wait = response.headers.get("Retry-After", "")
+            content = response.read()
+            return response.status, content, float(wait) if wait.isdecimal() else 0.0
+        except (OSError, http.client.HTTPException) as error:
+            return 0, (str(error) or type(error).__name__).encode(), 0.0
+        finally:
+            connection.close()
+
+    def ask(messages: list[dict[str, str]], stop: threading.Event) -> str:
+        """The text of one answer; who is busy or breaks off is asked again, ever later."""
+        body = json.dumps({**shape, "messages": messages}).encode()
+        for attempt in range(TRIES):
+            status, content, wait = send(body)
+            if status == 200:
+                try:
+                    return str(json.loads(content)["choices"][0]["message"]["content"])
+                except (ValueError, LookupError, TypeError, RecursionError):
+                    content = b"that is not of the chat protocol: " + content
+            said = " ".join(content.decode("utf-8", "replace").split())[:200]
+            said = f"{status or ''} {said}".replace(key or "\0", "***").strip()
+            if status not in (0, 200, 408, 425, 429) and status < 500:
+                raise DataError(
+                    f"--llm {args.llm}: refuses a request ({said}); "
+                    "check the address, --llm-model and --llm-key-env"
+                )
+            pause = min(max(wait, PAUSE * 2**attempt), LONGEST_PAUSE)
+            if attempt == TRIES - 1 or stop.wait(pause):
+                break
+        raise DataError(
+            f"--llm {args.llm}: gave no answer ({said}); the same command goes on where it was"
+        )
+
+    return ask
+
+
+def _asked(engine: Engine, job: Job, stop: threading.Event) -> Made:
+    """The negatives of one caption: asked for, what is not accepted once again, then --fallback."""
+    assert engine.chat is not None
+    row, others = job
+    caption, types = row["caption"], engine.options.types
+    task = TASK.format(types=", ".join(types), caption=caption, others=" | ".join(others) or "none")
+    messages = [{"role": "user", "content": task}]
+    made: Made = {}
+    asked = list(types)
+    for _ in range(2):
+        answer = engine.chat(messages, stop)
+        given = _parse_answer(answer, types)
+        for name in asked:
+            taken = [n.text for n in made.values() if n.text]
+            made[name] = _accepted(name, caption, given, others, taken)
+        asked = [n for n in asked if made[n].text is None and made[n].how != NONE_GIVEN]
+        if not asked:
+            break
+        reasons = "; ".join(f"{name}: {made[name].how}" for name in asked)
+        again = AGAIN.format(reasons=reasons, types=", ".join(asked))
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+    if engine.fallback == "lexicon" and any(n.text is None for n in made.values()):
+        own = rewrite([caption], [others], [_image_of(row)], engine.learned, engine.options)[0]
+        for name in types:
+            same = [_plain_words(n.text) for n in made.values() if n.text]
+            text = own[name].text
+            if made[name].text is None and text and _plain_words(text) not in same:
+                made[name] = own[name]
+    return {name: made[name] for name in types}
+
+
+def _parse_answer(answer: str, types: Sequence[str]) -> dict[str, Any] | str:
+    """The JSON object of an answer, which may stand in a ```json fence, or what is wrong."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", answer, re.DOTALL)
+    try:
+        given = json.loads(fenced[1] if fenced else answer)
+    except (ValueError, RecursionError):
+        return "the answer is not JSON"
+    if not isinstance(given, dict) or not given.keys() <= set(types):
+        return "the answer is not an object with these keys"
+    return given
+
+
+def _accepted(
+    name: str,
+    caption: str,
+    given: dict[str, Any] | str,
+    others: Sequence[str],
+    taken: Sequence[str],
+) -> Negative:
+    """The caption with the edits of an answer, or none, and why."""
+    if isinstance(given, str):
+        return Negative(None, (), given)
+    if (text := given.get(name, "")) is None:
+        return Negative(None, (), NONE_GIVEN)
+    if not isinstance(text, str) or not text.strip() or "\n" in text.strip():
+        return Negative(None, (), "no sentence was given")
+    if any(_plain_words(text) == _plain_words(other) for other in (caption, *others, *taken)):
+        return Negative(None, (), "it is a caption of the image, or another negative")
+    edits, how = edits_between(caption, text)
+    if not edits:
+        return Negative(None, (), "it changes more than one place, or only adds or drops words")
+    if how == "exchange" and name not in ("relation", "attribute"):
+        return Negative(None, (), f"an exchange is no {name} negative")
+    new = caption
+    for start, end, words in sorted(edits, reverse=True):
+        new = new[:start] + words + new[end:]
+    why = contradicted(caption, new, others)
+    return Negative(None, (), why) if why else Negative(new, edits, how)
+
+
+def _answer_words(text: str) -> list[re.Match[str]]:
+    """Words and marks, without the marks at the end."""
+    found = list(ANSWER_WORD.finditer(text))
+    while found and not found[-1][0][0].isalnum():
+        found.pop()
+    return found
+
+
+def _plain_words(text: str) -> list[str]:
+    """Equal for sentences that differ in capitals, spaces, marks at the end, or "a" and "an"."""
+    words = [match[0].casefold() for match in _answer_words(text)]
+    return ["a" if word == "an" else word for word in words]
+
+
+def edits_between(caption: str, text: str) -> tuple[tuple[Edit, ...], str]:
+    """The edits that make a sentence of a caption, if it is one replaced span or an exchange.
+
+    Returns:
+        edits and "exchange" or "replace"; no edits if it is neither.
+    """
+    spans = _changed_spans(_plain_words(caption), _plain_words(text))
+    old, new = _answer_words(caption), _answer_words(text)
+    edits: list[Edit] = []
+    at = to = 0
+    for a, b, c, d in [*spans, (len(old), len(old), len(new), len(new))] if spans else []:
+        for one, two in zip(old[at:a], new[to:c], strict=True):
+            if one[0].casefold() != two[0].casefold():  # a or an
+                edits.append((one.start(), one.end(), two[0]))
+        if b > a:
+            edits.append(
+                (old[a].start(), old[b - 1].end(), text[new[c].start() : new[d - 1].end()])
+            )
+        at, to = b, d
+    return tuple(edits), "exchange" if len(spans) == 2 else "replace"
+
+
+def _changed_spans(old: list[str], new: list[str]) -> list[tuple[int, int, int, int]]:
+    """Where words went out and came in: two spans that changed places, one span, or nothing."""
+    moves = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    changes = [move for move in moves if move[0] != "equal"]
+    if len(old) == len(new) and changes:
+        same = [a == b for a, b in zip(old, new, strict=True)]
+        i, n = same.index(False), len(same) - same[::-1].index(False)
+        for x, y in itertools.product(range(1, n - i), repeat=2):
+            swapped = old[n - y : n] + old[i + x : n - y] + old[i : i + x]
+            if x + y <= n - i and swapped == new[i:n]:
+                return [(i, i + x, i, i + y), (n - y, n, n - x, n)]
+    if len(changes) != 1 or changes[0][0] != "replace":
+        return []
+    _, a, b, c, d = changes[0]
+    short = b - a <= max(1, len(old) // 2) and d - c <= b - a + 2
+    return [(a, b, c, d)] if short else []
+
+
+def _ask_all(jobs: Iterable[tuple[int, Job]], engine: Engine) -> Iterator[Line]:
+    """Lines in the order in which the answers come.
+
+    After Ctrl-C or a fault nothing new is asked, and the answers that are under way are kept.
+    """
+    tasks: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Line | BaseException] = queue.SimpleQueue()
+    stop, todo, waiting = threading.Event(), iter(jobs), 0
+
+    for task in itertools.islice(todo, engine.requests):
+        own = (engine, tasks, answers, stop)
+        threading.Thread(target=_answer, args=own, daemon=True).start()
+        tasks.put(task)
+        waiting += 1
+    fault: BaseException | None = None
+    while waiting:
+        try:
+            found: Line | BaseException = answers.get()
+            waiting -= 1
+        except KeyboardInterrupt as error:
+            if stop.is_set():
+                raise
+            print(f"waiting for {waiting} answers; Ctrl-C again to lose them", file=sys.stderr)
+            found = error
+        if isinstance(found, BaseException):
+            fault = fault or found
+            stop.set()
+        else:
+            yield found
+        for task in () if stop.is_set() else itertools.islice(todo, 1):
+            tasks.put(task)
+            waiting += 1
+    if fault:
+        raise fault
+
+
+def _answer(engine: Engine, tasks: Any, answers: Any, stop: threading.Event) -> None:
+    """A thread that asks for one caption after the other."""
+    while True:
+        number, job = tasks.get()
+        try:
+            answers.put(_line(engine, number, job, _asked(engine, job, stop)))
+        except Exception as error:  # raised again where the answers are read
+            answers.put(error)
 
 
 # The command
 
-Job = tuple[dict[str, Any], tuple[str, ...]]  # a record, and the other captions of its image
-Fates = list[tuple[str, str]]  # of each type why it is null, "" if it is not
+UNSHAPING = {"captions", "out", "overwrite", "workers", "stats", "device"}  # do not shape the lines
+UNSHAPING |= {"llm", "llm_key_env", "llm_requests", "llm_timeout"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -3363,64 +4102,76 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Declare every option."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(
+        prog="negatives.py", description=__doc__, formatter_class=_Help
+    )
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTIONS", help='a file, "-" for stdin, or .tar shards')
     add("--text", metavar="CAPTION", help="print the negatives of one caption")
     add("--out", type=Path, metavar="FILE.jsonl", help="the manifest, or the folder of shards")
     add("--overwrite", action="store_true", help="replace --out if it exists")
-    add(
-        "--engine", choices=["lexicon", "spacy", "released"], default="lexicon", help="who rewrites"
-    )
-    add(
-        "--filler",
-        choices=["ngram", "mlm", "none"],
-        default="ngram",
-        help="who chooses among edits",
-    )
-    text = "leave out what words give away by more than NATS; 13 hides well, less is stricter"
-    add("--refine", type=float, default=inf, metavar="NATS", help=text)
-    add("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="masked language model")
-    add("--spacy-model", metavar="NAME", default="en_core_web_sm", help="English pipeline")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the masked model")
-    add("--types", nargs="+", choices=NEGATIVE_TYPES, default=NEGATIVE_TYPES, help="to make")
+    engines = ["lexicon", "spacy", "released", "llm"]
+    add("--engine", choices=engines, default="lexicon", help="who rewrites")
+    add("--types", type=split_types, default=NEGATIVE_TYPES, metavar="A,B", help="to make")
+    add("--exchange", type=float, default=0.5, metavar="SHARE", help="of relations and attributes "
+        "that could be exchanged or replaced, this share is exchanged, 0 to 1")  # fmt: skip
+    add("--plausible", type=float, default=0.0, metavar="F", help="more is more plausible, fewer")
+    add("--refine", type=float, default=inf, metavar="F", help="less hides better, and makes fewer")
     add("--seed", type=int, default=0, metavar="N", help="another seed, other choices")
-    add("--workers", type=int, default=1, metavar="N", help="processes")
+    add("--workers", type=int, default=1, metavar="N", help="processes; the bytes do not change")
     add("--limit", type=int, metavar="N", help="read the first N captions only")
-    add("--stats", action="store_true", help="print coverage and the reasons for nulls")
+    add("--stats", action="store_true", help="print coverage, exchanges and the rule of each null")
     add("--explain", action="store_true", help="say what was edited: under edits in the manifest")
-    add("--image-column", metavar="NAME", help="of a table")
-    add("--caption-column", metavar="NAME", help="of a table")
+    table = parser.add_argument_group("tables").add_argument
+    table("--image-column", metavar="NAME", help="of a .csv or .tsv")
+    table("--caption-column", metavar="NAME", help="of a .csv or .tsv")
+    table("--negative", nargs="+", default=(), metavar="COLUMN[:TYPE]", help="negatives to keep")
+    model = parser.add_argument_group("models").add_argument
+    model("--spacy-model", metavar="NAME", default="en_core_web_sm", help="of spacy and released")
+    model("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="of released")
+    model("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of models in here")
+    text = "server of the OpenAI-compatible chat protocol, as http://localhost:8000/v1"
+    model("--llm", metavar="URL", help=text)
+    model("--llm-model", metavar="NAME", help="the server's name of the model")
+    model("--llm-key-env", metavar="NAME", help="environment variable that holds the key")
+    model("--llm-requests", type=int, default=16, metavar="N", help="at once")
+    model("--llm-timeout", type=float, default=120.0, metavar="S", help="seconds for an answer")
+    model("--fallback", choices=["lexicon", "null"], default="lexicon",
+          help="where the language model's answers are not accepted")  # fmt: skip
     args = parser.parse_args(argv)
-    if bool(args.captions) == (args.text is not None):
-        parser.error("want either CAPTIONS or --text")
-    if args.text is not None and args.out:
-        parser.error("--out goes with CAPTIONS; --text prints")
-    if args.text is not None and (args.engine != "lexicon" or args.filler == "mlm"):
-        parser.error("--engine and --filler go with CAPTIONS; --text shows the lexicon's edits")
-    if args.captions and args.out is None:
-        parser.error("--out is missing: name the .jsonl file to write")
-    if args.workers < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--workers and --limit must be at least 1")
-    shards = [name.endswith(".tar") for name in args.captions]
-    if len(args.captions) > 1 and not all(shards):
-        parser.error("several CAPTIONS must all be .tar shards")
-    if any(shards) and (args.limit or args.engine == "released"):
-        parser.error("--limit and --engine released do not go with shards")
-    counted = args.text is None and args.engine != "released" and args.filler != "none"
-    if not args.refine > 0:
-        parser.error("--refine must be above 0")
-    if args.refine < inf and not counted:
-        parser.error("--refine needs a file's statistics: CAPTIONS, with --filler ngram or mlm")
-    args.types = tuple(_ordered(args.types))
+    for fault in _faults(args):
+        parser.error(fault)
     return args
+
+
+def _faults(args: argparse.Namespace) -> Iterator[str]:
+    """What cannot be meant."""
+    shards = [name.endswith(".tar") for name in args.captions]
+    unknown = [name for name in args.types if name not in NEGATIVE_TYPES]
+    counts = (args.workers, args.llm_requests, 1 if args.limit is None else args.limit)
+    rules = {
+        "want either CAPTIONS or --text": bool(args.captions) == (args.text is not None),
+        "--out goes with CAPTIONS; --text prints": args.text is not None and args.out,
+        "--out is missing: name the .jsonl file to write, or the folder of the shards": (
+            args.captions and args.out is None
+        ),
+        "--workers, --limit and --llm-requests must be at least 1": min(counts) < 1,
+        "several CAPTIONS must all be .tar shards": len(args.captions) > 1 and not all(shards),
+        "--limit does not go with shards": any(shards) and args.limit,
+        "--exchange must be from 0 to 1": not 0 <= args.exchange <= 1,
+        "--refine and --llm-timeout must be above 0": min(args.refine, args.llm_timeout) <= 0,
+        "--refine and --plausible must be numbers": args.refine != args.refine
+        or args.plausible != args.plausible,
+        f"--types {','.join(unknown)}: want some of {','.join(NEGATIVE_TYPES)}": unknown,
+        "--engine llm and --llm URL go together": (args.engine == "llm") != bool(args.llm),
+        "--llm-model is missing, the server's name of the model": args.llm and not args.llm_model,
+    }
+    return (rule for rule, broken in rules.items() if broken)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the negatives of a file, or print those of one caption."""
     args = parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that has not all letters shows "?"
-        sys.stdout.reconfigure(errors="replace")
     if args.text is not None:
         _print_text(args)
     elif args.captions[0].endswith(".tar"):
@@ -3430,10 +4181,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_text(args: argparse.Namespace) -> None:
-    sentence = _read(args.text)
-    for name, negative in edit_sentence(sentence, seed=args.seed, types=args.types).items():
-        print(f"{name:<10}{negative.text if negative else '-'}")
-        for edit in _edits(args.text, negative) if args.explain and negative else ():
+    job: Job = ({"image": None, "image_id": None, "caption": args.text}, ())
+    engine = _engine(args)
+    made = _asked(engine, job, threading.Event()) if engine.chat else _made(engine, [job])[0]
+    for name, negative in made.items():
+        print(f"{name:<10}{negative.text or f'- ({negative.how})'}")
+        for edit in _edits(args.text, negative) if args.explain else ():
             print(f"{'':<10}  {edit['start']}-{edit['end']}: {edit['old']!r} -> {edit['new']!r}")
 
 
@@ -3448,294 +4201,285 @@ def _rewrite_file(args: argparse.Namespace) -> None:
     out, source = args.out, args.captions[0]
     if out.is_dir() or not out.name:
         raise DataError(f"--out {out} is a folder; name a file in it")
-    if _rank()[1] > 1:
+    if launcher()[1] > 1:
         raise DataError(f"{source}: ranks share .tar shards; run one process with --workers")
     if out.exists() and not args.overwrite:
-        raise DataError(f"--out {out} exists already; name another file or add --overwrite")
+        raise DataError(f"--out {out} exists; name another file or add --overwrite")
     if out.exists() and source != "-" and out.samefile(source):
         raise DataError(f"--out {out} is the source itself; name another file")
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    records = list(itertools.islice(read_captions(source, **columns), args.limit))
-    if not records:
+    found = read_captions(source, **columns, negatives=args.negative)
+    rows = [record._asdict() for record in itertools.islice(found, args.limit)]
+    if not rows:
         raise DataError(f"{source}: no captions in it; is it the right file?")
-    engine = _engine(args, [r["caption"] for r in records])
-    fates = _write(args, _jobs(records), engine)
-    _report(args, fates, len(records))
+    types = _settle_types(rows, args.types)
+    jobs = _jobs(rows)
+    engine = _engine(args)
+    with Journal(args, out, jobs, source) as journal:
+        if -1 in journal.at:
+            journal.fill(_taught(engine, rows))
+        header = _header(args, journal, types, Path(source).name)
+        with writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file:
+            file.write(json_line(header))
+            file.writelines(map(journal.line, range(len(jobs))))
+    _report(args, journal.counts)
 
 
-def _report(args: argparse.Namespace, fates: Counter[tuple[str, str]], total: int) -> None:
-    for name in args.types if args.stats else ():
-        made = fates[name, ""]
-        print(f"{name:<10}{made:>8} of {total} ({made / max(total, 1):.1%})")
-        for (other, reason), count in sorted(fates.items()):
-            if other == name and reason:
-                print(f"{'':<10}{count:>8} null: {reason}")
+def _settle_types(rows: list[dict[str, Any]], made: Sequence[str]) -> tuple[str, ...]:
+    """All types of the output: those that are made, and others that the source has already."""
+    own = dict.fromkeys(n for row in rows for n, given in row["negatives"].items() if given)
+    types = tuple(dict.fromkeys((*made, *own)))
+    for row in rows:
+        row["negatives"] = {name: row["negatives"].get(name) for name in types}
+    return types
 
 
-def _engine(args: argparse.Namespace, captions: Iterable[str]) -> Engine:
-    """Load models, and learn the slots from captions."""
-    released = args.engine == "released"
-    parse = None
-    if args.engine != "lexicon":
-        parse = _load_spacy(args.spacy_model, tags_only=released)
-    masked = MaskedModel(args.mlm, args.device) if released or args.filler == "mlm" else None
-    engine = Engine(args.seed, args.types, args.explain, None, parse, masked, released)
-    _start(engine)
-    if released or args.filler == "none":
-        return engine
-    read = (_known(caption)[0] for caption in itertools.islice(captions, LEARNED))
-    engine = engine._replace(
-        slots=learn_slots((s for s in read if s), args.types, refine=args.refine)
-    )
-    gc.freeze()  # what was learned is never garbage, and workers share it
-    _start(engine)
-    return engine
-
-
-def _image_of(record: dict[str, Any]) -> str:
-    image = record["image_id"] if record["image_id"] is not None else record["image"]
+def _image_of(row: dict[str, Any]) -> str:
+    image = row.get("image_id") if row.get("image_id") is not None else row.get("image")
     return "" if image is None else str(image)
 
 
-def _jobs(records: list[dict[str, Any]]) -> list[Job]:
-    """Each record with the other captions of its image, which are true of it as well."""
+def _jobs(rows: list[dict[str, Any]]) -> list[Job]:
+    """Each row with the other captions of its image, which are true of it as well."""
     captions: dict[str, list[str]] = defaultdict(list)
-    for record in records:
-        if _image_of(record):
-            captions[_image_of(record)].append(record["caption"])
+    for row in rows:
+        if _image_of(row):
+            captions[_image_of(row)].append(row["caption"])
     return [
-        (r, tuple(c for c in captions.get(_image_of(r), ()) if c != r["caption"])) for r in records
+        (row, tuple(c for c in captions.get(_image_of(row), ()) if c != row["caption"]))
+        for row in rows
     ]
 
 
-def _work(jobs: Sequence[Job]) -> list[tuple[str, Fates]]:
-    """The line of each record, and what became of each type."""
-    engine = ENGINE[0]
-    if engine.released:
-        captions, keys = [r["caption"] for r, _ in jobs], [_image_of(r) for r, _ in jobs]
-        made = _released(captions, keys, engine)
-        return [
-            _line(record, negatives, {n: "" if t else "no such word" for n, t in negatives.items()})
-            for (record, _), negatives in zip(jobs, made, strict=True)
-        ]
-    sentences = []
-    for record, others in jobs:
-        sentence = _known(record["caption"])[0]
-        facts = frozenset().union(*(_known(other)[1] for other in others))
-        sentences.append(_forbid(sentence, facts) if sentence and facts else sentence)
-    if engine.masked:
-        _predict(sentences, engine)
-    return [
-        _finished(record, sentence, engine)
-        for (record, _), sentence in zip(jobs, sentences, strict=True)
-    ]
+def _made(engine: Engine, jobs: Sequence[Job]) -> list[Made]:
+    captions, keys = [row["caption"] for row, _ in jobs], [_image_of(row) for row, _ in jobs]
+    if engine.name == "released":
+        return _released(captions, keys, engine)
+    return rewrite(captions, [others for _, others in jobs], keys, engine.learned, engine.options)
 
 
-def _predict(sentences: Iterable[Sentence | None], engine: Engine) -> None:
-    """Let the masked model read every span that could be replaced."""
-    model = engine.masked
-    assert model is not None
-    model.known.clear()
-    model.predict(
-        _masked_text(sentence, candidate[0], model.tokenizer.mask_token)
-        for sentence in sentences
-        if sentence
-        for name in engine.types
-        for candidate in EDITORS[name](sentence, engine.slots)
-        if len(candidate) == 1 and not candidate[0].moved
-    )
-
-
-def _finished(
-    record: dict[str, Any], sentence: Sentence | None, engine: Engine
-) -> tuple[str, Fates]:
-    made = edit_sentence(
-        sentence,
-        seed=engine.seed,
-        key=_image_of(record),
-        types=engine.types,
-        slots=engine.slots,
-        masked=engine.masked,
-    )
-    reasons = {n: "" if negative else _reason(record["caption"], n) for n, negative in made.items()}
-    texts = {n: negative and negative.text for n, negative in made.items()}
+def _line(engine: Engine, number: int, job: Job, made: Made) -> Line:
+    row = {**job[0], "negatives": {**job[0]["negatives"], **{n: x.text for n, x in made.items()}}}
     if engine.explain:
-        edits = {n: x and _edits(record["caption"], x) for n, x in made.items()}
-        record = {**record, "edits": edits}
-    return _line(record, texts, reasons)
+        row["edits"] = {n: _edits(row["caption"], x) if x.text else None for n, x in made.items()}
+    return number, [made[name].how for name in engine.options.types], json_line(row)
 
 
-def _line(
-    record: dict[str, Any], negatives: dict[str, str | None], reasons: dict[str, str]
-) -> tuple[str, Fates]:
-    row = {**record, "negatives": negatives}
-    line = json.dumps(row, ensure_ascii=False)
-    if re.search("[\ud800-\udfff]", line):  # half a character cannot be written as UTF-8
-        line = json.dumps(row)
-    return line + "\n", list(reasons.items())
+def _work(engine: Engine, block: Sequence[tuple[int, Job]]) -> list[Line]:
+    made = _made(engine, [job for _, job in block])
+    return [_line(engine, n, job, found) for (n, job), found in zip(block, made, strict=True)]
 
 
-def _reason(caption: str, name: str) -> str:
-    sentence = _known(caption)[0]
-    if not caption.strip():
-        return "empty"
-    if sentence is None:
-        return "not English"
-    slots = ENGINE[0].slots
-    if slots and slots.refine < inf and EDITORS[name](sentence, slots):
-        return "its words would give it away, or are used by other captions of the image"
-    if EDITORS[name](sentence, slots):
-        return "the other captions of the image use the words that would do"
-    return "no word that can be replaced"
-
-
-# Writing
-
-
-def _write(args: argparse.Namespace, jobs: list[Job], engine: Engine) -> Counter[tuple[str, str]]:
-    """Write header and records to a .partial file, then rename it; count the fates.
-
-    A .partial file that the same command left behind is gone on with.
-    """
-    header = _header(args, len(jobs))
-    width = len(json.dumps(header))  # the counts and the checksum are written over it at the end
-    mark = json.dumps({"manifest": 1, "unfinished": _fingerprint(args, jobs)})
-    first = mark.ljust(width + 2000) + "\n"
-    partial = args.out.with_name(args.out.name + ".partial")
-    fates: Counter[tuple[str, str]] = Counter()
-    checksum = hashlib.sha256()
+def _results(jobs: list[tuple[int, Job]], engine: Engine, workers: int) -> Iterator[Line]:
+    """The line of each job, from this process, from several, or from a language model."""
+    if engine.chat:
+        yield from _ask_all(jobs, engine)
+        return
+    blocks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
+    workers = 1 if engine.masked else min(workers, len(blocks))
+    if workers < 2:
+        for block in blocks:
+            yield from _work(engine, block)
+        return
+    served: list[tuple[Process, Connection]] = []
     try:
-        with _claimed(partial) as file:
-            done = _resume(partial, first, fates, checksum, args.overwrite)
-            if not done:
-                file.truncate(0)
-                file.write(first.encode())
-            file.seek(0, os.SEEK_END)
-            for line, fate in _results(jobs[done:], engine, args.workers):
-                file.write(line.encode())
-                checksum.update(line.encode())
-                fates.update(fate)
-            header["negatives"] = {name: fates[name, ""] for name in args.types}
-            header["nulls"] = {
-                name: {
-                    reason: n for (of, reason), n in sorted(fates.items()) if of == name and reason
-                }
-                for name in args.types
-            }
-            header["sha256"] = checksum.hexdigest()
-            file.seek(0)
-            file.write((json.dumps(header).ljust(width + 2000) + "\n").encode())
-        os.replace(partial, args.out)
-    except OSError as error:
-        raise DataError(
-            f"--out {args.out}: cannot be written ({error.strerror}); check it and start again"
-        ) from None
-    return fates
+        for k in range(workers):
+            here, there = Pipe(duplex=False)
+            args = (engine, blocks[k::workers], there)
+            served.append((Process(target=_serve, args=args, daemon=True), here))
+            served[-1][0].start()
+            there.close()
+        for k in range(len(blocks)):
+            try:
+                found = served[k % workers][1].recv()
+            except EOFError:
+                raise DataError(
+                    "--workers: one was killed, perhaps for memory; the same command goes on"
+                ) from None
+            if isinstance(found, Exception):
+                raise found
+            yield from found
+    finally:
+        for process, _ in served:
+            process.terminate()
 
 
-def _claimed(partial: Path) -> BinaryIO:
-    """Open a .partial file that no other run writes, where the system can tell."""
-    file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-    with contextlib.suppress(ImportError):  # Windows
-        import fcntl
-
+def _serve(engine: Engine, blocks: Sequence[list[tuple[int, Job]]], pipe: Connection) -> None:
+    """Work on blocks in another process."""
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(file.fileno()), partial.stat())
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
-            file.close()
-            raise DataError(f"{partial}: another run is writing it; wait, or name another --out")
-    return file
+            for block in blocks:
+                pipe.send(_work(engine, block))
+        except Exception as error:  # raised again where the results are read
+            pipe.send(error)
 
 
-def _header(args: argparse.Namespace, captions: int) -> dict[str, Any]:
-    filler = "none" if args.engine == "released" else args.filler
-    header = {"manifest": 1, "engine": args.engine, "filler": filler, "seed": args.seed}
-    if args.refine < inf:
-        header["refine"] = args.refine
-    if args.engine != "lexicon":
+def _header(
+    args: argparse.Namespace, journal: Journal, types: Sequence[str], source: str
+) -> dict[str, Any]:
+    header = {"manifest": 1, "engine": args.engine, "seed": args.seed}
+    if args.engine in ("spacy", "released"):
         header["spacy"] = args.spacy_model
-    if args.engine == "released" or filler == "mlm":
+    if args.engine == "released":
         header["mlm"] = Path(args.mlm).name
-    header |= {"types": args.types, "source": Path(args.captions[0]).name, "captions": captions}
-    return header | {"negatives": dict.fromkeys(args.types, captions), "sha256": "0" * 64}
+    else:
+        header |= {"exchange": args.exchange, "plausible": args.plausible}
+        header |= {"refine": args.refine} if args.refine < inf else {}
+    if args.engine == "llm":
+        header |= {"llm": args.llm_model, "fallback": args.fallback}
+    checksum = hashlib.sha256()
+    for number in range(len(journal.at)):
+        checksum.update(journal.line(number))
+    tallies = {name: _tally(journal.counts, name) for name in args.types}
+    return {
+        **header,
+        "types": types,
+        "source": source,
+        "captions": len(journal.at),
+        "negatives": {name: made for name, (made, _, _) in tallies.items()},
+        "exchanges": {name: exchanged for name, (_, exchanged, _) in tallies.items()},
+        "nulls": {name: nulls for name, (_, _, nulls) in tallies.items()},
+        "sha256": checksum.hexdigest(),
+    }
 
 
-def _fingerprint(args: argparse.Namespace, jobs: list[Job]) -> str:
+def _tally(counts: Counts, name: str) -> tuple[int, int, dict[str, int]]:
+    """Negatives of a type, how many of them are exchanges, and nulls by the rule that left none."""
+    found = {how: n for (of, how), n in sorted(counts.items()) if of == name}
+    exchanged, replaced = found.pop("exchange", 0), found.pop("replace", 0)
+    return exchanged + replaced, exchanged, found
+
+
+def _report(args: argparse.Namespace, counts: Counts) -> None:
+    """Coverage, share of exchanges, and the rules of the nulls."""
+    for name in args.types if args.stats else ():
+        made, exchanged, nulls = _tally(counts, name)
+        total = max(1, made + sum(nulls.values()))
+        share = exchanged / max(made, 1)
+        print(f"{name:<10}{made:>8} of {total} ({made / total:.1%}), {share:.1%} by exchange")
+        for rule, count in sorted(nulls.items(), key=lambda item: -item[1]):
+            print(f"{'':<10}{count:>8} null: {rule}")
+
+
+# Runs that are stopped
+
+
+class Journal:
+    """What is finished of an output, in NAME.partial: the same command goes on from there.
+
+    Each line has the number of a caption, how its types were made, and its line of the output, in
+    any order.  The file is locked while a run writes it, and removed when the output is there.
+    """
+
+    def __init__(self, args: argparse.Namespace, out: Path, jobs: list[Job], source: str) -> None:
+        """Open the journal of ``out``, and read what a run that was stopped has left."""
+        self.path, self.args, self.jobs = out.with_name(out.name + ".partial"), args, jobs
+        self.counts: Counts = Counter()
+        self.at = array("q", [-1]) * len(jobs)  # where the line of each job begins
+        mark = json_line({"manifest": 1, "unfinished": _fingerprint(args, jobs, source)})
+        with self._writable():
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.file = os.fdopen(file, "r+b")
+            try:
+                self._claim()
+                self._read(mark)
+            except BaseException:
+                self.file.close()
+                raise
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"--out {self.path}: cannot be written ({error.strerror or error}); "
+                "check folder and disk, and start again"
+            ) from None
+
+    def _claim(self) -> None:
+        """Lock the file for this process, not for its workers, where the system can."""
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+            except (BlockingIOError, PermissionError, FileNotFoundError):
+                free = False
+            if not free:
+                raise DataError(
+                    f"{self.path}: another run is writing it; wait, or name another --out"
+                )
+
+    def _read(self, mark: bytes) -> None:
+        head, end = self.file.readline(), len(mark)
+        if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
+            raise DataError(f"{self.path}: not of a run of this script; move it away")
+        if head not in (b"", mark) and not self.args.overwrite:
+            raise DataError(
+                f"{self.path}: left by a run with other options, captions or another version "
+                "of this script; go on with those, move it away or add --overwrite"
+            )
+        for number, line in enumerate(self.file if head == mark else (), 2):
+            if not line.endswith(b"\n"):
+                break  # torn
+            try:
+                index, hows, row = line.split(b"\t", 2)
+                place, made = int(index), json.loads(hows)
+                if self.at[place] >= 0 or len(made) != len(self.args.types) or row[:1] != b"{":
+                    raise ValueError
+            except (ValueError, LookupError, TypeError):
+                raise DataError(
+                    f"{self.path}: line {number} is damaged; move the file away"
+                ) from None
+            self.at[place] = end
+            self.counts.update(zip(self.args.types, made, strict=True))
+            end += len(line)
+        self.file.seek(0)
+        self.file.write(mark)
+        self.file.seek(end)
+        self.file.truncate()
+
+    def fill(self, engine: Engine) -> None:
+        """Make the lines that are missing."""
+        left = [(n, job) for n, job in enumerate(self.jobs) if self.at[n] < 0]
+        with self._writable():
+            for number, hows, line in _results(left, engine, self.args.workers):
+                self.at[number] = self.file.tell()
+                self.file.write(b"%d\t%s\t%s" % (number, json.dumps(hows).encode(), line))
+                self.counts.update(zip(self.args.types, hows, strict=True))
+                if engine.chat:  # an answer costs more than a write
+                    self.file.flush()
+
+    def line(self, number: int) -> bytes:
+        """The line of a caption."""
+        self.file.seek(self.at[number])
+        return self.file.readline().split(b"\t", 2)[2]
+
+    def __enter__(self) -> Journal:
+        """Nothing to do."""
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Keep the file if something went wrong."""
+        with self._writable() if error is None else contextlib.suppress(OSError):
+            if error is None:
+                self.path.unlink()
+            self.file.close()
+
+
+def _fingerprint(args: argparse.Namespace, jobs: list[Job], source: str) -> str:
     """Of all that shapes the lines: the options, the captions, and this file."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(json.dumps([_header(args, len(jobs)), args.mlm, args.explain]).encode())
-    for record, _ in jobs:
-        digest.update(json.dumps(record).encode())
+    options = {k: v for k, v in vars(args).items() if k not in UNSHAPING}
+    digest.update(json.dumps([options, source], default=str).encode())
+    for row, others in jobs:
+        digest.update(json.dumps([row, others]).encode())
     return digest.hexdigest()
 
 
-def _resume(
-    partial: Path, first: str, fates: Counter[tuple[str, str]], checksum: Any, overwrite: bool
-) -> int:
-    """How many records a .partial file of the same command holds; what was torn is cut off."""
-    done, end = 0, len(first)
-    with partial.open("r+b") as file:
-        head = file.readline()
-        if head != first.encode():
-            if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
-                raise DataError(f"{partial}: not of a run of this script; move it away")
-            if head and not overwrite:
-                raise DataError(
-                    f"{partial}: left by a run with other options, captions or another version of "
-                    "this script; go on with those, move it away or add --overwrite"
-                )
-            return 0
-        for number, line in enumerate(file, 2):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-                negatives = row["negatives"].items()
-                fate = [(n, "" if text else _reason(row["caption"], n)) for n, text in negatives]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(
-                    f"{partial}: line {number} is damaged; move the file away"
-                ) from None
-            done, end = done + 1, end + len(line)
-            checksum.update(line)
-            fates.update(fate)
-        file.truncate(end)
-    return done
-
-
-def _results(jobs: list[Job], engine: Engine, workers: int) -> Iterator[tuple[str, Fates]]:
-    """Results of jobs in their order, from one process or several."""
-    blocks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
-    workers = min(workers, len(blocks))
-    with contextlib.ExitStack() as stack:
-        if workers > 1 and engine.masked is None:
-            pool = stack.enter_context(Pool(workers, _start, (engine,)))
-            yield from itertools.chain.from_iterable(pool.imap(_work, blocks))
-        else:
-            _start(engine)
-            yield from itertools.chain.from_iterable(map(_work, blocks))
-
-
 # Shards
-
-
-def _rank() -> tuple[int, int]:
-    """Number of this process and of all, under torchrun or SLURM."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and world in os.environ:
-            try:
-                number, of = int(os.environ[rank]), int(os.environ[world])
-            except ValueError:
-                number, of = -1, 0
-            if not 0 <= number < of:
-                raise DataError(
-                    f"{rank} and {world} of the environment must be numbers, the first less"
-                )
-            return number, of
-    return 0, 1
 
 
 def _rewrite_shards(args: argparse.Namespace) -> None:
@@ -3744,107 +4488,58 @@ def _rewrite_shards(args: argparse.Namespace) -> None:
     Every rank takes each WORLD_SIZE-th shard.  A shard that is there already is not made again.
     """
     paths = sorted(map(Path, args.captions))
-    names = Counter(path.name for path in paths)
-    double = next((name for name, count in names.items() if count > 1), None)
+    double = next((n for n, count in Counter(path.name for path in paths).items() if count > 1), "")
     if double:
         raise DataError(f"{double}: two shards have this name and would be written to one file")
     if args.out.exists() and not args.out.is_dir():
         raise DataError(f"--out {args.out} is a file; shards need a folder")
-    own = next(
-        (p for p in paths if (args.out / p.name).exists() and p.samefile(args.out / p.name)), ""
-    )
-    if own:
-        raise DataError(f"--out {args.out} has the source {own} itself; name another folder")
-    rank, world = _rank()
+    for path in paths:
+        if (args.out / path.name).exists() and path.samefile(args.out / path.name):
+            raise DataError(f"--out {args.out} has the source {path} itself; name another folder")
+    rank, world, _ = launcher()
     mine = [p for p in paths[rank::world] if args.overwrite or not (args.out / p.name).exists()]
-    fates: Counter[tuple[str, str]] = Counter()
-    total = 0
+    total: Counts = Counter()
     if mine:
-        captions = (s["caption"] for path in paths for _, s in _samples(path))
-        engine = _engine(args, captions)
-        args.out.mkdir(parents=True, exist_ok=True)
+        rows = (row for path in paths for _, _, row in _samples(path))
+        engine = _taught(_engine(args), rows)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
         for path in mine:
-            total += _rewrite_shard(path, args.out / path.name, engine, args.workers, fates)
+            total.update(_rewrite_shard(path, args, engine))
     there = len(paths[rank::world]) - len(mine)
     left = f", {there} were there already (--overwrite makes them again)" if there else ""
     print(f"rank {rank} of {world}: {len(mine)} shards written{left}", file=sys.stderr)
-    _report(args, fates, total)
+    _report(args, total)
 
 
-def _rewrite_shard(
-    path: Path, out: Path, engine: Engine, workers: int, fates: Counter[tuple[str, str]]
-) -> int:
+def _rewrite_shard(path: Path, args: argparse.Namespace, engine: Engine) -> Counts:
     samples = list(_samples(path))
-    records = [record for _, record in samples]
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with tarfile.open(partial, "w") as tar:
-            results = _results(_jobs(records), engine, workers)
-            for (members, _), (line, fate) in zip(samples, results, strict=True):
-                fates.update(fate)
-                stem = _stem(next(iter(members)))
-                for name, content in {**members, f"{stem}.json": line.encode()}.items():
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        os.replace(partial, out)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return len(records)
+    rows = [row for _, _, row in samples]
+    types = _settle_types(rows, args.types)
+    for row in rows if types != NEGATIVE_TYPES else ():
+        row["types"] = types
+    jobs, out = _jobs(rows), args.out / path.name
+    with Journal(args, out, jobs, path.name) as journal:
+        journal.fill(engine)
+        with (
+            writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file,
+            tarfile.open(fileobj=file, mode="w") as tar,
+        ):
+            for number, (stem, parts, _) in enumerate(samples):
+                add_sample(tar, stem, {**parts, "json": journal.line(number)})
+    return journal.counts
 
 
-def _samples(path: Path) -> Iterator[tuple[dict[str, bytes], dict[str, Any]]]:
-    """Members and record of every sample of a shard; the caption is in its .json or .txt."""
-    try:
-        with tarfile.open(path) as tar:
-            files = (member for member in tar if not member.isdir())
-            for stem, members in itertools.groupby(files, key=lambda m: _stem(m.name)):
-                parts: dict[str, bytes] = {}
-                for member in members:
-                    if member.name in parts:
-                        raise DataError(f"{path.name}: {member.name} is in it twice")
-                    content = tar.extractfile(member)
-                    if content is None:
-                        raise DataError(f"{path.name}: {member.name} is neither file nor link")
-                    parts[member.name] = content.read()
-                yield parts, _sample_record(path, stem, parts)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):
-                raise DataError(f"{path}: damaged or cut off; what is behind {stem} cannot be read")
-    except KeyError as error:
-        raise DataError(f"{path.name}: a link to what is not in it ({error})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: sample {stem}: not UTF-8 ({error.reason})") from None
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it a .tar shard?") from None
-
-
-def _stem(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
-def _sample_record(path: Path, stem: str, parts: dict[str, bytes]) -> dict[str, Any]:
-    place = f"{path.name}: sample {stem}"
-    row = _parse(parts[f"{stem}.json"].decode(), place, 1) if f"{stem}.json" in parts else {}
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: want a JSON object in its .json")
-    caption = row.get("caption")
-    if caption is None and f"{stem}.txt" in parts:
-        caption = parts[f"{stem}.txt"].decode()
-    base = {"image": row.get("image"), "image_id": row.get("image_id")}
-    return {**row, **base, **_record(base["image"], base["image_id"], caption, place)}
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+    """Name, members and row of every sample of a shard."""
+    for stem, parts in read_samples(path):
+        place = f"{path}: sample {stem}"
+        row = sample_row(stem, parts, place)
+        types = header_types(row, place) or NEGATIVE_TYPES
+        yield stem, parts, {**row, **parse_record(row, place, types)._asdict()}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # as by "| head"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        print(f"negatives.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("negatives.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run_script(main, "negatives.py"))

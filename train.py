@@ -18,14 +18,17 @@ import hashlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,16 +52,20 @@ from data import (
     PackedText,
     ShapesDataset,
     ShardStream,
+    Transform,
+    add_types,
     encode_image,
     encode_text,
     find_overlap,
+    image_size,
     normalise,
-    picture_size,
-    read_manifest,
+    run_script,
     split_features,
     text_layout,
     train_transform,
+    unbundle,
     unpack_texts,
+    writing,
 )
 from evaluate import (
     PRECISIONS,
@@ -66,6 +73,7 @@ from evaluate import (
     Encoder,
     Item,
     Model,
+    Rank,
     Retrieval,
     Suite,
     average,
@@ -73,12 +81,14 @@ from evaluate import (
     load_suite,
     mean_of,
     named_averages,
-    pick_device,
     read_table,
     score_suite,
+    start_process,
+    together,
     write_text,
 )
 from losses import IMC_VARIANTS, NEGATIVE_TYPES, RECIPES, THRESHOLDS, CEClipLoss
+from negatives import lock, read_records, why
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
 DEFAULTS = {
@@ -98,16 +108,12 @@ LOSS_OPTIONS = (
 # Options that do not shape the trajectory: a resumed run may change them.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
 FREE |= {"val", "val_root", "val_every", "best", "log"}
+FREE |= {"on_bad_image", "remote"}
 MAX_BAD_STEPS = 3
 FAULT = 255  # a rank cannot go on; above every signal's number
-
-
-class Rank(NamedTuple):
-    """This process among all, and its device."""
-
-    number: int
-    world: int
-    device: torch.device
+# SLURM warns with SIGUSR1 before it takes a node away (--signal=USR1@120); torchrun hands it on
+# only with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1.
+SIGNALS = {getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, x)}
 
 
 class Towers(nn.Module):
@@ -184,6 +190,9 @@ def add_lora(net: nn.Module, rank: int) -> None:
         name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
         weight = getattr(module, name, None)
         if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
+            if rank > min(weight.shape):
+                size = " x ".join(map(str, weight.shape))
+                raise DataError(f"--lora {rank}: a weight of the model is {size}; give less")
             parametrize.register_parametrization(module, name, LoRA(weight, rank))
 
 
@@ -209,30 +218,24 @@ class Run(NamedTuple):
     loss: CEClipLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    limit: Tensor  # of net.logit_scale
     caption_weight: float = 0.0  # of CoCa's captioning loss
 
 
-def start_process(device: str) -> Rank:
-    """Join the process group, if torchrun started us, and choose the device."""
-    device = pick_device(device)
-    if "WORLD_SIZE" not in os.environ:
-        return Rank(0, 1, torch.device(device))
-    local = int(os.environ["LOCAL_RANK"])
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    place = torch.device(device, local) if device == "cuda" else torch.device(device)
-    return Rank(dist.get_rank(), dist.get_world_size(), place)
-
-
-def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
-    """The towers, the loss, AdamW and the scaler that only fp16 needs."""
+def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -> CEClipLoss:
+    """The loss of the recipe and the options that overrule it, for K types of negatives."""
     given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
     try:
-        loss = CEClipLoss(args.recipe, **given).to(rank.device)
+        return CEClipLoss(args.recipe, types=types, **given)
     except ValueError as error:
         raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
-    net = model.net
+
+
+def make_run(
+    args: argparse.Namespace, model: Model, rank: Rank, types: Sequence[str] = NEGATIVE_TYPES
+) -> Run:
+    """The towers, the loss of K types, AdamW and the scaler that only fp16 needs."""
+    loss, net = make_loss(args, types).to(rank.device), model.net
     captioned = bool(args.caption_weight)
     if captioned and not hasattr(net, "text_decoder"):
         raise DataError(f"--caption-weight: {args.model} has no decoder of captions, as CoCa has")
@@ -259,30 +262,33 @@ def make_run(args: argparse.Namespace, model: Model, rank: Rank) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.precision == "fp16")
-    return Run(towers, net, teacher, loss, optimizer, scaler, args.caption_weight)
+    # CLIP's limit of 100, unless the weights begin above it; SigLIP's loss has none.
+    limit = net.logit_scale.detach().clone().clamp(min=math.log(100))
+    if getattr(net, "logit_bias", None) is not None:
+        limit.fill_(torch.inf)
+    return Run(towers, net, teacher, loss, optimizer, scaler, limit, args.caption_weight)
 
 
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
     """The shapes world, or the manifests of --data; refuses data that the recipe cannot use."""
     if args.data is None:
-        world = ShapesDataset(picture_size(model.net), seed=0)
+        world = ShapesDataset(image_size(model.net), seed=0)
         return Mixture([world], [1], args.batch_size, args.seed, True)
-    folders = args.images or []
-    if len(folders) not in (1, len(args.data)):
-        raise DataError(
-            f"--images: {len(folders)} folders for {len(args.data)} manifests; "
-            "give one folder for all of --data, or one for each"
-        )
+    folders = args.images
     pairs = [split_weight(text) for text in args.data]
     weights = [weight for _, weight in pairs if weight is not None]
-    if len(weights) not in (0, len(pairs)):
-        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
-    transform = train_transform(model.net)
+    transform = transform_of(args, model)
     sources = [
-        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image)
+        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image, args.types)
         for (path, _), folder in zip(pairs, folders * (len(pairs) // len(folders)), strict=True)
     ]
     named = " ".join(args.data)
+    lacking = [name for name in args.types if not any(name in source.made for source in sources)]
+    if lacking:
+        raise DataError(
+            f"--types: {named} has no negative of the type {lacking[0]}; "
+            "data.py check counts what it has"
+        )
     if loss.needs_negatives and not any(source.has_negatives for source in sources):
         raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
     if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
@@ -313,6 +319,11 @@ def note_images(model: Model, data: Mixture | None, rank: Rank) -> None:
         print(f"{len(photos)} training images; among them: " + "; ".join(find_overlap(photos)))
 
 
+def transform_of(args: argparse.Namespace, model: Model) -> Transform:
+    """The crop, as the options want it."""
+    return train_transform(model.net, exif=args.exif == "apply", reduce=not args.full_decode)
+
+
 def split_weight(text: str) -> tuple[str, float | None]:
     """Split FILE:WEIGHT; the weight may be missing."""
     found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
@@ -330,20 +341,23 @@ def make_loader(
     loss: CEClipLoss,
     rank: Rank,
     start: int,
+    readers: dict[int, Any] | None = None,
 ) -> Iterator[list[Batch]]:
-    """This rank's share of each global batch from step `start` on; shards where data is None."""
+    """This rank's share of each global batch from step `start` on.
+
+    Where data is None it comes from shards, whose `readers` go on from their states.
+    """
     local = args.batch_size // rank.world
     kind = "valid" if loss.options["mask_invalid"] else "all"
-    negatives = kind if loss.needs_negatives else "none"
+    collate = Collate(
+        model.tokenizer,
+        positives=loss.needs_positives,
+        negatives=kind if loss.needs_negatives else "none",
+        part=args.micro_batch or 0,
+    )
     options: dict[str, Any] = {
-        "num_workers": args.workers,
-        "collate_fn": Collate(
-            model.tokenizer,
-            positives=loss.needs_positives,
-            negatives=negatives,
-            part=args.micro_batch or 0,
-        ),
-        "pin_memory": rank.device.type == "cuda",
+        **{"num_workers": args.workers, "worker_init_fn": ignore_signals},
+        **{"collate_fn": collate.bundle, "pin_memory": rank.device.type == "cuda"},
     }
     loader: Any
     if data is None:
@@ -352,14 +366,43 @@ def make_loader(
                 "--imc paired needs a second caption of each picture, which shards lack; "
                 "use --imc repulsion or --imc none"
             )
-        transform, place = train_transform(model.net), (start, rank.number, rank.world)
-        stream = ShardStream(args.data[0], transform, args.seed, place, args.on_bad_image)
-        loader = DataLoader(stream, batch_size=local, **options)
+        stream = make_stream(args, model, loss, rank, start, readers)
+        loader = DataLoader(stream, batch_size=None, **options)
     else:
         batches = data.batches(start, args.steps)
         mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
         loader = DataLoader(data, batch_sampler=mine, **options)
-    return iter(loader)
+    # Workers are born deaf to the signals: the whole process group gets them, and only this
+    # process shall act.  A worker that dies is seen while we wait for it, not amid a step.
+    mask: Any = getattr(signal, "pthread_sigmask", lambda *_: None)
+    before = mask(getattr(signal, "SIG_BLOCK", 0), SIGNALS)
+    made = iter(loader)
+    if before is not None:
+        mask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return (unbundle(bundle) for bundle in made)
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave the signals to the process that trains."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_stream(
+    args: argparse.Namespace,
+    model: Model,
+    loss: CEClipLoss,
+    rank: Rank,
+    start: int = 0,
+    readers: dict[int, Any] | None = None,
+) -> ShardStream:
+    """The shards of --data, from step `start` on."""
+    place, transform = (start, rank.number, rank.world), transform_of(args, model)
+    options: dict[str, Any] = {"batch": args.batch_size // rank.world, "remote": args.remote}
+    options |= {"states": readers or {}, "needs_negatives": loss.needs_negatives}
+    given = (args.data[0], transform, args.seed, place, args.on_bad_image, args.types)
+    return ShardStream(*given, **options)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -385,14 +428,9 @@ def batch_loss(
     taught: list[list[Tensor]],
     weight: float,
 ) -> dict[str, Tensor]:
-    """The loss of the whole batch from the features of its parts.
+    """The loss of the whole batch from what `encode` returned for its parts; thresholds move on.
 
-    Args:
-        run: its loss is used, and its thresholds move on.
-        parts: this rank's pictures and texts.
-        features: what `encode` returned for each part.
-        taught: what the teacher's `encode` returned for each part; empty without a teacher.
-        weight: of the distance to the teacher.
+    Where there is a teacher, `taught` is what it returned, and `weight` that of the distance to it.
     """
     split = [split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
     captions, positives, negatives = (torch.cat(column) for column in zip(*split, strict=True))
@@ -467,7 +505,7 @@ def train_step(
             nn.utils.clip_grads_with_norm_(tuned, args.grad_clip, norm)
         run.scaler.step(run.optimizer)
         with torch.no_grad():
-            run.net.logit_scale.clamp_(max=math.log(100))
+            run.net.logit_scale.copy_(run.net.logit_scale.minimum(run.limit))
             if run.teacher is not None:
                 follow(run.teacher.net, run.net, args.ema)
     else:
@@ -484,7 +522,7 @@ def follow(teacher: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 def checkpoint(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, step: int
+    run: Run, about: dict[str, Any], args: argparse.Namespace, step: int, readers: Any = None
 ) -> dict[str, Any]:
     """Everything that a resumed run needs; the weights in open_clip's layout."""
     train: dict[str, Any] = {
@@ -492,47 +530,68 @@ def checkpoint(
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "loss": run.loss.state_dict(),
+        **{"limit": run.limit, "readers": readers or {}},
     }
     if args.lora:
         train["net"] = run.net.state_dict()
     if run.teacher is not None:
         train["teacher"] = run.teacher.net.state_dict()
-    kit = {**about, "recipe": args.recipe, "step": step, **versions()}
+    kit = {**about, "recipe": args.recipe, "types": run.loss.types, "step": step, **versions()}
     return {"state_dict": plain_weights(run.net), "kit": kit, "train": train}
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all: the one before it stays until this one is on disk."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with writing(path, overwrite=True) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise DataError(f"--out {path}: cannot be written ({error}); the last one stays") from None
+    except (DataError, RuntimeError) as error:
+        told = f"{path}: cannot be written ({why(error)})" if error.__context__ else str(error)
+        raise DataError(f"{told}; the last checkpoint stays") from None
 
 
-def resume(run: Run, path: Path) -> int:
-    """Load latest.pt into the run; returns the step to go on with."""
+def resume(run: Run, path: Path, steps: int) -> tuple[int, dict[int, Any]]:
+    """Load latest.pt into the run; returns the step to go on with, and readers of shards."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        train = content["train"]
+        train, types = content["train"], content["kit"].get("types", NEGATIVE_TYPES)
+        step = train["step"]
+        if type(step) is not int or not 0 < step <= steps:
+            raise ValueError(f"its step is {step!r}, of {steps}")
+        if tuple(types) != run.loss.types:
+            raise ValueError(f"types {', '.join(types)}, now {', '.join(run.loss.types)}")
         run.net.load_state_dict(train.get("net", content["state_dict"]))
         if run.teacher is not None:
             run.teacher.net.load_state_dict(train["teacher"])
         run.optimizer.load_state_dict(train["optimizer"])
+        for p, state in run.optimizer.state.items():  # the fused step trusts these shapes
+            if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
+                x.shape != (() if key == "step" else p.shape) or not x.isfinite().all()
+                for key, x in state.items()
+            ):
+                raise ValueError(f"its optimiser does not fit a weight of {list(p.shape)}")
         run.scaler.load_state_dict(train["scaler"])
         run.loss.load_state_dict(train["loss"])
+        run.limit.copy_(train["limit"])
+        readers = dict(train["readers"])
     except Exception as error:  # torch raises many kinds here
-        reason = str(error).splitlines()[0][:160]
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(
             f"{path}: cannot be resumed from ({reason}); choose another --out"
         ) from None
-    return train["step"]
+    return step, readers
+
+
+def fingerprint(path: str) -> str:
+    """Size and hash of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            return f"{file.tell()} bytes, blake2b {digest.hexdigest()}"
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def versions() -> dict[str, str]:
@@ -543,75 +602,152 @@ def versions() -> dict[str, str]:
     }
 
 
-def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line as args.json keeps it."""
-    return json.loads(json.dumps(vars(args), default=str))
+def run_record(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
+    """What args.json keeps: the command line, fingerprints of manifests, versions."""
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    files = [] if reads_shards(args) else [split_weight(text)[0] for text in args.data or []]
+    return {
+        "options": json.loads(json.dumps(vars(args), default=str)),
+        "data": [fingerprint(path) for path in files],
+        **{"world_size": rank.world, "versions": versions(), "git_commit": commit},
+    }
 
 
-def check_run(out: Path, options: dict[str, Any]) -> None:
-    """Refuse a directory that is not a run, or a run with other options."""
-    if not out.exists():
+def check_run(out: Path, record: dict[str, Any]) -> None:
+    """Refuse a directory that is not a run, or a run with other options or other captions."""
+    if not os.path.lexists(out):
         return
     try:
-        before = json.loads((out / "args.json").read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError):
+        kept = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        before, seen = kept["options"], kept.get("data", record["data"])
+        changed = [
+            f"--{key.replace('_', '-')} {before.get(key)} -> {value}"
+            for key, value in record["options"].items()
+            if key not in FREE and before.get(key) != value
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # A run that was cut off while it wrote its first file left nothing, or args.json.partial.
-        if out.is_dir() and all(path.suffix == ".partial" for path in out.iterdir()):
-            return
-        raise DataError(f"--out {out}: exists and is not a run; choose another --out") from None
-    changed = [
-        f"--{key.replace('_', '-')} {before.get(key)} -> {value}"
-        for key, value in options.items()
-        if key not in FREE and before.get(key) != value
-    ]
+        with contextlib.suppress(OSError):
+            if all(path.suffix in (".partial", ".lock") for path in out.iterdir()):
+                return
+        told = "its args.json is damaged" if os.path.lexists(out / "args.json") else "is not a run"
+        raise DataError(f"--out {out}: exists, but {told}; choose another --out") from None
     if changed:
         raise DataError(
             f"--out {out}: holds a run with other options ({'; '.join(changed)}); "
             "give them back to resume it, or choose another --out"
         )
+    for path, old, new in zip(before["data"] or [], seen, record["data"], strict=False):
+        if old != new:
+            raise DataError(
+                f"--data {path}: changed since the run in {out} began ({old}, now {new}); put the "
+                "old file back to resume it, or choose another --out"
+            )
 
 
-def start_run(out: Path, options: dict[str, Any], rank: Rank) -> None:
-    """Make the run directory and its args.json, unless they are there."""
-    if (out / "args.json").exists():
-        return
-    commit = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    content = {"options": options, "world_size": rank.world, "versions": versions()}
+def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) -> None:
+    """Make the run directory and its args.json, unless they are there; go back to step `start`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(
-            out / "args.json", json.dumps({**content, "git_commit": commit}, indent=1) + "\n"
-        )
+        if not held:
+            held.append(lock(out))
+            if os.path.lexists(out / "latest.pt"):
+                raise DataError(f"--out {out}: another run trained into it just now; start again")
+        if not (out / "args.json").exists():
+            write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); check it") from None
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    for name in ("metrics.jsonl", "val.jsonl"):
+        trim_metrics(out / name, start)
 
 
 def trim_metrics(path: Path, step: int) -> None:
     """Drop the lines that a cut-off run wrote after its last checkpoint; it writes them again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            with contextlib.suppress(ValueError):  # a torn last line
+    if not os.path.lexists(path):
+        return
+    kept = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                if number < len(lines):  # the last one may be torn
+                    raise DataError(
+                        f"{path}:{number}: is no line of metrics; mend it, or move the file away"
+                    ) from None
         write_text(path, "".join(kept))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be rewritten ({why(error)}); check it") from None
+
+
+class Stopped(BaseException):
+    """A signal came while we waited for data."""
 
 
 class Stop:
-    """Remembers a SIGTERM or SIGINT until the step is done."""
+    """Remembers a SIGTERM, SIGINT or SIGUSR1 until the step is done; a second one ends at once.
 
-    def __init__(self) -> None:
-        """Catch both signals from now on."""
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._catch)
+    While the run waits for data a signal ends the wait.  Seconds are counted by a thread, for a
+    process that waits in C++ for other ranks runs no handler of Python's.
+    """
+
+    def __enter__(self) -> Stop:
+        """Catch the signals from now on."""
+        self.signal, self.waiting = 0, False
+        self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.pipe = theirs
+        self.wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(ours,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back; end loading processes, which may wait for ever."""
+        signal.set_wakeup_fd(self.wakeup)
+        self.pipe.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal or error[0]:
+            end_workers()
 
     def _catch(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
+
+    @staticmethod
+    def _watch(pipe: socket.socket) -> None:
+        # timeout(1) and torchrun pass on a signal that the process group has got already.
+        patience, first = 3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5, 0.0
+        while number := pipe.recv(1):
+            if number[0] in SIGNALS:
+                first = first or time.monotonic()
+                if time.monotonic() - first > patience:
+                    end_workers()
+                    os._exit(130 if number[0] == signal.SIGINT else 143)
+        pipe.close()
+
+    def wait(self, loader: Iterator[list[Batch]]) -> tuple[list[Batch], DataError | None]:
+        """The next batch, or what failed; neither where a signal is there, or comes."""
+        self.waiting = True
+        try:
+            if not self.signal:
+                return next(loader), None
+        except Stopped:
+            pass
+        except Exception as error:  # of whatever kind torch makes of a worker's
+            if not self.signal:
+                return [], loader_fault(error)
+        finally:
+            self.waiting = False
+        return [], None
 
     def agreed(self, rank: Rank, fault: DataError | None) -> int:
         """FAULT, the signal or 0: the largest of all ranks, so that all stop together."""
@@ -623,6 +759,12 @@ class Stop:
         return int(flag)
 
 
+def end_workers() -> None:
+    """End the processes that load data."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def train(
     run: Run,
     loader: Iterator[list[Batch]],
@@ -630,52 +772,76 @@ def train(
     args: argparse.Namespace,
     rank: Rank,
     start: int,
+    stop: Stop,
+    readers: dict[int, Any],
     after: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Train from step `start` to the end, logging and saving on the way; returns the exit code.
 
     `after` is called with the number of steps done after each of them.
     """
-    stop, log = Stop(), Log(args, rank, start)
-    fault: DataError | None = None
-    bad, done, saved, code = 0, start, start, 0
+    log = Log(args, rank, start)
+    unsaved: DataError | None = None
+    done, saved, code = start, start, 0
     run.towers.train()
     for step in range(start, args.steps):
-        try:
-            parts = next(loader)
-        except DataError as error:
-            fault = error
-        code = stop.agreed(rank, fault)
+        parts, fault = stop.wait(loader)
+        code = stop.agreed(rank, fault or unsaved)
         if code:
             break
         if run.loss.reset_each_epoch and step % args.steps_per_epoch == 0:
             run.loss.threshold.reset()
         seed_dropout(hash((args.seed, step, rank.number)) % 2**63, rank.device)
-        lr = learning_rate(step, args)
+        lr, scale = learning_rate(step, args), run.scaler.get_scale()
         out = train_step(run, parts, lr, args)
         done = step + 1
-        # fp16 finds its scale by overflowing: only a loss that is not finite counts against it.
-        lost = not math.isfinite(out["loss"]) if run.scaler.is_enabled() else not out["applied"]
-        bad = bad + 1 if lost else 0
-        fault = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, lost)
-        if bad == MAX_BAD_STEPS:
+        # fp16 finds its scale by overflowing, which says nothing until the scale is down at 1.
+        searching = run.scaler.is_enabled() and math.isfinite(out["loss"]) and scale > 1
+        readers.update([parts[-1].state] if parts[-1].state else [])
+        unsaved = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, searching)
+        if log.bad == MAX_BAD_STEPS or (done == args.steps and log.skipped >= MAX_BAD_STEPS):
+            kept = f"; {args.out}/latest.pt is the last good checkpoint" if saved else ""
             raise DataError(
-                f"loss or gradient was not finite {bad} steps in a row (step {done}); "
-                f"lower --lr; {args.out}/latest.pt is the last good checkpoint"
+                f"loss or gradient was not finite {log.skipped} steps in a row (step {done}), none "
+                f"was applied; lower --lr{kept}"
             )
-        ended = done % args.steps_per_epoch == 0 or done == args.steps
-        if ended or (not bad and done % args.save_every == 0):
-            fault, saved = save_step(run, about, args, rank, done, ended) or fault, done
+        if epoch_path(args, done) or (not log.skipped and done % args.save_every == 0):
+            share_readers(readers, args, rank)
+            unsaved, saved = save_step(run, about, args, rank, done, readers) or unsaved, done
         after(done)
-    code = code or stop.agreed(rank, fault)
-    if code not in (0, FAULT) and not bad and saved < done:
-        fault = save_step(run, about, args, rank, done, False)
-    if fault is not None:
-        reason = str(fault).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print(f"train.py: error: {reason}", file=sys.stderr)
-    if code and rank.number == 0:
+    code = code or stop.agreed(rank, unsaved)
+    if code and not log.skipped and saved < done:
+        share_readers(readers, args, rank)
+        unsaved = unsaved or save_step(run, about, args, rank, done, readers)
+    for error in filter(None, (fault, unsaved)):
+        print(f"train.py: error: {error}", file=sys.stderr)
+    if rank.number == 0 and code:
         print(f"stopped at step {done}; the same command goes on", flush=True)
-    return 2 if code == FAULT or fault else 128 + code if code else 0
+    elif rank.number == 0 and log.skipped:
+        print(f"the last {log.skipped} steps were not finite, and not applied", flush=True)
+    return 2 if code == FAULT or unsaved else 128 + code if code else 0
+
+
+def loader_fault(error: Exception) -> DataError:
+    """What went wrong while a batch was made, in one sentence."""
+    told = [line for line in str(error).splitlines() if line.strip()] or [""]
+    if "data.DataError: " in told[-1] or isinstance(error, DataError):
+        return DataError(told[-1].split("data.DataError: ")[-1])
+    if "DataLoader worker" in told[0]:
+        return DataError(
+            f"a loading process died ({told[0].split('. ')[0]}); out of memory or file handles? "
+            "use fewer --workers"
+        )
+    raise error
+
+
+def share_readers(readers: dict[int, Any], args: argparse.Namespace, rank: Rank) -> None:
+    """Gather where the readers of shards of all ranks are."""
+    if rank.world > 1 and reads_shards(args):
+        found: list[Any] = [None] * rank.world
+        dist.all_gather_object(found, readers)
+        for others in found:
+            readers.update(others)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -686,7 +852,7 @@ def seed_dropout(seed: int, device: torch.device) -> None:
 
 
 def save_step(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int, ended: bool
+    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int, readers: Any
 ) -> DataError | None:
     """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
     if rank.number:
@@ -696,15 +862,26 @@ def save_step(
             f"weights are not finite after step {step}: lower --lr; {args.out}/latest.pt, "
             "if it is there, is the last good checkpoint"
         )
-    content = checkpoint(run, about, args, step)
+    content = checkpoint(run, about, args, step, readers)
     try:
-        if ended:
-            weights = {key: content[key] for key in ("state_dict", "kit")}
-            save(weights, args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt")
         save(content, args.out / "latest.pt")
+        save_epoch(content, args, step)
     except DataError as error:
         return error
     return None
+
+
+def save_epoch(content: dict[str, Any], args: argparse.Namespace, step: int) -> None:
+    """Save the weights alone where an epoch, or the run, ended with this step."""
+    if path := epoch_path(args, step):
+        save({key: content[key] for key in ("state_dict", "kit")}, path)
+
+
+def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
+    """Where the weights of an epoch, or of the run, that ends with this step go."""
+    if step % args.steps_per_epoch and step != args.steps:
+        return None
+    return args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt"
 
 
 VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
@@ -719,11 +896,11 @@ def load_validation(args: argparse.Namespace) -> Suite:
         return load_suite(args.val, args.val_root, partial=True)
     items: list[Item] = []
     captions: dict[str, list[str]] = {}
-    for record in read_manifest(args.val):
-        image = str(args.val_root / record.image)
+    for _, record in read_records(Path(args.val), need_image=True):
+        image = str(args.val_root / str(record.image))
         captions.setdefault(image, []).append(record.caption)
-        for kind, negative in zip(NEGATIVE_TYPES, record.negatives, strict=True):
-            if negative is not None:
+        for kind, given in record.negatives.items():
+            for negative in [given] if isinstance(given, str) else given or []:
                 items.append(Item((kind,), str(len(items)), (image,), (record.caption, negative)))
     missing = [image for image in captions if not Path(image).is_file()]
     if missing or not captions:
@@ -831,8 +1008,9 @@ def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str
             return write
         wandb: Any = importlib.import_module("wandb")
         name = hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:16]
+        kept = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
         which = {"project": "ce-clip", "id": name, "resume": "allow", "name": args.out.name}
-        run = wandb.init(**which, dir=str(args.out), config=chosen_options(args))
+        run = wandb.init(**which, dir=str(args.out), config=kept["options"])
         return lambda step, figures: run.log(figures, step=step)
     except ImportError:
         raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None
@@ -845,20 +1023,24 @@ class Log:
         """Begin to count at step `start`."""
         self.args, self.rank, self.start = args, rank, start
         self.mirror = open_mirror(args, start) if rank.number == 0 else None
-        self.images = self.tokens = self.faults = 0
+        self.images = self.tokens = self.faults = self.same = 0
+        self.skipped = self.bad = 0  # steps in a row: not applied, and not for fp16's scale
         self.began = self.mark = time.perf_counter()
 
     def add(
-        self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, lost: bool
+        self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, searching: bool
     ) -> DataError | None:
         """Count a step; every --log-every steps, and where it was lost, write and print a line.
 
         Returns:
             what failed, if the line could not be written.
         """
-        args, done = self.args, step + 1
+        args, done, lost = self.args, step + 1, not (out["applied"] or searching)
+        self.skipped = 0 if out["applied"] else self.skipped + 1
+        self.bad = 0 if out["applied"] else self.bad + lost
         self.images += args.batch_size
         self.tokens += self.rank.world * sum(part.texts.computed for part in parts)
+        self.same += sum(part.same for part in parts)
         for fault in (fault for part in parts for fault in part.faults):
             self.faults += 1
             print(f"stepped over {fault}", file=sys.stderr)
@@ -872,6 +1054,7 @@ class Log:
             "images_per_second": self.images / (now - self.mark),
             "text_tokens_per_second": self.tokens / (now - self.mark),
             **{"memory_mib": memory(self.rank.device), "bad_images": self.faults},
+            "same_negatives": self.same,
         }
         report(line, args.steps, left)
         self.mark, self.images, self.tokens = now, 0, 0
@@ -879,7 +1062,7 @@ class Log:
             with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            return DataError(f"--out {args.out}: metrics cannot be written ({error.strerror})")
+            return DataError(f"--out {args.out}: metrics cannot be written ({why(error)})")
         if self.mirror:
             self.mirror(done, {key: value for key, value in line.items() if key != "step"})
         return None
@@ -900,8 +1083,10 @@ def memory(device: torch.device) -> float:
     """The peak memory of the GPU, or of this process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -911,7 +1096,8 @@ def dry_run(
     """Do one step, tell what a run would be, write nothing."""
     out = train_step(run, next(loader), 0.0, args)
     count = sum(p.numel() for p in run.net.parameters())
-    print(f"{args.model}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
+    name = args.model or args.pretrained
+    print(f"{name}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
     size = "shards" if data is None else f"{len(data)} captions, {args.steps_per_epoch} an epoch"
     print(f"{args.steps} steps of {args.batch_size}; {size}")
     print(f"first batch: {', '.join(f'{key} {value:.3f}' for key, value in out.items())}")
@@ -927,7 +1113,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE[:WEIGHT]", help="manifests, or .tar shards")
+    add_types(parser)
     add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
+    add("--remote", action="store_true", help="shards may be URLs, or pipe: commands to be run")
     add("--out", type=Path, help="run directory (default runs/RECIPE)")
     add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
     add("--pretrained", help="open_clip tag or checkpoint to start from (default: random weights)")
@@ -941,7 +1129,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.1, help="default 0.1")
     add("--warmup", type=int, help="steps (default 50)")
     add("--grad-clip", type=float, help="largest gradient norm, 0 for none (default 0; shapes 1)")
-    add("--on-bad-image", choices=("stop", "skip"), default="stop", help="default stop")
+    add("--on-bad-image", choices=("stop", "skip"), help="default stop")
+    add("--exif", choices=("apply", "ignore"), help="orientation of photos (default apply)")
+    add("--full-decode", action="store_true", help="decode JPEGs whole, however small the crop")
     add(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of the towers (default fp32)"
     )
@@ -953,17 +1143,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dry-run", action="store_true", help="do one step, tell what would be done, write nothing"
     )
-    add_validation_options(parser)
-    add_loss_options(parser)
-    add_method_options(parser)
+    for add_group in (add_validation_options, add_loss_options, add_method_options):
+        add_group(parser)
     args = parser.parse_args(argv)
+    check_idle(args)
     if args.steps is not None and args.epochs is not None:
         parser.error("give --steps or --epochs, not both")
     kind = "shapes" if args.data is None else "photos"
+    if args.pretrained and os.path.exists(args.pretrained):
+        args.model = args.model or ""  # the checkpoint's own
     for key, value in DEFAULTS[kind].items():
         if getattr(args, key) is None and not (
             key in ("steps", "epochs") and (args.steps or args.epochs)
         ):
+            setattr(args, key, value)
+    for key, value in {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"}.items():
+        if getattr(args, key) is None:
             setattr(args, key, value)
     args.out = args.out or Path("runs") / args.recipe
     args.captions = args.captions or ("all" if args.recipe == "released" else "one")
@@ -1000,7 +1195,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--tune", choices=("all", "text"), default="all", help="text freezes the image tower")
     add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
     add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
-    add("--ema", type=float, default=0.9996, help="decay of the teacher (default 0.9996)")
+    add("--ema", type=float, help="decay of the teacher (default 0.9996)")
     add("--caption-weight", type=float, default=0.0, help="of CoCa's captioning loss (default 0)")
     add("--compile", action="store_true", help="torch.compile the towers")
     add("--grad-checkpointing", action="store_true", help="save memory, compute a third more")
@@ -1008,125 +1203,191 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def check_args(args: argparse.Namespace, rank: Rank) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if args.recipe not in RECIPES:
-        raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
-    for name in (
-        "steps",
-        "epochs",
-        "batch_size",
-        "micro_batch",
-        "log_every",
-        "save_every",
-        "val_every",
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    least = {"lora": 0, "warmup": 0, "workers": 0, "seed": 0}
+    most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1.0}
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, float) and not (math.isfinite(value) and 0 <= value <= 1e6):
+            raise DataError(f"--{flag} {value}: must be a finite number, 0 or more, at most 1e6")
+        low, high = least.get(name, 0 if isinstance(value, float) else 1), most.get(name, 2**31)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not low <= value <= high:
+                raise DataError(f"--{flag} {value}: must be from {low} to {high}")
+            if name in ("lr", "cap") and not value:
+                raise DataError(f"--{flag} {value}: must be above 0")
     if args.batch_size % rank.world:
         raise DataError(
             f"--batch-size {args.batch_size}: is not divisible by the {rank.world} ranks"
         )
-    check_numbers(args)
     if args.val is None and (args.val_root or args.val_every or args.best):
         raise DataError("--val-root, --val-every and --best: need --val, what to score")
     if args.val not in (None, "shapes") and args.val_root is None:
         raise DataError(f"--val {args.val}: needs --val-root, the folder of its files or images")
-    if args.images and not args.data:
-        raise DataError("--images: needs --data, the manifest of these pictures")
-    check_methods(args)
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be meant."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            flag = name.replace("_", "-")
-            raise DataError(f"--{flag} {value}: must be a finite number, 0 or more")
-    if not args.lr > 0 or args.warmup < 0 or (args.workers or 0) < 0:
-        raise DataError("--lr must be above 0; --warmup and --workers 0 or more")
-    if args.cap is not None and not args.cap > 0:
-        raise DataError(f"--cap {args.cap}: must be above 0 logits")
-    if not 0 <= args.seed < 2**63:
-        raise DataError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
-
-
-def check_methods(args: argparse.Namespace) -> None:
-    """Refuse methods that do not go together."""
-    if args.lora < 0 or args.distill < 0 or not 0 <= args.ema <= 1:
-        raise DataError("--lora and --distill must be 0 or more; --ema from 0 to 1")
     if args.lora and (args.distill or args.tune != "all"):
         raise DataError("--lora: goes with neither --distill nor --tune; leave one out")
-    if reads_shards(args) and (len(args.data) > 1 or not args.steps):
-        raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")
+    check_data(args)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse --data and --images that do not fit together."""
+    folders, manifests = len(args.images or []), len(args.data or [])
+    if (folders or args.types) and not manifests:
+        flag = "--images" if folders else "--types"
+        raise DataError(f"{flag}: needs --data, the manifest with these images and negatives")
+    if reads_shards(args):
+        if manifests > 1 or not args.steps:
+            raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")
+    elif manifests and folders not in (1, manifests):
+        raise DataError(
+            f"--images: {folders} folders for {manifests} manifests; "
+            "give one folder for all of --data, or one for each"
+        )
+    if len({split_weight(text)[1] is None for text in args.data or []}) == 2:
+        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
+
+
+def check_idle(args: argparse.Namespace) -> None:
+    """Refuse options that do nothing where they stand."""
+    if args.recipe not in RECIPES:
+        raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
+    loss, shapes = make_loss(args), args.data is None
+    o, fixed = loss.options, loss.threshold.mode == "fixed"
+    for names, idle, where in (
+        ("ema", not args.distill, "without --distill"),
+        ("fixed_threshold", not fixed, "without --threshold fixed"),
+        ("cap", fixed, "with --threshold fixed"),
+        ("threshold cap fixed_threshold", not o["cmr_weight"], "where the cmr weight is 0"),
+        ("imc_weight", o["imc"] == "none", "where imc is none"),
+        ("focal_gamma label_smoothing", not o["own_weight"], "without --own-weight"),
+        ("images captions", reads_shards(args), "with shards"),
+        ("remote", not reads_shards(args), "without shards"),
+        ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
+    ):
+        for name in names.split():
+            if idle and getattr(args, name) not in (None, False):
+                raise DataError(f"--{name.replace('_', '-')}: does nothing {where}; leave it out")
 
 
 def reads_shards(args: argparse.Namespace) -> bool:
     """Whether --data are webdataset shards."""
-    return bool(args.data) and any(name.endswith(".tar") for name in args.data)
+    return any(re.search(r"\.(tar(\.\w+)?|tgz)(:[\d.]+)?$|^pipe:", x) for x in args.data or [])
+
+
+def prepare(
+    args: argparse.Namespace, rank: Rank, held: list[Any]
+) -> tuple[dict[str, Any], Model, bool]:
+    """Refuse what cannot work, lock the run directory if it is there, and load the model.
+
+    Returns:
+        what args.json keeps, the model, and whether the run begins anew.
+    """
+    check_args(args, rank)
+    record = run_record(args, rank)
+    check_run(args.out, record)
+    if os.path.lexists(args.out) and not args.dry_run and rank.number == 0:
+        held.append(lock(args.out))
+    fresh = not os.path.lexists(args.out / "latest.pt")
+    torch.manual_seed(args.seed)
+    start = (args.model or None, args.pretrained) if fresh else (None, str(args.out / "latest.pt"))
+    model = load_model(*start, device=str(rank.device))
+    if not hasattr(model.net, "logit_scale"):
+        raise DataError(
+            f"--pretrained {args.pretrained}: is a model of transformers, which evaluate.py scores "
+            "but train.py does not train; take it in open_clip's layout"
+        )
+    if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
+        name = model.about["model"]
+        raise DataError(f"--micro-batch: {name} has batch norms, which see a part at a time")
+    return record, model, fresh
+
+
+def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> None:
+    """Refuse ranks that would go on from different steps, or with different options or files."""
+    options = {key: value for key, value in record["options"].items() if key not in FREE}
+    rest = (options, record["data"])
+    starts: list[Any] = [(start, rest)] * rank.world
+    if rank.world > 1:
+        dist.all_gather_object(starts, (start, rest))
+    for number, (step, other) in enumerate(starts):
+        if step != start:
+            raise DataError(
+                f"--out {out}: rank {rank.number} goes on from step {start}, rank {number} from "
+                f"step {step}; --out must be one folder on a disk that all ranks share"
+            )
+        if other != rest:
+            raise DataError(
+                f"rank {number} has other options or another --data file; make them alike"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Build everything, find where a cut-off run was, train; returns the exit code."""
     args = parse_args(argv)
     rank = start_process(args.device)
-    check_args(args, rank)
-    options, latest = chosen_options(args), args.out / "latest.pt"
-    check_run(args.out, options)
-    torch.manual_seed(args.seed)
-    fresh = not latest.exists()
-    weights = args.pretrained if fresh else str(latest)
-    model = load_model(args.model, weights, device=str(rank.device))
-    if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
-        raise DataError(f"--micro-batch: {args.model} has batch norms, which see a part at a time")
-    run = make_run(args, model, rank)
-    data = None if reads_shards(args) else make_data(args, model, run.loss)
+    held: list[Any] = []  # the lock
+    record, model, fresh = together(lambda: prepare(args, rank, held))
+    shards, loss = reads_shards(args), make_loss(args)
+    data = together(lambda: None if shards else make_data(args, model, loss))
+    types = data.types if data else together(lambda: make_stream(args, model, loss, rank).types)
     note_images(model, data, rank)
+    run = make_run(args, model, rank, types)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     args.val_every = args.val_every or args.steps_per_epoch
     if args.dry_run:
         dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
         return 0
-    start = 0 if fresh else resume(run, latest)
+    latest = args.out / "latest.pt"
+    start, readers = together(lambda: (0, {}) if fresh else resume(run, latest, args.steps))
+    same_start(args.out, rank, start, record)
+    if rank.number == 0:
+        start_run(args.out, record, start, held)
+    if rank.number == 0 and start and (path := epoch_path(args, start)) and not path.exists():
+        save_epoch(checkpoint(run, model.about, args, start), args, start)  # it was cut off there
     if start >= args.steps:
         if rank.number == 0:
             print(f"{args.out} is done: {start} steps; nothing to do")
         return 0
-    loader = make_loader(args, data, model, run.loss, rank, start)
     if rank.number == 0:
-        trim_metrics(args.out / "val.jsonl", start)
-    after = Validation(run, model, args, rank) if args.val else lambda done: None
-    if rank.number == 0:
-        start_run(args.out, options, rank)
-        trim_metrics(args.out / "metrics.jsonl", start)
         count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
         print(
-            f"{args.model} ({count / 1e6:.2f} million weights to train, "
+            f"{model.about['model']} ({count / 1e6:.2f} million weights to train, "
             f"{model.about['activation']}), recipe {args.recipe}, {args.steps} steps of "
             f"{args.batch_size} on {rank.world} x {rank.device.type}, captions "
             f"{text_layout(model.net)}, from step {start}",
             flush=True,
         )
+    after = Validation(run, model, args, rank) if args.val else lambda done: None
     if not start:
         after(0)
-    code = train(run, loader, model.about, args, rank, start, after)
+    with Stop() as stop:
+        loader = make_loader(args, data, model, run.loss, rank, start, readers)
+        code = train(run, loader, model.about, args, rank, start, stop, readers, after)
+    for file in held:
+        file.close()
     if rank.number == 0 and code == 0:
         print(f"done: {args.out}/latest.pt")
     return code
 
 
 def run_main() -> int:
-    """Run main; a user's mistake is one sentence and exit code 2."""
+    """Run main; where another rank has ended, say so."""
     try:
         return main()
-    except DataError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("Connection|timed out", str(error)):
+            raise
+        print(f"train.py: error: another rank has ended ({why(error)})", file=sys.stderr)
         return 2
 
 
+def other_tells() -> bool:
+    """Whether rank 0 says what went wrong."""
+    return dist.is_initialized() and dist.get_rank() > 0
+
+
 if __name__ == "__main__":
-    code = run_main()
+    code = run_script(run_main, "train.py", quiet=other_tells)
     gc.collect()  # DistributedDataParallel must go before its group: its threads would abort
     if dist.is_initialized():
         dist.destroy_process_group()

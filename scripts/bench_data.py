@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Collate, ManifestDataset, Mixture, train_transform
 from evaluate import load_model
-from negatives import NEGATIVE_TYPES
+from negatives import NEGATIVE_TYPES, run_script
 
 BATCH = 16
 
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main, "bench_data.py"))

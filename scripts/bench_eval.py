@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 from data import DataError
+from negatives import run_script
 
 
 @torch.no_grad()
@@ -124,8 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"bench_eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "bench_eval.py"))

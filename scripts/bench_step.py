@@ -40,7 +40,7 @@ from bench_losses import Released
 import train
 from data import Batch, pack_texts, read_manifest
 from evaluate import PRECISIONS, Model, load_model
-from negatives import NEGATIVE_TYPES
+from negatives import NEGATIVE_TYPES, run_script
 
 # Tokens of COCO's captions with the two ends, Karpathy's test split: 13.5 on average.
 LENGTHS = {10: 6, 11: 16, 12: 21, 13: 18, 14: 13, 15: 9, 16: 6, 17: 4, 19: 3, 22: 2, 27: 1}
@@ -73,15 +73,15 @@ def synthetic_texts(count: int, rng: random.Random) -> list[list[str]]:
 
 def manifest_texts(path: Path, count: int, rng: random.Random) -> list[list[str]]:
     """Captions of a manifest that have all four negatives, and these."""
-    records = [record for record in read_manifest(path) if all(record.negatives)]
-    full = [[record.caption, *map(str, record.negatives)] for record in records]
+    records = [record for record in read_manifest(path) if all(record.negatives.values())]
+    full = [[record.caption, *map(str, record.negatives.values())] for record in records]
     return rng.sample(full, count)
 
 
-def make_batch(texts: list[list[str]], model: Model, size: int, share: bool) -> Batch:
+def make_batch(texts: list[list[str]], model: Model, size: tuple[int, int], share: bool) -> Batch:
     """The batch that train.py would make of these captions and negatives."""
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
-    pixels = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8)
     valid = torch.ones(len(texts), len(NEGATIVE_TYPES), dtype=torch.bool)
     none = torch.zeros(len(texts), dtype=torch.bool)
     return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, valid, [])
@@ -117,8 +117,8 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
     adam = torch.optim.AdamW(model.net.parameters(), lr=1e-6, eps=1e-6)
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
     tokens = model.tokenizer(flat).to(device)
-    size = train.picture_size(model.net)
-    images = torch.randint(0, 256, (len(texts), 3, size, size), dtype=torch.uint8).to(device)
+    size = train.image_size(model.net)
+    images = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8).to(device)
     given = (model.net, Released(), adam, images, tokens, args.precision)
     step = functools.partial(released_step, *given)
     return Way(step, tokens.numel() / len(texts))
@@ -133,7 +133,7 @@ def make_ours(
     run = train.make_run(options, model, rank)
     run.towers.train()
     part = args.micro_batch if name == "parts" else len(texts)
-    size = train.picture_size(model.net)
+    size = train.image_size(model.net)
     chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
     parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
     tokens = sum(batch.texts.computed for batch in parts) / len(texts)
@@ -238,7 +238,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    code = run_script(main, "bench_step.py")
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code)

@@ -38,7 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import negatives as kit
-from negatives import DataError
+from negatives import DataError, run_script
 
 Pair = tuple[str, str, str]  # image, caption, negative
 
@@ -87,22 +87,16 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: the file cannot be read, or a line is no caption with negatives.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                row = kit._parse(line, path.name, number) if line.strip() else {"manifest": 1}
-                if isinstance(row, dict) and "manifest" in row:
-                    continue
-                place = f"{path.name}:{number}"
-                if isinstance(row, dict) and "negatives" not in row:
-                    raise DataError(f"{place}: no negatives; run negatives.py first")
-                made = row["negatives"] if isinstance(row, dict) else None
-                texts = [row.get("caption"), *made.values()] if isinstance(made, dict) else [None]
-                if texts[0] is None or any(not isinstance(t, str | None) for t in texts):
-                    raise DataError(f"{place}: want a record with a caption and negatives")
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+    for _, place, row in kit.read_rows(path):
+        if "manifest" in row:
+            continue
+        if "negatives" not in row:
+            raise DataError(f"{place}: no negatives; run negatives.py first")
+        made = row["negatives"]
+        texts = [row.get("caption"), *made.values()] if isinstance(made, dict) else [None]
+        if texts[0] is None or any(not isinstance(t, str | None) for t in texts):
+            raise DataError(f"{place}: want a record with a caption and negatives")
+        yield row
 
 
 # The blind readers
@@ -349,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         first = json.loads(line) if line.strip() else {}
         report["header"] = first if "captions" in first else None
     reader = MaskedReader(args.mlm) if args.mlm else None
-    parse = kit._load_spacy(args.spacy, tags_only=True) if args.spacy else None
+    parse = kit.load_spacy(args.spacy, tags_only=True) if args.spacy else None
     for name, found in pairs.items():
         row = describe(found)
         some = random.Random(0).sample(found, min(args.pairs, len(found)))
@@ -384,8 +378,4 @@ def examples(path: Path, count: int = 8) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"negatives_report.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "negatives_report.py"))

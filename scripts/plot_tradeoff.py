@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 from data import DataError
+from negatives import run_script
 
 Points = dict[str, tuple[float, float]]
 COSTS = ("zero-shot", "retrieval")
@@ -213,8 +214,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DataError as error:
-        print(f"plot_tradeoff.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_script(main, "plot_tradeoff.py"))

@@ -215,7 +215,7 @@ def test_every_source_has_its_share_of_each_batch_and_its_own_epochs():
     assert data.share_batch(10, [1, 1, 1]) == [4, 3, 3]
 
     class Source(list):
-        image_of = None
+        image_of, types = None, ()
         path = "a.jsonl"
 
     sources = [Source(range(20)), Source(range(9))]
@@ -321,23 +321,3 @@ def test_normalise_is_to_tensor_and_normalize():
     cfg = net.visual.preprocess_cfg
     wanted = transforms.Normalize(cfg["mean"], cfg["std"])(image / 255)
     assert (data.normalise(image, net) - wanted).abs().max() < 1e-6
-
-
-def test_shards_hold_what_the_manifest_held(tmp_path):
-    pytest.importorskip("webdataset", reason="pip install webdataset")
-    path = manifest(tmp_path, images=5)
-    data.main(["shards", str(path), "--images", str(tmp_path), "--out", str(tmp_path / "s")])
-    with pytest.raises(DataError, match="not empty"):
-        data.main(["shards", str(path), "--images", str(tmp_path), "--out", str(tmp_path / "s")])
-    pattern = f"{tmp_path}/s/{{000000..000000}}.tar"
-    found = {}
-    for rank in (0, 1):  # fewer shards than ranks: all read all, in orders of their own
-        stream = data.ShardStream(pattern, plainly, 0, (0, rank, 2))
-        found[rank] = [item.captions.caption for item, _ in zip(stream, range(60), strict=False)]
-    captions = {record.caption: record.negatives for record in data.read_manifest(path)}
-    assert set(found[0]) == set(captions)
-    assert found[0] != found[1]
-    first = next(iter(data.ShardStream(pattern, plainly, 0, (0, 0, 1))))
-    assert first.captions.negatives == captions[first.captions.caption]
-    with pytest.raises(DataError, match="no such shard"):
-        data.ShardStream(f"{tmp_path}/none.tar", None, 0, (0, 0, 1))

@@ -1232,6 +1232,25 @@ def test_open_clip_folders_load_with_their_preprocessing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_folders_of_transformers_give_its_features(tmp_path, kind):
+    net, words = transformers_folder(tmp_path, kind)
+    encoder = encoder_of(tmp_path)
+    rows = encoder.texts(["red dog", "blue cat"]).rows
+    ids = torch.tensor(
+        words(["red dog", "blue cat"], padding="max_length", max_length=16)["input_ids"]
+    )
+    with torch.no_grad():
+        wanted = net(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32)).text_embeds
+    wanted = torch.nn.functional.normalize(wanted, dim=-1)
+    np.testing.assert_allclose(rows, wanted.numpy(), atol=2e-6)
+    assert encoder.images(["shapes:0"]).rows.shape == (1, rows.shape[1])
+    torch.save({}, tmp_path / "unused.pt")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(data.DataError, match="cannot be loaded by transformers"):
+        evaluate.load_model(None, str(tmp_path))
+
+
+def transformers_folder(tmp_path, kind):
+    """A small model of transformers, its tokenizer and preprocessing."""
     transformers = pytest.importorskip("transformers", reason="transformers is optional")
     words = make_tokenizer(tmp_path, transformers)
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -1249,20 +1268,7 @@ def test_folders_of_transformers_give_its_features(tmp_path, kind):
     pixels = {"do_center_crop": kind == "clip", "size": {"height": 32, "width": 32}}
     pixels |= {"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3}
     write(tmp_path / "preprocessor_config.json", {**pixels, "image_std": [0.5] * 3, "resample": 3})
-    encoder = encoder_of(tmp_path)
-    rows = encoder.texts(["red dog", "blue cat"]).rows
-    ids = torch.tensor(
-        words(["red dog", "blue cat"], padding="max_length", max_length=16)["input_ids"]
-    )
-    with torch.no_grad():
-        wanted = net(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32)).text_embeds
-    wanted = torch.nn.functional.normalize(wanted, dim=-1)
-    np.testing.assert_allclose(rows, wanted.numpy(), atol=2e-6)
-    assert encoder.images(["shapes:0"]).rows.shape == (1, rows.shape[1])
-    torch.save({}, tmp_path / "unused.pt")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(data.DataError, match="cannot be loaded by transformers"):
-        evaluate.load_model(None, str(tmp_path))
+    return net, words
 
 
 def make_tokenizer(folder, transformers):
