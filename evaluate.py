@@ -140,9 +140,6 @@ def load_model(
     if tag:
         _check_tag(name, tag, quick, activation)
     net = _build(name, pretrained=tag, quick_gelu=quick)
-    if not tag and hasattr(net, "text_decoder"):  # CoCa's: open_clip leaves it as memory was
-        projection = net.text_decoder.text_projection
-        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     if state is not None:
         _fill(net, state, name, str(pretrained))
     net.visual.preprocess_cfg = {**net.visual.preprocess_cfg, **preprocess}

@@ -831,8 +831,9 @@ def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str
             return write
         wandb: Any = importlib.import_module("wandb")
         name = hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:16]
+        kept = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
         which = {"project": "ce-clip", "id": name, "resume": "allow", "name": args.out.name}
-        run = wandb.init(**which, dir=str(args.out), config=chosen_options(args))
+        run = wandb.init(**which, dir=str(args.out), config=kept["options"])
         return lambda step, figures: run.log(figures, step=step)
     except ImportError:
         raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None

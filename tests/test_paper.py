@@ -421,11 +421,11 @@ def leaky(tmp_path_factory):
 
 
 def test_check_says_how_many_training_images_are_tested(leaky, capsys):
-    data.check(leaky / "train.jsonl", leaky)
+    data.main(["check", str(leaky / "train.jsonl"), "--images", str(leaky)])
     assert "1 of 5000 test images of retrieval and aro: COCO" in capsys.readouterr().out
     photo_folder(leaky, ["x.png"])
     write_lines(leaky / "none.jsonl", [{"image": "x.png", "caption": "A dog.", "negatives": {}}])
-    data.check(leaky / "none.jsonl", leaky)
+    data.main(["check", str(leaky / "none.jsonl"), "--images", str(leaky)])
     assert "no test image that the kit knows" in capsys.readouterr().out
 
 
