@@ -694,18 +694,10 @@ class ShardStream(IterableDataset[list[Item]]):
     ) -> None:
         """Read the shards of a brace pattern, "cc3m-{000..331}.tar".
 
-        Args:
-            shards: the pattern.
-            transform: of each image.
-            seed: of the order.
-            place: the step to begin with, this rank, the number of ranks.
-            on_bad_image: "stop" or "skip".
-            types: of the negatives to read; () for those that the first sample names, else
-                NEGATIVE_TYPES.
-            batch: examples of a batch of this rank.
-            states: of the readers of a run that is resumed, by number.
-            needs_negatives: refuse shards whose first block has none.
-            remote: open names with a colon by webdataset: URLs, and "pipe:", which runs a command.
+        `place` is the step to begin with, this rank, and the number of ranks; `types` those of the
+        negatives to read, () for those that the first sample names; `batch` the examples of a batch
+        of this rank; `states` those of the readers of a run that is resumed. `remote` opens names
+        with a colon by webdataset: URLs, and "pipe:", which runs a command.
 
         Raises:
             DataError: a shard is missing, or a name with a colon is not allowed.
@@ -905,23 +897,14 @@ def _is_file(path: Path) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image as 8-bit RGB.
-
-    Raises:
-        ValueError: its numbers are no colours: floats, or integers beyond 16 bits.
-    """
+    """Decode an image as 8-bit RGB; a ValueError where its numbers are no colours."""
     image.load()
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or (image.mode == "I" and not _fits(image.getextrema())):
-        raise ValueError("its numbers are no colours; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):  # Pillow would cut what is above 255, and leave it white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _fits(extrema: Any) -> bool:
-    return extrema[0] >= 0 and extrema[1] < 2**16
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() >= 2**16:
+            raise ValueError("its numbers are no colours; save it with 8 or 16 bits a channel")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))  # Pillow would leave it white
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(
@@ -1356,12 +1339,8 @@ def train_transform(
     """Cut a random part of a photo, `least` to all of its area, and resize it as the model wants.
 
     The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
-
-    Args:
-        model: of open_clip.
-        least: the smallest part.
-        exif: turn photos upright as their EXIF orientation says, or "left of" may become false.
-        reduce: decode JPEGs at 1/2, 1/4 or 1/8 where the part stays at least as large as wanted.
+    `exif` turns photos upright, or "left of" may become false; `reduce` decodes JPEGs at 1/2, 1/4
+    or 1/8 where the part stays at least as large as wanted.
     """
     name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
     size, mode = image_size(model), Image.Resampling[name.upper()]
@@ -1652,15 +1631,15 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
 def _same_tokens(records: Sequence[Record], model: str) -> int:
     """Count the negatives whose tokens are those of their caption."""
     open_clip: Any = importlib.import_module("open_clip")
-    path, context = Path(model), None
-    if path.suffix == ".json":
-        try:
-            context = json.loads(path.read_text(encoding="utf-8"))["text_cfg"]["context_length"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            raise DataError(f"--model {model}: is no model config with a context_length") from None
-    elif open_clip.get_model_config(model) is None:
-        raise DataError(f"--model {model}: open_clip knows no such model")
-    tokenizer = open_clip.get_tokenizer("" if context else model, context_length=context)
+    try:
+        config = open_clip.get_model_config(model)
+        if model.endswith(".json"):
+            config = json.loads(Path(model).read_text(encoding="utf-8"))
+        text = config["text_cfg"]
+        name = "" if model.endswith(".json") else model
+        tokenizer = open_clip.get_tokenizer(name, context_length=text.get("context_length", 77))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise DataError(f"--model {model}: open_clip knows no such model") from None
     same = 0
     for record in records:
         given = [x for x in record.negatives.values() if x]

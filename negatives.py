@@ -3785,8 +3785,9 @@ def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> l
     spaCy's NOUN, ADJ and VERB words; of three nouns and more the first two change places by
     ``str.replace``; one word of each class, drawn at random, is masked where it first appears
     (even inside another word) and filled with the 4th guess of the masked model; nothing is
-    checked.  A negative that is missing is null here and the text "###" there; train.py
-    --recipe released encodes that text.
+    checked.  A class without a word is null here; there it is what the model makes of a bare mask,
+    which distilroberta-base makes "###", the text of a missing negative.  train.py --recipe
+    released encodes "###" for null.
     """
     assert engine.parse is not None
     assert engine.masked is not None
@@ -4118,7 +4119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plausible", type=float, default=0.0, metavar="F", help="more is more plausible, fewer")
     add("--refine", type=float, default=inf, metavar="F", help="less hides better, and makes fewer")
     add("--seed", type=int, default=0, metavar="N", help="another seed, other choices")
-    add("--workers", type=int, default=1, metavar="N", help="processes; the bytes do not change")
+    add("--workers", type=int, default=1, metavar="N", help="processes of lexicon and spacy")
     add("--limit", type=int, metavar="N", help="read the first N captions only")
     add("--stats", action="store_true", help="print coverage, exchanges and the rule of each null")
     add("--explain", action="store_true", help="say what was edited: under edits in the manifest")

@@ -100,6 +100,7 @@ DEFAULTS = {
         **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 700, "grad_clip": 1.0},
         **{"model": TINY_CONFIG.stem, "save_every": 100, "workers": 0},
     },
+    "both": {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"},
 }
 LOSS_OPTIONS = (
     *("imc", "imc_weight", "cmr_weight", "threshold", "cap", "fixed_threshold"),
@@ -125,11 +126,10 @@ class Towers(nn.Module):
         self.net, self.captioned = net, captioned
 
     def forward(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
-        """Encode uint8 pictures [B, 3, H, W] and M texts.
+        """Encode uint8 images [B, 3, H, W] and M texts.
 
-        Returns:
-            unit-length image features [B, D] and text features [M, D], logit_scale, and logit_bias
-            where the model has one (SigLIP); with `captioned` what `_captioned` does.
+        Returns unit-length features [B, D] and [M, D], logit_scale, and logit_bias if there is one;
+        with `captioned` what `_captioned` does.
         """
         if self.captioned:
             return self._captioned(normalise(images, self.net), texts)
@@ -166,10 +166,7 @@ class Towers(nn.Module):
 
 
 class LoRA(nn.Module):
-    """W + up · down, of low rank, in place of a frozen W (Hu et al., arXiv 2106.09685; alpha = r).
-
-    FSC-CLIP (arXiv 2410.05210) tunes CLIP this way, with rank 4 and learning rate 5e-5.
-    """
+    """W + up · down, of low rank, in place of a frozen W (arXiv 2106.09685; alpha = r)."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         """Begin at zero change of a weight [out, in]."""
@@ -286,8 +283,7 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
     lacking = [name for name in args.types if not any(name in source.made for source in sources)]
     if lacking:
         raise DataError(
-            f"--types: {named} has no negative of the type {lacking[0]}; "
-            "data.py check counts what it has"
+            f"--types: there is no negative of the type {lacking[0]}; see data.py check"
         )
     if loss.needs_negatives and not any(source.has_negatives for source in sources):
         raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
@@ -343,10 +339,7 @@ def make_loader(
     start: int,
     readers: dict[int, Any] | None = None,
 ) -> Iterator[list[Batch]]:
-    """This rank's share of each global batch from step `start` on.
-
-    Where data is None it comes from shards, whose `readers` go on from their states.
-    """
+    """This rank's share of each global batch from step `start` on; of shards if data is None."""
     local = args.batch_size // rank.world
     kind = "valid" if loss.options["mask_invalid"] else "all"
     collate = Collate(
@@ -362,10 +355,8 @@ def make_loader(
     loader: Any
     if data is None:
         if loss.needs_positives:
-            raise DataError(
-                "--imc paired needs a second caption of each picture, which shards lack; "
-                "use --imc repulsion or --imc none"
-            )
+            told = "--imc paired needs a second caption of each image, which shards lack"
+            raise DataError(f"{told}; use --imc repulsion or --imc none")
         stream = make_stream(args, model, loss, rank, start, readers)
         loader = DataLoader(stream, batch_size=None, **options)
     else:
@@ -390,12 +381,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def make_stream(
-    args: argparse.Namespace,
-    model: Model,
-    loss: CEClipLoss,
-    rank: Rank,
-    start: int = 0,
-    readers: dict[int, Any] | None = None,
+    args: argparse.Namespace, model: Model, loss: CEClipLoss, rank: Rank, start: int, readers: Any
 ) -> ShardStream:
     """The shards of --data, from step `start` on."""
     place, transform = (start, rank.number, rank.world), transform_of(args, model)
@@ -506,8 +492,10 @@ def train_step(
         run.scaler.step(run.optimizer)
         with torch.no_grad():
             run.net.logit_scale.copy_(run.net.logit_scale.minimum(run.limit))
-            if run.teacher is not None:
-                follow(run.teacher.net, run.net, args.ema)
+            if run.teacher is not None:  # it follows, as in DeGLA (arXiv 2504.16801)
+                pairs = zip(run.teacher.parameters(), run.net.parameters(), strict=True)
+                for old, new in pairs:
+                    old.lerp_(new, 1 - args.ema)
     else:
         run.loss.threshold.value.copy_(theta)
     run.scaler.update()
@@ -515,22 +503,14 @@ def train_step(
     return {**values, "grad_norm": float(norm), "applied": float(finite)}
 
 
-def follow(teacher: nn.Module, net: nn.Module, decay: float) -> None:
-    """Move the teacher's weights towards the net's, as in DeGLA (arXiv 2504.16801)."""
-    for old, new in zip(teacher.parameters(), net.parameters(), strict=True):
-        old.lerp_(new, 1 - decay)
-
-
 def checkpoint(
     run: Run, about: dict[str, Any], args: argparse.Namespace, step: int, readers: Any = None
 ) -> dict[str, Any]:
     """Everything that a resumed run needs; the weights in open_clip's layout."""
     train: dict[str, Any] = {
-        "step": step,
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
+        **{"step": step, "limit": run.limit, "readers": readers or {}},
+        **{"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()},
         "loss": run.loss.state_dict(),
-        **{"limit": run.limit, "readers": readers or {}},
     }
     if args.lora:
         train["net"] = run.net.state_dict()
@@ -576,9 +556,7 @@ def resume(run: Run, path: Path, steps: int) -> tuple[int, dict[int, Any]]:
         readers = dict(train["readers"])
     except Exception as error:  # torch raises many kinds here
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DataError(
-            f"{path}: cannot be resumed from ({reason}); choose another --out"
-        ) from None
+        raise DataError(f"{path}: cannot be resumed from ({reason}); use another --out") from None
     return step, readers
 
 
@@ -823,16 +801,13 @@ def train(
 
 
 def loader_fault(error: Exception) -> DataError:
-    """What went wrong while a batch was made, in one sentence."""
-    told = [line for line in str(error).splitlines() if line.strip()] or [""]
-    if "data.DataError: " in told[-1] or isinstance(error, DataError):
-        return DataError(told[-1].split("data.DataError: ")[-1])
-    if "DataLoader worker" in told[0]:
-        return DataError(
-            f"a loading process died ({told[0].split('. ')[0]}); out of memory or file handles? "
-            "use fewer --workers"
-        )
-    raise error
+    """What went wrong while a batch was made, in one sentence; a worker brings its traceback."""
+    told = (str(error).strip().splitlines() or [""])[-1]
+    if isinstance(error, DataError):
+        return DataError(re.sub(r"^[\w.]*DataError: ", "", told))
+    if not isinstance(error, OSError | RuntimeError | MemoryError):
+        raise error
+    return DataError(f"a batch cannot be loaded ({told or type(error).__name__}); fewer --workers?")
 
 
 def share_readers(readers: dict[int, Any], args: argparse.Namespace, rank: Rank) -> None:
@@ -858,23 +833,15 @@ def save_step(
     if rank.number:
         return None
     if not all(bool(torch.isfinite(p).all()) for p in run.net.parameters()):
-        return DataError(
-            f"weights are not finite after step {step}: lower --lr; {args.out}/latest.pt, "
-            "if it is there, is the last good checkpoint"
-        )
+        return DataError(f"weights are not finite after step {step}, and not saved; lower --lr")
     content = checkpoint(run, about, args, step, readers)
     try:
         save(content, args.out / "latest.pt")
-        save_epoch(content, args, step)
+        if path := epoch_path(args, step):
+            save({key: content[key] for key in ("state_dict", "kit")}, path)
     except DataError as error:
         return error
     return None
-
-
-def save_epoch(content: dict[str, Any], args: argparse.Namespace, step: int) -> None:
-    """Save the weights alone where an epoch, or the run, ended with this step."""
-    if path := epoch_path(args, step):
-        save({key: content[key] for key in ("state_dict", "kit")}, path)
 
 
 def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
@@ -1030,11 +997,7 @@ class Log:
     def add(
         self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, searching: bool
     ) -> DataError | None:
-        """Count a step; every --log-every steps, and where it was lost, write and print a line.
-
-        Returns:
-            what failed, if the line could not be written.
-        """
+        """Count a step; at times, and where it was lost, write a line; returns what failed."""
         args, done, lost = self.args, step + 1, not (out["applied"] or searching)
         self.skipped = 0 if out["applied"] else self.skipped + 1
         self.bad = 0 if out["applied"] else self.bad + lost
@@ -1048,7 +1011,7 @@ class Log:
             return None
         now = time.perf_counter()
         left = (now - self.began) / (done - self.start) * (args.steps - done)
-        line = {
+        line: dict[str, Any] = {
             **{"step": done, "epoch": step // args.steps_per_epoch, **out},
             "logit_scale": float(scale.detach().exp()),
             "images_per_second": self.images / (now - self.mark),
@@ -1056,7 +1019,13 @@ class Log:
             **{"memory_mib": memory(self.rank.device), "bad_images": self.faults},
             "same_negatives": self.same,
         }
-        report(line, args.steps, left)
+        said = " ".join(f"{key} {line[key]:.3f}" for key in ("loss", "itc", "imc", "cmr"))
+        skipped = "" if out["applied"] else "  NOT FINITE, step skipped"
+        print(
+            f"step {done}/{args.steps}  {said}  {line['images_per_second']:.0f} images/s  "
+            f"{int(left // 60)}:{int(left % 60):02d} left{skipped}",
+            flush=True,
+        )
         self.mark, self.images, self.tokens = now, 0, 0
         try:
             with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -1068,35 +1037,23 @@ class Log:
         return None
 
 
-def report(line: dict[str, Any], steps: int, left: float) -> None:
-    """Print one line of progress."""
-    parts = " ".join(f"{key} {line[key]:.3f}" for key in ("loss", "itc", "imc", "cmr"))
-    skipped = "" if line["applied"] else "  NOT FINITE, step skipped"
-    print(
-        f"step {line['step']}/{steps}  {parts}  {line['images_per_second']:.0f} images/s  "
-        f"{int(left // 60)}:{int(left % 60):02d} left{skipped}",
-        flush=True,
-    )
-
-
 def memory(device: torch.device) -> float:
     """The peak memory of the GPU, or of this process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return 0.0  # Windows
 
 
 def dry_run(
     run: Run, loader: Iterator[list[Batch]], args: argparse.Namespace, data: Mixture | None
 ) -> None:
     """Do one step, tell what a run would be, write nothing."""
-    out = train_step(run, next(loader), 0.0, args)
+    out, name = train_step(run, next(loader), 0.0, args), args.model or args.pretrained
     count = sum(p.numel() for p in run.net.parameters())
-    name = args.model or args.pretrained
     print(f"{name}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
     size = "shards" if data is None else f"{len(data)} captions, {args.steps_per_epoch} an epoch"
     print(f"{args.steps} steps of {args.batch_size}; {size}")
@@ -1106,11 +1063,8 @@ def dry_run(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; options that depend on the data get their defaults here."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE[:WEIGHT]", help="manifests, or .tar shards")
     add_types(parser)
@@ -1132,17 +1086,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--on-bad-image", choices=("stop", "skip"), help="default stop")
     add("--exif", choices=("apply", "ignore"), help="orientation of photos (default apply)")
     add("--full-decode", action="store_true", help="decode JPEGs whole, however small the crop")
-    add(
-        "--precision", choices=list(PRECISIONS), default="fp32", help="of the towers (default fp32)"
-    )
+    add("--precision", choices=list(PRECISIONS), default="fp32", help="default fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
     add("--workers", type=int, help="loading processes of each rank (default 4; shapes 0)")
     add("--seed", type=int, default=0, help="of weights, order and crops (default 0)")
     add("--log-every", type=int, default=20, help="steps between lines of metrics (default 20)")
     add("--save-every", type=int, help="steps between checkpoints (default 500; shapes 100)")
-    add(
-        "--dry-run", action="store_true", help="do one step, tell what would be done, write nothing"
-    )
+    add("--dry-run", action="store_true", help="do one step, tell what would be, write nothing")
     for add_group in (add_validation_options, add_loss_options, add_method_options):
         add_group(parser)
     args = parser.parse_args(argv)
@@ -1152,13 +1102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     kind = "shapes" if args.data is None else "photos"
     if args.pretrained and os.path.exists(args.pretrained):
         args.model = args.model or ""  # the checkpoint's own
-    for key, value in DEFAULTS[kind].items():
-        if getattr(args, key) is None and not (
-            key in ("steps", "epochs") and (args.steps or args.epochs)
-        ):
-            setattr(args, key, value)
-    for key, value in {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"}.items():
-        if getattr(args, key) is None:
+    length = ("steps", "epochs") if args.steps or args.epochs else ()
+    for key, value in {**DEFAULTS["both"], **DEFAULTS[kind]}.items():
+        if getattr(args, key) is None and key not in length:
             setattr(args, key, value)
     args.out = args.out or Path("runs") / args.recipe
     args.captions = args.captions or ("all" if args.recipe == "released" else "one")
@@ -1204,21 +1150,16 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
 def check_args(args: argparse.Namespace, rank: Rank) -> None:
     """Refuse what cannot work before anything is loaded."""
     least = {"lora": 0, "warmup": 0, "workers": 0, "seed": 0}
-    most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1.0}
+    most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1}
     for name, value in vars(args).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, float) and not (math.isfinite(value) and 0 <= value <= 1e6):
-            raise DataError(f"--{flag} {value}: must be a finite number, 0 or more, at most 1e6")
-        low, high = least.get(name, 0 if isinstance(value, float) else 1), most.get(name, 2**31)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not low <= value <= high:
-                raise DataError(f"--{flag} {value}: must be from {low} to {high}")
-            if name in ("lr", "cap") and not value:
-                raise DataError(f"--{flag} {value}: must be above 0")
+            real, flag = isinstance(value, float), name.replace("_", "-")
+            low, high = least.get(name, int(not real)), most.get(name, 10**6 if real else 2**31)
+            above = ", and above 0" if name in ("lr", "cap") else ""
+            if not low <= value <= high or (above and not value):
+                raise DataError(f"--{flag} {value}: must be a number from {low} to {high}{above}")
     if args.batch_size % rank.world:
-        raise DataError(
-            f"--batch-size {args.batch_size}: is not divisible by the {rank.world} ranks"
-        )
+        raise DataError(f"--batch-size {args.batch_size}: is not divisible by {rank.world} ranks")
     if args.val is None and (args.val_root or args.val_every or args.best):
         raise DataError("--val-root, --val-every and --best: need --val, what to score")
     if args.val not in (None, "shapes") and args.val_root is None:
@@ -1278,8 +1219,7 @@ def prepare(
 ) -> tuple[dict[str, Any], Model, bool]:
     """Refuse what cannot work, lock the run directory if it is there, and load the model.
 
-    Returns:
-        what args.json keeps, the model, and whether the run begins anew.
+    Returns what args.json keeps, the model, and whether the run begins anew.
     """
     check_args(args, rank)
     record = run_record(args, rank)
@@ -1328,9 +1268,9 @@ def main(argv: list[str] | None = None) -> int:
     record, model, fresh = together(lambda: prepare(args, rank, held))
     shards, loss = reads_shards(args), make_loss(args)
     data = together(lambda: None if shards else make_data(args, model, loss))
-    types = data.types if data else together(lambda: make_stream(args, model, loss, rank).types)
+    source = data or together(lambda: make_stream(args, model, loss, rank, 0, {}))
     note_images(model, data, rank)
-    run = make_run(args, model, rank, types)
+    run = make_run(args, model, rank, source.types)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     args.val_every = args.val_every or args.steps_per_epoch
@@ -1343,20 +1283,18 @@ def main(argv: list[str] | None = None) -> int:
     if rank.number == 0:
         start_run(args.out, record, start, held)
     if rank.number == 0 and start and (path := epoch_path(args, start)) and not path.exists():
-        save_epoch(checkpoint(run, model.about, args, start), args, start)  # it was cut off there
+        content = checkpoint(run, model.about, args, start)  # it was cut off between its files
+        save({key: content[key] for key in ("state_dict", "kit")}, path)
     if start >= args.steps:
         if rank.number == 0:
             print(f"{args.out} is done: {start} steps; nothing to do")
         return 0
     if rank.number == 0:
         count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
-        print(
-            f"{model.about['model']} ({count / 1e6:.2f} million weights to train, "
-            f"{model.about['activation']}), recipe {args.recipe}, {args.steps} steps of "
-            f"{args.batch_size} on {rank.world} x {rank.device.type}, captions "
-            f"{text_layout(model.net)}, from step {start}",
-            flush=True,
-        )
+        what = f"{count / 1e6:.2f} million weights to train, {model.about['activation']}"
+        where = f"{args.steps} steps of {args.batch_size} on {rank.world} x {rank.device.type}"
+        print(f"{model.about['model']} ({what}), recipe {args.recipe}, {where}", end=", captions ")
+        print(f"{text_layout(model.net)}, from step {start}", flush=True)
     after = Validation(run, model, args, rank) if args.val else lambda done: None
     if not start:
         after(0)
@@ -1381,13 +1319,10 @@ def run_main() -> int:
         return 2
 
 
-def other_tells() -> bool:
-    """Whether rank 0 says what went wrong."""
-    return dist.is_initialized() and dist.get_rank() > 0
-
-
 if __name__ == "__main__":
-    code = run_script(run_main, "train.py", quiet=other_tells)
+    code = run_script(
+        run_main, "train.py", quiet=lambda: dist.is_initialized() and dist.get_rank() > 0
+    )
     gc.collect()  # DistributedDataParallel must go before its group: its threads would abort
     if dist.is_initialized():
         dist.destroy_process_group()

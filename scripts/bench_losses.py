@@ -270,7 +270,8 @@ def main() -> None:
     add("--batch", type=int, nargs="+", default=[64, 256, 1024, 4096, 8192], help="batch sizes")
     add("--k", type=int, default=4, help="negatives of each caption (default 4)")
     add("--width", type=int, default=512, help="of features (default 512)")
-    add("--against", nargs="*", default=["released", "chunked", "linear"], help="ways to compare")
+    ways = ["released", "chunked", "linear"]
+    add("--against", nargs="*", choices=ways, default=ways, help="ways to compare")
     add("--rounds", type=int, default=15, help="most rounds (default 15)")
     add(
         "--seconds",

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: MIT
-"""Time one training step: as released, packed, and as prefix trees, taken in turns.
+"""Time one training step: as released, packed, as prefix trees, and plain CLIP's, in turns.
 
   python scripts/bench_step.py                      # synthetic captions of COCO's lengths
   python scripts/bench_step.py --data negatives.jsonl --out scripts/results/step.json
@@ -9,7 +9,10 @@
 
 ViT-B/32 with random weights and pictures; loading and tokenising are not timed.  "released" is the
 step of the paper's code: caption and four negatives padded to 77 tokens each, all through
-model.encode_text, dense logits, stock AdamW.  Ratios are medians of ratios within a round; those
+model.encode_text, dense logits, stock AdamW.  "open_clip" is open_clip's own plain step, which
+knows no negatives: one caption padded to 77 tokens, ClipLoss, stock AdamW; "plain" is ours without
+negatives.  So `of_open_clip` says how long a step takes in parts of open_clip's plain one, and
+`of_plain` what negatives cost.  Ratios are medians of ratios within a round; those
 of CPU time hold where other processes take turns on the cores (with OMP_NUM_THREADS=1).
 """
 
@@ -31,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip import ClipLoss
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -82,7 +86,7 @@ def make_batch(texts: list[list[str]], model: Model, size: tuple[int, int], shar
     """The batch that train.py would make of these captions and negatives."""
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
     pixels = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8)
-    valid = torch.ones(len(texts), len(NEGATIVE_TYPES), dtype=torch.bool)
+    valid = torch.full((len(texts), len(NEGATIVE_TYPES)), len(texts[0]) > 1)
     none = torch.zeros(len(texts), dtype=torch.bool)
     return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, valid, [])
 
@@ -124,16 +128,39 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
     return Way(step, tokens.numel() / len(texts))
 
 
+def make_open_clip(model: Model, texts: list[list[str]], args: argparse.Namespace) -> Way:
+    """open_clip's own step on the captions alone."""
+    net, loss = model.net, ClipLoss()
+    device = next(net.parameters()).device
+    adam = torch.optim.AdamW(net.parameters(), lr=1e-6, eps=1e-6)
+    tokens = model.tokenizer([text[0] for text in texts]).to(device)
+    shape = (len(texts), 3, *train.image_size(net))
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    dtype = PRECISIONS[args.precision]
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            value = loss(*net(train.normalise(images, net), tokens)[:3])
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        with torch.no_grad():
+            net.logit_scale.clamp_(0, 4.6052)
+
+    return Way(step, tokens.numel() / len(texts))
+
+
 def make_ours(
     model: Model, texts: list[list[str]], args: argparse.Namespace, rank: train.Rank, name: str
 ) -> Way:
-    """The step of train.py on these captions: "packed", "tree", or "parts", a tree in parts."""
-    given = ["--imc", "repulsion", "--precision", args.precision, "--lr", "1e-6"]
-    options = train.parse_args(given)
+    """The step of train.py: "packed", "tree", "parts" (a tree in parts) or "plain" captions."""
+    kind = ["--recipe", "clip"] if name == "plain" else ["--imc", "repulsion"]
+    options = train.parse_args([*kind, "--precision", args.precision, "--lr", "1e-6"])
     run = train.make_run(options, model, rank)
     run.towers.train()
     part = args.micro_batch if name == "parts" else len(texts)
     size = train.image_size(model.net)
+    texts = [text[:1] for text in texts] if name == "plain" else texts
     chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
     parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
     tokens = sum(batch.texts.computed for batch in parts) / len(texts)
@@ -149,8 +176,9 @@ def make_ways(args: argparse.Namespace, rank: train.Rank) -> dict[str, Way]:
     for name in args.ways:
         torch.manual_seed(0)
         model = load_model(args.model, device=str(rank.device))
-        if name == "released":
-            ways[name] = make_released(model, texts, args)
+        if name in ("released", "open_clip"):
+            make = make_released if name == "released" else make_open_clip
+            ways[name] = make(model, texts, args)
         else:
             ways[name] = make_ours(model, texts, args, rank, name)
     return ways
@@ -189,6 +217,9 @@ def measure(args: argparse.Namespace, rank: train.Rank) -> dict[str, Any]:
                 ratios = [slow[i] / fast[i] for slow, fast in pairs]
                 result[name][key] = round(statistics.median(ratios), 2)
                 result[name][f"{key}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
+        for other in {"open_clip", "plain"} & ways.keys() - {name}:
+            pairs = zip(times[name], times[other], strict=True)
+            result[name][f"of_{other}"] = round(statistics.median(a[0] / b[0] for a, b in pairs), 2)
     return {"ways": result, "memory_mib_peak": round(train.memory(rank.device))}
 
 
@@ -204,8 +235,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    every = ["released", "packed", "tree", "parts"]
-    parser.add_argument("--ways", nargs="+", choices=every, default=every[:3], help="what to time")
+    every = ["released", "packed", "tree", "open_clip", "plain", "parts"]
+    parser.add_argument("--ways", nargs="+", choices=every, default=every[:5], help="what to time")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     return parser.parse_args(argv)
 

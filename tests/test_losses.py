@@ -718,3 +718,23 @@ def test_thresholds_follow_the_features_to_their_device():
     with contextlib.suppress(NotImplementedError, RuntimeError):  # meta tensors have no values
         loss(x, x, 9.0)
     assert loss.threshold.value.device.type == "meta"
+
+
+def test_the_check_for_gpus_compares_what_it_says(monkeypatch):
+    """On the CPU; and it must fail where the loss is wrong."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_check
+
+    found = gpu_check.check_loss(24, 16, "cpu")
+    assert found["ok"], found
+    assert len(found["cases"]) == 3 * len(losses.RECIPES)
+    monkeypatch.setattr(losses, "SMALL", 0)  # the fused path
+    assert gpu_check.check_loss(24, 16, "cpu")["ok"]
+    whole = gpu_check.ce_clip_loss_and_grads
+
+    def wrong(*args, **options):
+        out, grads = whole(*args, **options)
+        return out, {k: v * (1 if options.get("backend") else 1.1) for k, v in grads.items()}
+
+    monkeypatch.setattr(gpu_check, "ce_clip_loss_and_grads", wrong)
+    assert not gpu_check.check_loss(24, 16, "cpu")["ok"]
