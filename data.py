@@ -13,6 +13,8 @@ from (split, seed, index) alone, whose captions, paraphrases and hard negatives 
 
   python data.py coco captions_train2014.json --out captions.jsonl
   python data.py shapes --out shapes/train.jsonl --images shapes --limit 1000
+  python data.py karpathy dataset_coco.json --out captions.jsonl      # train and restval only
+  python data.py vg vg --out regions.jsonl; python data.py cc3m cc3m --out cc3m.jsonl
   python data.py check negatives.jsonl --images coco
 """
 

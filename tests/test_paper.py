@@ -743,3 +743,42 @@ def test_an_error_is_not_put_back_into_the_queue(slurm, tmp_path, python):
     done = slurm(1, PYTHON=python, TRAIN_OPTIONS="--batch-size 0")
     assert done.returncode == 2
     assert not (tmp_path / "calls").exists()
+
+
+def test_karpathys_split_trains_on_no_test_image(coco):
+    root = coco["ROOT"]
+    photo_folder(root, [f"val2014/COCO_val2014_{k:012d}.jpg" for k in (21, 22)])
+    splits = {"train": 0, "restval": 21, "test": 22}
+    images = [
+        {
+            "filepath": "train2014" if split == "train" else "val2014",
+            "filename": f"COCO_{'train' if split == 'train' else 'val'}2014_{k:012d}.jpg",
+            "cocoid": k,
+            "split": split,
+            "sentences": [{"raw": "A man riding a brown horse on the beach."}],
+        }
+        for split, k in splits.items()
+    ]
+    (root / "karpathy/dataset_coco.json").write_text(json.dumps({"images": images}))
+    done = bash("negatives.sh", **{**coco, "SPLIT": "karpathy"})
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, (root / "negatives/karpathy.jsonl").read_text().splitlines())
+    names = [row["image"] for row in rows if "manifest" not in row]
+    assert names == [
+        "train2014/COCO_train2014_000000000000.jpg",
+        "val2014/COCO_val2014_000000000021.jpg",
+    ]
+    assert "all 2 " in done.stdout
+    again = bash("negatives.sh", **{**coco, "SPLIT": "karpathy"})
+    assert (again.returncode, again.stdout) == (0, "")
+
+
+def test_the_plan_of_everything_can_be_read(tmp_path):
+    groups = sorted({name for row in read_rows() for name in row["of"].split(",")})
+    done = bash("data.sh", "--dry-run", *groups, "suites", ROOT=tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    for suite, info in evaluate.read_table("suites").items():
+        if suite != "shapes" and suite not in groups:
+            assert f"{suite}: by hand; licence: {info['licence']}" in done.stdout
+            assert info["where"] in done.stdout
+    assert not (tmp_path / "data").exists()

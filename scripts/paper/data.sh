@@ -11,9 +11,9 @@ if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 table=${DOWNLOADS:-$here/downloads.tsv}
 suites=" $("$PYTHON" -c 'import json; print(*json.load(open("scripts/suites.json")))') "
 groups=" $(grep -v '^#' "$table" | cut -f1 | tr ',' '\n' | sort -u | paste -sd' ') "
-[ $# -gt 0 ] || fail "name what to fetch, some of:$groups$suites"
+[ $# -gt 0 ] || fail "name what to fetch, some of:$groups$suites suites"
 for name in "$@"; do
-  [[ $groups$suites == *" $name "* ]] || fail "$name: is none of:$groups$suites"
+  [[ "$groups$suites suites " == *" $name "* ]] || fail "$name: is none of:$groups$suites suites"
 done
 asked=" $* "
 [[ $asked != *" suites "* ]] || asked+=${suites/ shapes / }
