@@ -503,15 +503,14 @@ class ManifestDataset(Dataset[Item]):
         made: set[str] = set()
         self.types: tuple[str, ...] = tuple(types)
         for offset, record in read_records(self.path, types, need_image=True):
-            assert record.image is not None
-            text = record.image.encode(errors="surrogatepass")
-            digest = hashlib.blake2b(text, digest_size=8).digest()
+            image = str(_whole(record, f"{path}, byte {offset}").image)
+            digest = hashlib.blake2b(image.encode(), digest_size=8).digest()
             name = int.from_bytes(digest, "little", signed=True)
             if name not in seen:
                 seen.add(name)
-                photos.add(photo_number(record.image, record.image_id))
-                if not _is_file(self.images / record.image):
-                    missing.append(record.image)
+                photos.add(photo_number(image, record.image_id))
+                if not _is_file(self.images / image):
+                    missing.append(image)
             offsets.append(offset)
             names.append(name)
             self.types = tuple(record.negatives)  # a header further down may name more
@@ -857,6 +856,7 @@ class ShardStream(IterableDataset[list[Item]]):
         row = sample_row(stem, sample.parts, sample.place)
         row["image"] = row.get("image") or stem
         record = parse_record(row, sample.place, self.types, some=self.some, need_image=True)
+        _whole(record, sample.place)
         kind = next((kind for kind in SHARD_IMAGES if kind in sample.parts), None)
         if kind is None:
             raise DataError(f"{sample.place}: has none of .{', .'.join(SHARD_IMAGES)}")
@@ -933,7 +933,19 @@ def open_image(
 
 def read_manifest(path: str | Path, types: Sequence[str] = ()) -> Iterator[Record]:
     """Read the records of a manifest, each with its image; see `negatives.read_records`."""
-    return (record for _, record in read_records(Path(path), types, need_image=True))
+    for offset, record in read_records(Path(path), types, need_image=True):
+        yield _whole(record, f"{path}, byte {offset}")
+
+
+def _whole(record: Record, place: str) -> Record:
+    """Refuse half a character, which no tokenizer and no file name can hold."""
+    given = [x for x in record.negatives.values() if x]
+    texts = [str(record.image), record.caption, *("".join(x) for x in given)]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: holds half a character (a lone surrogate); mend it") from None
+    return record
 
 
 class PackedText(NamedTuple):
@@ -1720,7 +1732,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one of the commands."""
     args = parse_args(argv)
     if launcher().world > 1:
-        raise DataError("data.py works in one process; start it without torchrun and srun")
+        raise DataError("this works in one process; start it without torchrun and srun")
     if args.command == "check":
         check(args.manifest, args.images, args.model, args.types)
         return

@@ -1264,7 +1264,7 @@ def main(argv: list[str] | None = None) -> int:
     """Build everything, find where a cut-off run was, train; returns the exit code."""
     args = parse_args(argv)
     rank = start_process(args.device)
-    held: list[Any] = []  # the lock
+    held: list[Any] = []  # the lock, until this function ends
     record, model, fresh = together(lambda: prepare(args, rank, held))
     shards, loss = reads_shards(args), make_loss(args)
     data = together(lambda: None if shards else make_data(args, model, loss))
@@ -1301,8 +1301,6 @@ def main(argv: list[str] | None = None) -> int:
     with Stop() as stop:
         loader = make_loader(args, data, model, run.loss, rank, start, readers)
         code = train(run, loader, model.about, args, rank, start, stop, readers, after)
-    for file in held:
-        file.close()
     if rank.number == 0 and code == 0:
         print(f"done: {args.out}/latest.pt")
     return code

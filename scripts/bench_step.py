@@ -218,8 +218,11 @@ def measure(args: argparse.Namespace, rank: train.Rank) -> dict[str, Any]:
                 result[name][key] = round(statistics.median(ratios), 2)
                 result[name][f"{key}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
         for other in {"open_clip", "plain"} & ways.keys() - {name}:
-            pairs = zip(times[name], times[other], strict=True)
-            result[name][f"of_{other}"] = round(statistics.median(a[0] / b[0] for a, b in pairs), 2)
+            for i, key in enumerate((f"of_{other}", f"of_{other}_cpu")):
+                pairs = zip(times[name], times[other], strict=True)
+                ratios = [ours[i] / theirs[i] for ours, theirs in pairs]
+                result[name][key] = round(statistics.median(ratios), 2)
+                result[name][f"{key}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
     return {"ways": result, "memory_mib_peak": round(train.memory(rank.device))}
 
 

@@ -247,3 +247,29 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
             ["check", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--model", config]
         )
         assert "1 negatives are their caption to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "\\ud800.png", "caption": "a"}', "byte 0: holds half a character"),
+        ('{"image": "a.png", "caption": "a \\ud83d"}', "byte 0: holds half a character"),
+        (
+            '{"image": "a.png", "caption": "a", "negatives": {"object": ["b", "\\udc00"]}}',
+            "byte 0: holds half a character",
+        ),
+        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "pictures of .* are not there"),
+        ('{"image": "a.png", "caption": "a", "image_id": %s}' % ("1" * 5000), ":1: is not JSON"),
+        ("[" * 100_000, ":1: is not JSON"),
+    ],
+)
+def test_lines_that_no_file_or_tokenizer_can_hold(line, message, tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(line)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    command = ["--data", str(path), "--images", str(tmp_path), "--model", "shapes-tiny"]
+    with pytest.raises(data.DataError, match=message):
+        train.main([*command, "--steps", "1", "--recipe", "clip", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(data.DataError, match=r"half a char|cannot be used|is not JSON"):
+        data.main(["check", str(path), "--images", str(tmp_path)])
