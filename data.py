@@ -13,12 +13,15 @@ from (split, seed, index) alone, whose captions, paraphrases and hard negatives 
 
   python data.py coco captions_train2014.json --out captions.jsonl
   python data.py shapes --out shapes/train.jsonl --images shapes --limit 1000
+  python data.py karpathy dataset_coco.json --out captions.jsonl      # train and restval only
+  python data.py vg vg --out regions.jsonl; python data.py cc3m cc3m --out cc3m.jsonl
   python data.py check negatives.jsonl --images coco
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
@@ -32,6 +35,7 @@ import random
 import re
 import sys
 import tarfile
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -494,6 +498,7 @@ class ManifestDataset(Dataset[Item]):
         self.seed, self.on_bad_image = seed, on_bad_image
         offsets, names = array("q"), array("q")
         seen: set[int] = set()
+        photos: set[int] = set()
         missing: list[str] = []
         made: set[str] = set()
         self.types: tuple[str, ...] = tuple(types)
@@ -503,6 +508,7 @@ class ManifestDataset(Dataset[Item]):
             name = int.from_bytes(digest, "little", signed=True)
             if name not in seen:
                 seen.add(name)
+                photos.add(photo_number(image, record.image_id))
                 if not _is_file(self.images / image):
                     missing.append(image)
             offsets.append(offset)
@@ -519,6 +525,7 @@ class ManifestDataset(Dataset[Item]):
             )
         self.has_negatives, self.made = bool(made), made  # types that some caption has
         self.offsets = np.array(offsets)
+        self.photos = np.array(sorted(photos))  # by `photo_number`
         _, numbers = np.unique(np.array(names), return_inverse=True)
         self.image_of: np.ndarray = numbers.astype(np.int32)  # the number of each one's picture
         self.by_image = np.argsort(self.image_of, kind="stable").astype(np.int32)
@@ -1089,7 +1096,7 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
             longest = int((packed.tokens != pad).any(dim=0).nonzero().max()) + 1
         return model.encode_text(packed.tokens[:, :longest])
     if not can_pack(model):
-        return model.encode_text(_unpack(packed, model))
+        return model.encode_text(unpack_texts(packed, model))
     tower = getattr(model, "text", model)
     # F.embedding and index_select, for the gradient of x[i] is summed in any order by threads.
     x = tower.token_embedding(packed.tokens)
@@ -1171,7 +1178,7 @@ def _run_block(block: Any, x: Tensor, reads: Tensor | None, mask: Tensor | None)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _unpack(packed: PackedText, model: Any) -> Tensor:
+def unpack_texts(packed: PackedText, model: Any) -> Tensor:
     """The captions one to a row again, padded with 0 to the model's context length."""
     context = getattr(model, "context_length", None) or model.text.context_length
     ends = packed.tokens.new_zeros(*packed.reads.shape, context)  # [R, E, C]
@@ -1417,6 +1424,113 @@ def normalise(images: Tensor, model: Any) -> Tensor:
     return (images.contiguous().float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
+def photo_number(image: str, image_id: int | str | None = None) -> int:
+    """A number for a photo that is the same in every data set that holds it, 63 bits of a hash.
+
+    COCO's photos have one id in both releases. Visual Genome's and Visual7W's go by their file
+    name, or by COCO's id where a manifest gives it as image_id "coco ID" (data.py vg does).
+    """
+    coco = re.search(r"(?:^|/|COCO_(?:train|val)2014_)(\d{12})\.\w+$", image)
+    name = f"coco {int(coco[1])}" if coco else image.rsplit("/", 1)[-1].removeprefix("v7w_")
+    if isinstance(image_id, str) and image_id.startswith("coco "):
+        name = image_id
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@functools.cache
+def test_photos() -> dict[str, list[int]]:
+    """The test images that the kit knows, by suite, as `photo_number` has them.
+
+    scripts/test_images.json holds COCO's ids: differences of neighbours as little-endian 32-bit
+    numbers, zlib, base64.
+    """
+    tables = json.loads((Path(__file__).parent / "scripts" / "test_images.json").read_text())
+    ids = {
+        suite: np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(packed)), "<u4"))
+        for suite, packed in tables.items()
+    }
+    return {suite: [photo_number(f"{n:012d}.jpg") for n in x.tolist()] for suite, x in ids.items()}
+
+
+def find_overlap(photos: np.ndarray) -> list[str]:
+    """Say how many photos, by `photo_number`, stand in the test images of which suite."""
+    found = []
+    for suite, tested in test_photos().items():
+        count = int(np.isin(tested, photos).sum())
+        found += [f"{count} of {len(tested)} test images of {suite}"] if count else []
+    return found or ["no test image that the kit knows"]
+
+
+def karpathy_records(path: Path, splits: Sequence[str] | None) -> Iterator[Record]:
+    """Captions of these splits of a Karpathy json; all of them would be training on test images.
+
+    Args:
+        path: with images by split, or the plain list of one split, which is taken whole.
+        splits: to take; None takes train, and restval where there is one.
+
+    Raises:
+        DataError: the file is not of this kind, or has no such split.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, list):
+            yield from read_captions(path)
+            return
+        images = content["images"]
+        known = sorted({image["split"] for image in images})
+        for split in splits or ():
+            if split not in known:
+                raise DataError(f"--splits {split}: {path} has {', '.join(known)}")
+        splits = splits or ("train", "restval")
+        for image in images:
+            name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+            number = image.get("cocoid", image.get("imgid"))
+            for sentence in image["sentences"] if image["split"] in splits else ():
+                yield Record(name, number, sentence["raw"], {})
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is no Karpathy json with splits ({error!r})") from None
+
+
+def vg_records(folder: Path) -> Iterator[Record]:
+    """Region descriptions of Visual Genome: FOLDER/region_descriptions.json and image_data.json.
+
+    A photo that COCO has too gets image_id "coco ID"; those of COCO's tests are left out.
+
+    Raises:
+        DataError: a file is missing, or is not as Visual Genome has it.
+    """
+    tested = {n for suite in test_photos().values() for n in suite}
+    try:
+        about = json.loads((folder / "image_data.json").read_text(encoding="utf-8"))
+        regions = json.loads((folder / "region_descriptions.json").read_text(encoding="utf-8"))
+        coco = {image["image_id"]: image.get("coco_id") for image in about}
+        pools = {image["image_id"]: image["url"].split("/")[-2] for image in about}
+        for image in regions:
+            number = image["id"]
+            name = f"{pools[number]}/{number}.jpg"
+            known = f"coco {coco[number]}" if coco[number] else number
+            if photo_number(name, known) in tested:
+                continue
+            for region in image["regions"]:
+                yield Record(name, known, region["phrase"], {})
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(f"{folder}: is not as Visual Genome has it ({error!r})") from None
+
+
+def folder_records(folder: Path) -> Iterator[Record]:
+    """Every image below a folder with the caption in the .txt beside it, as img2dataset writes."""
+    for path in sorted(folder.rglob("*.txt")):
+        image = path.with_suffix(".jpg")
+        if image.is_file():
+            name = image.relative_to(folder).as_posix()
+            caption = path.read_text(encoding="utf-8", errors="replace").strip()
+            yield Record(name, name, caption, {})
+
+
 def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[dict[str, Any]]:
     """Draw scenes as PNG files and yield two records for each, the caption and its paraphrase."""
     images.mkdir(parents=True, exist_ok=True)
@@ -1516,6 +1630,9 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
     print(f"  {sum(pairs.values()) - len(pairs)} captions repeated for the same picture")
     same = _same_tokens(records, model)
     print(f"  {same} negatives are their caption to {model} (cut at its context): not trained on")
+    photos = {photo_number(str(record.image), record.image_id) for record in records}
+    for line in find_overlap(np.array(sorted(photos))):
+        print(f"  {line} among them")
     if broken:
         for line in broken[:10]:
             print(f"  {line}")
@@ -1560,6 +1677,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sub.add_argument("captions", type=Path, help=text)
         sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
         sub.add_argument("--overwrite", action="store_true", help="replace --out")
+        if name in ("karpathy", "flickr30k"):
+            what = "to take, of train restval val test (default: train, restval)"
+            sub.add_argument("--splits", nargs="+", help=what)
         if name == "csv":
             sub.add_argument("--image-column", help="name of the column of file names")
             sub.add_argument("--caption-column", help="name of the column of captions")
@@ -1570,6 +1690,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 metavar="COLUMN[:TYPE]",
                 help="columns of negatives (default: neg_caption, where there is one)",
             )
+    for name, text in {
+        "vg": "Visual Genome's folder with region_descriptions.json and image_data.json",
+        "cc3m": "a folder of images, each with its caption in a .txt beside it (img2dataset)",
+    }.items():
+        sub = commands.add_parser(name, help=f"{text} to a manifest without negatives")
+        sub.add_argument("captions", type=Path, help=text)
+        sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
+        sub.add_argument("--overwrite", action="store_true", help="replace --out")
     sub = commands.add_parser("shapes", help="draw the shapes world to PNG files and a manifest")
     sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
     sub.add_argument("--images", type=Path, required=True, help="folder for the pictures")
@@ -1627,7 +1755,14 @@ def main(argv: list[str] | None = None) -> None:
                 "caption_column": args.caption_column,
                 "negatives": args.negative,
             }
-        rows = manifest_rows(read_captions(args.captions, **columns), args.captions)
+        readers: dict[str, Callable[[], Iterator[Record]]] = {
+            "karpathy": lambda: karpathy_records(args.captions, args.splits),
+            "flickr30k": lambda: karpathy_records(args.captions, args.splits),
+            "vg": lambda: vg_records(args.captions),
+            "cc3m": lambda: folder_records(args.captions),
+        }
+        read = readers.get(args.command, lambda: read_captions(args.captions, **columns))
+        rows = manifest_rows(read(), args.captions)
     count = write_lines(args.out, rows, args.overwrite)
     print(f"{count} lines written to {args.out}")
 

@@ -65,6 +65,7 @@ from data import (
     make_scene,
     open_image,
     pack_texts,
+    photo_number,
     run_script,
     say,
     writing,
@@ -215,7 +216,11 @@ WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 
 def _build(name: str, **options: Any) -> Any:
     try:
-        return open_clip.create_model(name, **options)
+        net = open_clip.create_model(name, **options)
+        if not options.get("pretrained") and hasattr(net, "text_decoder"):  # CoCa's
+            projection = net.text_decoder.text_projection  # open_clip leaves it as memory was
+            torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+        return net
     except Exception as error:  # a config may be wrong in any way
         bare = "; a repository of bare checkpoints: download one, pass --ckpt FILE --model NAME"
         hint = bare if name.startswith("hf-hub:") else ""
@@ -1296,7 +1301,12 @@ SUITES: dict[str, Callable[[Source], Loaded]] = {
     "hard_positives": load_hard_positives,
 }
 PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", "probe"]
-GROUPS = {"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]}
+GROUPS = {
+    **{"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]},
+    **{"table1": PAPER[:2], "table2": PAPER[2:3], "table3": PAPER[3:4], "table4": PAPER[:3]},
+    **{"figure5": PAPER[:1], "general": PAPER[4:], "ce-clip-plus": PAPER[:4]},
+    "newer": [name for name in SUITES if name not in (*PAPER, "shapes")],
+}
 
 
 def check_root(root: Path | None) -> None:
@@ -2522,7 +2532,8 @@ def _row(cells: Sequence[str]) -> list[str]:
 def _cell_text(score: dict[str, Any]) -> str:
     if score["accuracy"] is None:
         return ABSENT
-    return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+    seen = f", {score['seen']} seen" if score.get("seen") else ""
+    return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]{seen}"
 
 
 def _count(cell: dict[str, Any]) -> str:
@@ -2559,6 +2570,8 @@ def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
     lines = ["", f"Ties ({rule}): " + ", ".join(f"{name} {count}" for name, count in ties.items())]
     for note in (*next(iter(scored.values()))["notes"], info.get("leak")):
         lines += ["", f"Note: {note}"] if note else []
+    for name, result in scored.items():
+        lines += ["", f"{name}: {result['seen']}"] if "seen" in result else []
     for name, result in scored.items():
         for other, table in result.get("versus", {}).items():
             title = ["", "difference [95 %]", f"only {name}", f"only {other}", "McNemar p"]
@@ -2733,6 +2746,7 @@ def evaluate(
         made = {"python": platform.python_version(), "torch": torch.__version__}
         made |= {"open_clip": open_clip.__version__, "precision": args.precision}
         about = {"weights_sha256": encoder.hash, "evaluated_with": made}
+        photos = encoder.model.about.pop("train_images", None)
         known = encoder.model.about.items()
         kept = {key: value for key, value in known if key not in ("config", "preprocess")}
         results[label] = {**kept, **about, "suites": {}}
@@ -2740,6 +2754,7 @@ def evaluate(
             scored = _score(label if len(models) > 1 else "", suite, encoder, args.ties)
             result = {**summarise(suite, scored), "tie_rule": args.ties}
             result.update(blind.get(name, {}))
+            mark_seen(result, suite, photos, args.root)
             if len(results) > 1:
                 base = next(iter(results))
                 result["versus"] = {base: compare(name, scored, before[name])}
@@ -2748,6 +2763,53 @@ def evaluate(
             folder = args.out / ITEMS / (label if len(models) > 1 else "") if writes else None
             together(functools.partial(write_items, folder, name, scored))
     return results
+
+
+def mark_seen(
+    result: dict[str, Any], suite: Suite, photos: torch.Tensor | None, root: Path | None
+) -> None:
+    """Count in each figure of a suite how many of its items show a photo of the training set.
+
+    Args:
+        result: of `summarise`; its cells and the whole of it get `seen`.
+        suite: its items and costs.
+        photos: `photo_number` of each training image, or None: nothing is known, nothing noted.
+        root: a photo of Visual Genome that COCO has too is known by ROOT/vg/image_data.json.
+    """
+    if photos is None or suite.name == "shapes":
+        return
+    known, twins = set(photos.tolist()), coco_twins(root)
+    seen: Counter[str] = Counter()
+
+    def trained(image: str | Crop) -> bool:
+        name = _file(image)
+        number = Path(name).stem.removeprefix("v7w_")
+        return photo_number(name) in known or photo_number(name, twins.get(number)) in known
+
+    for item in suite.items:
+        seen[item.path[0]] += any(trained(image) for image in item.images)
+    for cost in suite.costs:
+        flags = [is_file(_file(image)) and trained(image) for image in cost.images]
+        seen[f"{cost.name} image to text"] = seen[f"zero-shot {cost.name}"] = sum(flags)
+        seen[f"probe {cost.name}"] = sum(flags)
+        if isinstance(cost, Retrieval):
+            seen[f"{cost.name} text to image"] = sum(flags[i] for i in cost.image_of)
+    for part in ("subsets", "costs"):
+        for row, cell in result[part].items():
+            cell["seen"] = seen[_stem(row, part)]
+    counted = {_stem(row, part) for part in ("subsets", "costs") for row in result[part]}
+    total = sum(seen[stem] for stem in counted)
+    result["seen"] = f"{total} items show one of its {len(known)} training images"
+
+
+@functools.cache
+def coco_twins(root: Path | None) -> dict[str, str]:
+    """COCO's id, as "coco ID", of each photo of Visual Genome that COCO has too."""
+    try:
+        table = json.loads(((root or Path()) / "vg/image_data.json").read_text(encoding="utf-8"))
+        return {str(x["image_id"]): f"coco {x['coco_id']}" for x in table if x.get("coco_id")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _score(label: str, suite: Suite, encoder: Encoder, ties: str) -> Scored:

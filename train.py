@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -27,10 +28,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
@@ -54,6 +56,7 @@ from data import (
     add_types,
     encode_image,
     encode_text,
+    find_overlap,
     image_size,
     normalise,
     run_script,
@@ -61,20 +64,31 @@ from data import (
     text_layout,
     train_transform,
     unbundle,
+    unpack_texts,
     writing,
 )
 from evaluate import (
     PRECISIONS,
     TINY_CONFIG,
+    Encoder,
+    Item,
     Model,
     Rank,
+    Retrieval,
+    Suite,
+    average,
     load_model,
+    load_suite,
+    mean_of,
+    named_averages,
+    read_table,
+    score_suite,
     start_process,
     together,
     write_text,
 )
 from losses import IMC_VARIANTS, NEGATIVE_TYPES, RECIPES, THRESHOLDS, CEClipLoss
-from negatives import lock, why
+from negatives import lock, read_records, why
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
 DEFAULTS = {
@@ -94,6 +108,7 @@ LOSS_OPTIONS = (
 )
 # Options that do not shape the trajectory: a resumed run may change them.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
+FREE |= {"val", "val_root", "val_every", "best", "log"}
 FREE |= {"on_bad_image", "remote"}
 MAX_BAD_STEPS = 3
 FAULT = 255  # a rank cannot go on; above every signal's number
@@ -105,16 +120,19 @@ SIGNALS = {getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGUSR1") if hasat
 class Towers(nn.Module):
     """Both towers in one forward, as DistributedDataParallel wants it."""
 
-    def __init__(self, net: Any) -> None:
-        """Wrap an open_clip model."""
+    def __init__(self, net: Any, captioned: bool = False) -> None:
+        """Wrap an open_clip model; `captioned` also runs CoCa's decoder on the captions."""
         super().__init__()
-        self.net = net
+        self.net, self.captioned = net, captioned
 
     def forward(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
         """Encode uint8 images [B, 3, H, W] and M texts.
 
-        Returns unit-length features [B, D] and [M, D], logit_scale, and logit_bias if there is one.
+        Returns unit-length features [B, D] and [M, D], logit_scale, and logit_bias if there is one;
+        with `captioned` what `_captioned` does.
         """
+        if self.captioned:
+            return self._captioned(normalise(images, self.net), texts)
         image_features = encode_image(self.net, normalise(images, self.net))
         text_features = encode_text(self.net, texts)
         bias = getattr(self.net, "logit_bias", None)
@@ -123,6 +141,27 @@ class Towers(nn.Module):
             F.normalize(text_features.float(), dim=-1),
             self.net.logit_scale.exp(),
             *([] if bias is None else [bias + 0]),
+        )
+
+    def _captioned(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
+        """Features, logit_scale, and the sum and the count of the decoder's losses of a word.
+
+        Each word of a true caption is told from the image and the words before it (Yu et al.,
+        arXiv 2205.01917); positives and negatives are not decoded.
+        """
+        tokens = unpack_texts(texts, self.net) if len(texts.where) else texts.tokens  # [M, C]
+        image_features, seen = self.net._encode_image(images, normalize=False)
+        text_features, words = self.net._encode_text(tokens, normalize=False)
+        told, labels = words[: len(images), :-1], tokens[: len(images), 1:]
+        logits = self.net.text_decoder(seen, told).float()  # [B, C - 1, vocabulary]
+        loss = F.cross_entropy(
+            logits.movedim(-1, 1), labels, ignore_index=self.net.pad_id, reduction="sum"
+        )
+        return (
+            F.normalize(image_features.float(), dim=-1),
+            F.normalize(text_features.float(), dim=-1),
+            self.net.logit_scale.exp(),
+            *(loss, (labels != self.net.pad_id).sum().float()),
         )
 
 
@@ -177,6 +216,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     limit: Tensor  # of net.logit_scale
+    caption_weight: float = 0.0  # of CoCa's captioning loss
 
 
 def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -> CEClipLoss:
@@ -193,6 +233,11 @@ def make_run(
 ) -> Run:
     """The towers, the loss of K types, AdamW and the scaler that only fp16 needs."""
     loss, net = make_loss(args, types).to(rank.device), model.net
+    captioned = bool(args.caption_weight)
+    if captioned and not hasattr(net, "text_decoder"):
+        raise DataError(f"--caption-weight: {args.model} has no decoder of captions, as CoCa has")
+    if hasattr(net, "text_decoder"):
+        net.text_decoder.requires_grad_(captioned)
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
     if args.tune == "text":
@@ -200,7 +245,7 @@ def make_run(
     if args.lora:
         add_lora(net, args.lora)
     teacher = Towers(copy.deepcopy(net)).requires_grad_(False) if args.distill else None
-    towers: nn.Module = Towers(net)
+    towers: nn.Module = Towers(net, captioned)
     if args.compile:
         towers = torch.compile(towers, dynamic=True)  # type: ignore[assignment]
     if rank.world > 1:
@@ -218,7 +263,7 @@ def make_run(
     limit = net.logit_scale.detach().clone().clamp(min=math.log(100))
     if getattr(net, "logit_bias", None) is not None:
         limit.fill_(torch.inf)
-    return Run(towers, net, teacher, loss, optimizer, scaler, limit)
+    return Run(towers, net, teacher, loss, optimizer, scaler, limit, args.caption_weight)
 
 
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
@@ -249,6 +294,25 @@ def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixtu
         )
     shares = weights or [len(source) for source in sources]
     return Mixture(sources, shares, args.batch_size, args.seed, args.captions == "one")
+
+
+def note_images(model: Model, data: Mixture | None, rank: Rank) -> None:
+    """Keep which photos the weights have seen (the checkpoint's `kit`) and say which are tested.
+
+    Photos of the checkpoint that the run starts from count; those of shards are not known.
+    """
+    own = (
+        [source.photos for source in data.sources if isinstance(source, ManifestDataset)]
+        if data
+        else []
+    )
+    if not own:
+        return
+    before = model.about.get("train_images", torch.empty(0, dtype=torch.int64)).numpy()
+    photos = np.unique(np.concatenate([before, *own]))
+    model.about["train_images"] = torch.from_numpy(photos)
+    if rank.number == 0:
+        print(f"{len(photos)} training images; among them: " + "; ".join(find_overlap(photos)))
 
 
 def transform_of(args: argparse.Namespace, model: Model) -> Transform:
@@ -357,10 +421,13 @@ def batch_loss(
     split = [split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
     captions, positives, negatives = (torch.cat(column) for column in zip(*split, strict=True))
     images = torch.cat([f[0] for f in features])
-    scale, *bias = features[-1][2:]
+    scale, *bias = features[-1][2 : 3 if run.caption_weight else None]
     valid = torch.cat([part.valid for part in parts]).to(images.device)
     positive_valid = torch.cat([part.positive_valid for part in parts]).to(images.device)
     out = run.loss(images, captions, scale, negatives, valid, positives, positive_valid, *bias)
+    if run.caption_weight:
+        words = torch.stack([f[3] for f in features]).sum() / sum(f[4].detach() for f in features)
+        out = {**out, "loss": out["loss"] + run.caption_weight * words, "caption": words.detach()}
     if taught:
         away = [
             (mine[i] - old[i]).square().sum()
@@ -571,7 +638,8 @@ def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) ->
             write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
-    trim_metrics(out / "metrics.jsonl", start)
+    for name in ("metrics.jsonl", "val.jsonl"):
+        trim_metrics(out / name, start)
 
 
 def trim_metrics(path: Path, step: int) -> None:
@@ -684,8 +752,12 @@ def train(
     start: int,
     stop: Stop,
     readers: dict[int, Any],
+    after: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Train from step `start` to the end, logging and saving on the way; returns the exit code."""
+    """Train from step `start` to the end, logging and saving on the way; returns the exit code.
+
+    `after` is called with the number of steps done after each of them.
+    """
     log = Log(args, rank, start)
     unsaved: DataError | None = None
     done, saved, code = start, start, 0
@@ -714,6 +786,7 @@ def train(
         if epoch_path(args, done) or (not log.skipped and done % args.save_every == 0):
             share_readers(readers, args, rank)
             unsaved, saved = save_step(run, about, args, rank, done, readers) or unsaved, done
+        after(done)
     code = code or stop.agreed(rank, unsaved)
     if code and not log.skipped and saved < done:
         share_readers(readers, args, rank)
@@ -778,12 +851,145 @@ def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
     return args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt"
 
 
+VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
+
+
+def load_validation(args: argparse.Namespace) -> Suite:
+    """What --val names: a suite below --val-root, in whole or in part, or a manifest.
+
+    A manifest's captions are held to each of their negatives, and searched among all images.
+    """
+    if args.val in VAL_SUITES:
+        return load_suite(args.val, args.val_root, partial=True)
+    items: list[Item] = []
+    captions: dict[str, list[str]] = {}
+    for _, record in read_records(Path(args.val), need_image=True):
+        image = str(args.val_root / str(record.image))
+        captions.setdefault(image, []).append(record.caption)
+        for kind, given in record.negatives.items():
+            for negative in [given] if isinstance(given, str) else given or []:
+                items.append(Item((kind,), str(len(items)), (image,), (record.caption, negative)))
+    missing = [image for image in captions if not Path(image).is_file()]
+    if missing or not captions:
+        what = f"{len(missing)} images are not there, the first is {missing[0]}" if missing else ""
+        raise DataError(f"--val {args.val}: {what or 'holds no captions'}; see --val-root")
+    texts = [text for said in captions.values() for text in said]
+    image_of = [i for i, said in enumerate(captions.values()) for _ in said]
+    return Suite("manifest", items, [Retrieval("val", list(captions), texts, image_of)], {}, [])
+
+
+def score_validation(suite: Suite, encoder: Encoder) -> dict[str, float]:
+    """Figures in per cent by name: the suite's averages, then its subsets and costs."""
+    scored = score_suite(suite, encoder)
+    tally = {**scored.subsets, **scored.costs}
+    rows = {
+        row: 100 * mean_of({key: sum(x) / len(x) for key, x in parts.items()})
+        for row, parts in tally.items()
+    }
+    counts = {row: sum(map(len, parts.values())) for row, parts in scored.subsets.items()}
+    known = suite.name in VAL_SUITES
+    trees = named_averages(suite.name, counts) if known else {"mean of types": list(counts)}
+    averages = {name: average(tree, rows, counts) for name, tree in trees.items()}
+    return {**{name: value for name, value in averages.items() if value is not None}, **rows}
+
+
+class Validation:
+    """Scores the run's weights on --val, logs to val.jsonl, and keeps the best as best.pt.
+
+    All ranks call it: each encodes its share. With --distill the moving average is scored too.
+    """
+
+    def __init__(self, run: Run, model: Model, args: argparse.Namespace, rank: Rank) -> None:
+        """Read the suite; the best figure so far is in val.jsonl, where a run goes on."""
+        self.run, self.model, self.args, self.rank = run, model, args, rank
+        self.suite = load_validation(args)
+        headline = read_table("suites").get(args.val, {}).get("headline")
+        self.metric, self.path = args.best or headline, args.out / "val.jsonl"
+        self.best = -math.inf
+        if self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+            self.best = max((line["best"] for line in lines), default=self.best)
+
+    def __call__(self, done: int) -> None:
+        """Score after this step, if it is one of --val-every, the first or the last.
+
+        Raises:
+            DataError: --best is none of the figures, or nothing can be written.
+        """
+        args, nets = self.args, {"current": self.run.net}
+        if done % args.val_every and done != args.steps:
+            return
+        if self.run.teacher is not None:
+            nets["ema"] = self.run.teacher.net
+        options = {"batch_size": None, "precision": args.precision, "workers": 0, "cache": None}
+        options["device"] = str(self.rank.device)
+        for weights, net in nets.items():
+            encoder = Encoder(self.model._replace(net=net), argparse.Namespace(**options))
+            figures = score_validation(self.suite, encoder)
+            self.metric = self.metric or next(iter(figures))
+            if self.metric not in figures:
+                raise DataError(f"--best {self.metric}: is none of {', '.join(figures)}")
+            value = figures[self.metric]
+            better, self.best = value > self.best, max(self.best, value)
+            if self.rank.number == 0:
+                about = {**self.model.about, "recipe": args.recipe, "step": done, **versions()}
+                about |= {"val": args.val, "metric": self.metric, "value": value}
+                if better:
+                    state = {"state_dict": plain_weights(net), "kit": {**about, "weights": weights}}
+                    save(state, args.out / "best.pt")
+                line = {"step": done, "weights": weights, "best": self.best, "figures": figures}
+                append_line(self.path, line)
+                mark = f", the best: {args.out}/best.pt" if better else ""
+                print(f"val {weights} at step {done}: {self.metric} {value:.1f}{mark}", flush=True)
+        self.run.towers.train()
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a file of the run."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str, float]], None]:
+    """Where --log mirrors metrics.jsonl: takes a step and its figures. Nowhere without --log.
+
+    Raises:
+        DataError: the package is not there.
+    """
+    if args.log is None:
+        return lambda step, figures: None
+    try:
+        if args.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(args.out / "tensorboard"), purge_step=start + 1)
+
+            def write(step: int, figures: dict[str, float]) -> None:
+                for key, value in figures.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+            return write
+        wandb: Any = importlib.import_module("wandb")
+        name = hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:16]
+        kept = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
+        which = {"project": "ce-clip", "id": name, "resume": "allow", "name": args.out.name}
+        run = wandb.init(**which, dir=str(args.out), config=kept["options"])
+        return lambda step, figures: run.log(figures, step=step)
+    except ImportError:
+        raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None
+
+
 class Log:
     """Counts what went by since the last line of metrics.jsonl."""
 
     def __init__(self, args: argparse.Namespace, rank: Rank, start: int) -> None:
         """Begin to count at step `start`."""
         self.args, self.rank, self.start = args, rank, start
+        self.mirror = open_mirror(args, start) if rank.number == 0 else None
         self.images = self.tokens = self.faults = self.same = 0
         self.skipped = self.bad = 0  # steps in a row: not applied, and not for fp16's scale
         self.began = self.mark = time.perf_counter()
@@ -826,6 +1032,8 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             return DataError(f"--out {args.out}: metrics cannot be written ({why(error)})")
+        if self.mirror:
+            self.mirror(done, {key: value for key, value in line.items() if key != "step"})
         return None
 
 
@@ -885,8 +1093,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=20, help="steps between lines of metrics (default 20)")
     add("--save-every", type=int, help="steps between checkpoints (default 500; shapes 100)")
     add("--dry-run", action="store_true", help="do one step, tell what would be, write nothing")
-    add_loss_options(parser)
-    add_method_options(parser)
+    for add_group in (add_validation_options, add_loss_options, add_method_options):
+        add_group(parser)
     args = parser.parse_args(argv)
     check_idle(args)
     if args.steps is not None and args.epochs is not None:
@@ -901,6 +1109,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / args.recipe
     args.captions = args.captions or ("all" if args.recipe == "released" else "one")
     return args
+
+
+def add_validation_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what is scored and shown while a run goes on; none changes its weights."""
+    add = parser.add_argument_group("while training").add_argument
+    add("--val", help=f"what to score: {', '.join(VAL_SUITES)}, or a manifest with negatives")
+    add("--val-root", type=Path, help="folder of the suites, or of the manifest's images")
+    add("--val-every", type=int, help="steps between scores (default: an epoch)")
+    add("--best", help="figure by which best.pt is kept (default: the suite's headline)")
+    add("--log", choices=("tensorboard", "wandb"), help="where to show metrics.jsonl too")
 
 
 def add_loss_options(parser: argparse.ArgumentParser) -> None:
@@ -924,6 +1142,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
     add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
     add("--ema", type=float, help="decay of the teacher (default 0.9996)")
+    add("--caption-weight", type=float, default=0.0, help="of CoCa's captioning loss (default 0)")
     add("--compile", action="store_true", help="torch.compile the towers")
     add("--grad-checkpointing", action="store_true", help="save memory, compute a third more")
 
@@ -941,6 +1160,10 @@ def check_args(args: argparse.Namespace, rank: Rank) -> None:
                 raise DataError(f"--{flag} {value}: must be a number from {low} to {high}{above}")
     if args.batch_size % rank.world:
         raise DataError(f"--batch-size {args.batch_size}: is not divisible by {rank.world} ranks")
+    if args.val is None and (args.val_root or args.val_every or args.best):
+        raise DataError("--val-root, --val-every and --best: need --val, what to score")
+    if args.val not in (None, "shapes") and args.val_root is None:
+        raise DataError(f"--val {args.val}: needs --val-root, the folder of its files or images")
     if args.lora and (args.distill or args.tune != "all"):
         raise DataError("--lora: goes with neither --distill nor --tune; leave one out")
     check_data(args)
@@ -1046,9 +1269,11 @@ def main(argv: list[str] | None = None) -> int:
     shards, loss = reads_shards(args), make_loss(args)
     data = together(lambda: None if shards else make_data(args, model, loss))
     source = data or together(lambda: make_stream(args, model, loss, rank, 0, {}))
+    note_images(model, data, rank)
     run = make_run(args, model, rank, source.types)
     args.steps_per_epoch = args.steps if data is None else data.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
+    args.val_every = args.val_every or args.steps_per_epoch
     if args.dry_run:
         dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
         return 0
@@ -1070,9 +1295,12 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{args.steps} steps of {args.batch_size} on {rank.world} x {rank.device.type}"
         print(f"{model.about['model']} ({what}), recipe {args.recipe}, {where}", end=", captions ")
         print(f"{text_layout(model.net)}, from step {start}", flush=True)
+    after = Validation(run, model, args, rank) if args.val else lambda done: None
+    if not start:
+        after(0)
     with Stop() as stop:
         loader = make_loader(args, data, model, run.loss, rank, start, readers)
-        code = train(run, loader, model.about, args, rank, start, stop, readers)
+        code = train(run, loader, model.about, args, rank, start, stop, readers, after)
     if rank.number == 0 and code == 0:
         print(f"done: {args.out}/latest.pt")
     return code

@@ -8,7 +8,7 @@ python=.venv/bin/python out=runs/quickstart
 $python train.py --recipe clip --steps 400 --out $out/base
 for recipe in clip ce-clip; do
   name=$([ $recipe = clip ] && echo control || echo ce-clip)
-  $python train.py --recipe $recipe --pretrained $out/base/latest.pt --seed 1 --steps 1000 --out $out/$name
+  $python train.py --recipe $recipe --pretrained $out/base/latest.pt --seed 1 --steps 1000 --out $out/"$name"
 done
 if [ -f $out/results/results.md ]; then
   cat $out/results/results.md

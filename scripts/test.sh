@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, type-check and test; makes .venv where there is none.
+# Lint (shell too), type-check and test; makes .venv where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -7,5 +7,6 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/shellcheck scripts/*.sh scripts/paper/*.sh scripts/paper/train.slurm .ci/run
 .venv/bin/python scripts/make_tables.py --check
 .venv/bin/python -m pytest

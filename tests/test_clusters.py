@@ -379,7 +379,7 @@ def test_a_missing_negative_of_the_released_recipe_is_its_placeholder():
     collate = data.Collate(model.tokenizer, positives=False, negatives="all")
     (batch,) = collate([item("a cat", "a dog", None, None, "a cow")])
     wanted = model.tokenizer(["a cat", "a dog", "###", "###", "a cow"])
-    assert torch.equal(data._unpack(batch.texts, model.net), wanted)
+    assert torch.equal(data.unpack_texts(batch.texts, model.net), wanted)
     assert batch.valid.tolist() == [[True, False, False, True]]
     assert batch.encoded.all()
 
@@ -399,5 +399,5 @@ def test_a_negative_with_the_tokens_of_its_caption_is_left_out(recipe):
     assert batch.same == (0 if recipe == "released" else 2)
     if recipe == "ce-clip":
         texts = ["A cat", long + "red", "a dog", "a cow", "a cow", "red " + long]
-        assert torch.equal(data._unpack(batch.texts, model.net), model.tokenizer(texts))
+        assert torch.equal(data.unpack_texts(batch.texts, model.net), model.tokenizer(texts))
         assert torch.equal(batch.encoded, batch.valid)

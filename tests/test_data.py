@@ -83,7 +83,7 @@ def test_packed_captions_equal_encode_text_in_value_and_gradient(kind, share):
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
         assert (grads[name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
-    assert torch.equal(data._unpack(packed, net), tokenizer(TEXTS))
+    assert torch.equal(data.unpack_texts(packed, net), tokenizer(TEXTS))
 
 
 def test_packed_captions_under_bf16_differ_by_rounding_alone():

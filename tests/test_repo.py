@@ -44,6 +44,7 @@ def test_flags_of_the_readme_exist():
     files = [*(ROOT / f"{name}.py" for name in OURS), *(ROOT / "scripts").glob("*.py")]
     sources = "".join(file.read_text() for file in files)
     known = set(re.findall(r'"(--[a-z-]+)"', sources)) | {"--nproc_per_node"}
+    known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert used
     assert used <= known, used - known

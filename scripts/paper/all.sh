@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Everything: bash scripts/paper/all.sh; needs data.sh coco karpathy flickr30k vg suites.
+# Prints every table, then one line for each: how many figures are within tolerance, outside,
+# shown only, scored in part, not run.
+# ALLOW_MISSING=1 goes on without what is not there. Typed again it goes on where it stopped.
+. "$(dirname "$0")/common.sh"
+worst=0 summary=() scripts=(table1 table2 table3 table4 figure5 general newer)
+[ "$WORLD" = shapes ] || scripts+=(ce-clip-plus)
+for script in "${scripts[@]}"; do
+  echo "== $script"
+  code=0
+  bash "$here/$script.sh" || code=$?
+  if [ "$code" -le 1 ]; then
+    summary+=("$(sed -n 's/^ "summary": "\(.*\)",$/\1/p' "$OUT/$script/record.json")")
+  else summary+=("$script: NOT RUN (exit code $code, see above)"); fi
+  [ "$code" -gt "$worst" ] && { [ "$code" = 1 ] || [ -z "${ALLOW_MISSING:-}" ]; } && worst=$code
+done
+printf '%s\n' "== all" "${summary[@]}"
+exit "$worst"

@@ -1,0 +1,112 @@
+# shellcheck shell=bash disable=SC2034
+# What the scripts of this folder share; sourced, never run. A user may set:
+#   WORLD=shapes      the world that the kit draws, with three seeds, in place of COCO
+#   ROOT, OUT         folder of the data (data), of runs and tables (runs/paper, runs/shapes)
+#   SPLIT             images to train on: train2014 (default, the paper's), karpathy, train2017
+#   MODEL, PRETRAINED open_clip's name and tag, or a checkpoint; PRETRAINED= trains a base first
+#   RECIPES           in place of those that a table has, "clip ce-clip"
+#   ENGINE            negatives.py's, if not its default; released: the published negatives
+#   SEEDS, GPUS       seeds of the runs; processes of a run (default: all GPUs)
+#   RELEASED          the authors' checkpoint, to be scored beside ours
+#   ALLOW_MISSING=1   score what is there, as N of M
+#   TRAIN_OPTIONS, EVAL_OPTIONS, NEGATIVES_OPTIONS   more options of the three programs
+#   PYTHON            with the packages of requirements.txt (default: .venv, else python3)
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/../.."
+WORLD=${WORLD:-coco} SPLIT=${SPLIT:-train2014} ROOT=${ROOT:-data}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+GPUS=${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
+case $WORLD in
+  coco) OUT=${OUT:-runs/paper} SEEDS=${SEEDS:-0}
+    MODEL=${MODEL:-ViT-B-32-quickgelu} PRETRAINED=${PRETRAINED-openai} ;;
+  shapes) OUT=${OUT:-runs/shapes} SEEDS=${SEEDS:-0 1 2} MODEL=${MODEL:-} PRETRAINED=${PRETRAINED-} ;;
+  *) echo "WORLD=$WORLD: is neither coco nor shapes" >&2; exit 2 ;;
+esac
+case $SPLIT in
+  train2014 | train2017) captions=$ROOT/annotations/captions_$SPLIT.json images=$ROOT/$SPLIT ;;
+  karpathy) captions=$ROOT/karpathy/train.jsonl images=$ROOT ;;
+  *) echo "SPLIT=$SPLIT: is none of train2014, karpathy, train2017" >&2; exit 2 ;;
+esac
+manifest=$ROOT/negatives/$SPLIT${ENGINE:+.$ENGINE}.jsonl
+read -ra train_options <<< "${TRAIN_OPTIONS:-}"
+read -ra eval_options <<< "${EVAL_OPTIONS:-}"
+
+fail() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
+
+# Run train.py or evaluate.py on all GPUs; LAUNCH=srun starts one process a task (train.slurm).
+launch() {
+  if [ -n "${LAUNCH:-}" ]; then "$LAUNCH" "$PYTHON" "$@"
+  elif [ "$GPUS" -gt 1 ]; then
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$@"
+  else "$PYTHON" "$@"; fi
+}
+
+# Run one process, in a job of SLURM too, whose variables would make it one of many.
+alone() { env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$@"; }
+
+# train OUT OPTIONS...: run train.py into the folder OUT, unless these very options are done there.
+train() {
+  local out=$1; shift
+  if [ -f "$out/latest.pt" ] && [ "$*" = "$(cat "$out.done" 2>/dev/null)" ]; then
+    echo "$out is done"
+  else
+    launch train.py "$@" --out "$out"
+    echo "$*" > "$out.done"
+  fi
+}
+
+# The recipes of a table of the paper, in the order of recipes.tsv.
+recipes() {
+  if [ -n "${RECIPES:-}" ]; then tr " " "\n" <<< "$RECIPES"; return; fi
+  awk -F"\t" -v t="$1" '(","$2",") ~ (","t",") {print $1}' "$here/recipes.tsv"
+}
+
+# A run's folder and its name in tables: RECIPE of SEED.
+folder() { echo "$OUT/$1${ENGINE:+-on-$ENGINE}.$2"; }
+label() {
+  local name="$1${ENGINE:+ on $ENGINE negatives}"
+  [ "${SEEDS/ /}" = "$SEEDS" ] && echo "$name" || echo "$name seed $2"
+}
+
+# The checkpoints of these recipes as options of evaluate.py, the one they start from first.
+checkpoints() {
+  local seed recipe
+  if [ -e "$PRETRAINED" ]; then printf '%s\n' --ckpt "CLIP=$PRETRAINED"
+  elif [ -n "$PRETRAINED" ]; then printf '%s\n' --ckpt "CLIP=$MODEL:$PRETRAINED"
+  else set -- base "$@"; fi
+  [ -z "${RELEASED:-}" ] || printf '%s\n' --ckpt "released weights=$RELEASED"
+  for recipe in "$@"; do for seed in $SEEDS; do
+    printf '%s\n' --ckpt "$(label "$recipe" "$seed")=$(folder "$recipe" "$seed")/latest.pt"
+  done; done
+}
+
+# score NAME OPTIONS...: evaluate the checkpoints among the options on the suites of the group
+# NAME, unless that was done with these very weights; then compare with what is published.
+score() {
+  local out=$OUT/$1 name=$1 suite=(--suite "$1" --root "$ROOT") given new code; shift
+  local results=$out/results.json x
+  [ "$WORLD" = coco ] || suite=(--suite shapes)
+  given=$(printf '%s\n' "$@" "${eval_options[@]}" "${ALLOW_MISSING:-}")
+  new=$(for x in "$@"; do [ ! "${x#*=}" -nt "$results" ] || echo "$x"; done)
+  if [ -f "$results" ] && [ -z "$new" ] && [ "$given" = "$(cat "$out/given" 2>/dev/null)" ]; then
+    cat "$out/results.md"
+  else
+    mkdir -p "$out"
+    [ -z "${RELEASED:-}" ] || set -- "$@" --model "$MODEL"
+    launch evaluate.py "$@" "${suite[@]}" --out "$out" --overwrite --cache "$OUT/features" \
+      ${ALLOW_MISSING:+--allow-missing} "${eval_options[@]}" \
+      || { code=$?; results=$out/none; [ -n "${ALLOW_MISSING:-}" ] || exit "$code"; }
+    echo "$given" > "$out/given"
+  fi
+  alone scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
+    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$out/record.json"
+}
+
+# table NAME RECIPE...: train what is missing, score it, compare it.
+table() {
+  local name=$1 options; shift
+  bash "$here/train.sh" "$@"
+  mapfile -t options < <(checkpoints "$@")
+  score "$name" "${options[@]}"
+}

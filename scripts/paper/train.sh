@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Fine-tune CLIP by recipes of recipes.tsv: bash scripts/paper/train.sh RECIPE...
+# Needs the data of data.sh coco, nothing with WORLD=shapes. Prints train.py's progress; runs are
+# in $OUT/RECIPE.SEED. A run that was cut off goes on, one that is done is left alone.
+. "$(dirname "$0")/common.sh"
+[ $# -gt 0 ] || fail "name recipes: $(grep -v '^#' "$here/recipes.tsv" | cut -f1 | paste -sd' ')"
+for recipe in "$@"; do
+  grep -q "^$recipe"$'\t' "$here/recipes.tsv" || fail "$recipe: is not in scripts/paper/recipes.tsv"
+done
+data=()
+if [ "$WORLD" = coco ]; then
+  bash "$here/negatives.sh"
+  data=(--data "$manifest" --images "$images")
+fi
+for seed in $SEEDS; do
+  common=("${data[@]}" ${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}")
+  [ "$GPUS" = 0 ] || common+=(--precision bf16)
+  start=$PRETRAINED
+  if [ -z "$start" ]; then
+    train "$(folder base "$seed")" --recipe clip "${common[@]}"
+    start=$(folder base "$seed")/latest.pt
+  fi
+  for recipe in "$@"; do
+    read -ra options <<< "$(awk -F'\t' -v r="$recipe" '$1 == r {print $3}' "$here/recipes.tsv")"
+    train "$(folder "$recipe" "$seed")" "${options[@]}" "${common[@]}" --pretrained "$start"
+  done
+done
