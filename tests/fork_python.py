@@ -10,6 +10,7 @@ import pickle
 import runpy
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -61,10 +62,14 @@ def answer(line: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv, code = argv, 0
+    sys.path.insert(0, str(Path(argv[0]).parent))  # as python does
     try:
         runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
