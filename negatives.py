@@ -445,6 +445,8 @@ def find_phrases(s: Sentence) -> None:
     for first, stop in found:
         head = s.words[stop - 1]
         noun, tag = known.nouns.get(head, (head, s.tags[stop - 1]))
+        if known.forms.get((noun, "N")) == head:  # one sheep, two sheep
+            tag = "N" if s.words[first] in ("a", "an") else s.tags[stop - 1]
         kind = known.kinds.get(noun, "")
         s.phrases.append(Phrase(first, stop, stop - 1, noun, kind, tag == "S"))
     for one, two in zip(s.phrases[-2::-1], s.phrases[:0:-1], strict=True):
@@ -606,6 +608,8 @@ def swap_links(s: Sentence) -> list[Swap]:
             continue
         if verb and any(p.kind == "body" for p in s.phrases if p.first > i):
             continue  # holding a bat in his hands
+        if "it" in s.words[i:] or "them" in s.words[i:]:
+            continue  # a table with a lamp on it
         if (
             verb
             and s.words[phrase.stop : phrase.stop + 1]

@@ -109,6 +109,9 @@ def test_this_negative_can_be_made(caption: str, name: str, wanted: str) -> None
         # grammar of things
         ("A yellow banana on a table", "object", "a yellow (broccoli|lettuce|rice)"),
         ("A man brushing his teeth", "object", "woman|girl"),
+        ("A brown sheep next to rocks", "object", "[Aa] brown \\w+s "),
+        ("a bathroom with a toilet in it", "relation", "bathroom (in|on|under) a"),
+        ("A child with a bear that is carrying a backpack", "action", "wearing"),
         ("the top of a table", "object", "the (side|bottom)"),
         ("two children, a boy and girl, jumping", "attribute", "four child"),
         ("Two people at a ski slope", "attribute", "(Couple|Pair) "),
