@@ -1060,7 +1060,7 @@ def read_block(texts: Sequence[str], tagger: Tagger | None) -> Block:
     """Split and tag captions, and lay them out as arrays."""
     sentences = [split(text) for text in texts]
     sizes = np.array([len(s.words) for s in sentences], np.int64)
-    starts = 2 + np.concatenate([[0], np.cumsum(sizes + 2)[:-1]]).astype(np.int64)
+    starts = np.cumsum(sizes + 2) - sizes  # behind two empty words
     names = ["", ""]
     for s in sentences:
         names += s.words

@@ -304,6 +304,28 @@ def test_plausible_raises_the_bar(learned: negatives.Learned) -> None:
     assert counts[1] < counts[0]
 
 
+def test_captions_beyond_the_counted_ones_are_rewritten_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(negatives, "LEARNED", 600)
+    texts, images = corpus(1500), [*NAMES[:1400], *NAMES[:100]]
+    learned = learn(texts, images, Options())
+    assert learned.words < sum(len(text.split()) + 1 for text in texts)
+    shared = negatives.fact_keys(
+        negatives.image_hashes(images[1400:1401]), np.array([negatives.crc("dog")], np.uint32)
+    )
+    told = "dog" in texts[0] or "dog" in texts[1400]
+    assert bool(negatives.found(learned.facts, shared)[0]) == told
+    assert len(rewrite(texts[-3:], images[-3:], learned, Options())) == 3
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", "...", "\U0001f600"]])
+def test_nothing_comes_of_nothing(learned: negatives.Learned, texts: list[str]) -> None:
+    rows = rewrite(texts, NAMES[: len(texts)], learned, Options())
+    assert [n.text for row in rows for n in row.values()] == [None] * 4 * len(texts)
+    assert learn(texts, NAMES[: len(texts)], Options()).words >= 1
+
+
 def test_every_null_names_its_rule(learned: negatives.Learned) -> None:
     for row in rewrite(["A tattoo artist at work.", "", "Hello"], NAMES[:3], learned, Options()):
         assert all(n.text or n.how for n in row.values())
