@@ -1002,7 +1002,7 @@ LEARNED = 200_000  # captions, the first of the file, that are counted
 FEWEST = 500  # captions that the game needs
 CHUNK = 512  # captions in a block
 FIT, HIDE = 1.0, 2.0  # weight of fit, and of hiding from the reader, in nats
-FLOW = (3.8, 3.7, 3.5, 3.5)  # how many times as often as it goes out a word may come in, by type
+FLOW = (3.8, 3.5, 3.3, 3.2)  # how many times as often as it goes out a word may come in, by type
 SAMPLE = 10_000  # captions, the first of the file, that the game is played on
 ROUNDS = 20
 MAX_OPTIONS = 12  # of one place that are weighed
@@ -1369,10 +1369,11 @@ def facts_of(block: Block, images: np.ndarray) -> np.ndarray:
     return np.concatenate([fact_keys(owner, fact[real]) for fact in facts])
 
 
-def told_by_words(c: Candidates, reader: np.ndarray) -> np.ndarray:
-    """Log odds [C] that a reader of words takes a candidate for a negative."""
-    each = reader[c.comes].sum(axis=1) - reader[c.goes].sum(axis=1)
-    return np.bincount(c.part, each, len(c.group))
+def told_by_words(
+    reader: np.ndarray, part: np.ndarray, comes: np.ndarray, goes: np.ndarray, size: int
+) -> np.ndarray:
+    """Log odds [size] that a reader of words takes candidates for negatives, from their parts."""
+    return np.bincount(part, reader[comes].sum(axis=1) - reader[goes].sum(axis=1), size)
 
 
 def draw(c: Candidates, learned: Learned, options: Options) -> tuple[Any, Any, Any]:
@@ -1381,7 +1382,7 @@ def draw(c: Candidates, learned: Learned, options: Options) -> tuple[Any, Any, A
     Returns:
         the drawn candidates, scores [C] and the rule [C] that refuses each.
     """
-    told = told_by_words(c, learned.reader)
+    told = told_by_words(learned.reader, c.part, c.comes, c.goes, len(c.group))
     rule = c.rule.copy()
     rule[(rule == 0) & ~c.exchange & (c.luck > learned.keep[c.flow_in])] = TOO_OFTEN
     rule[(rule == 0) & (told > options.refine)] = TOLD
@@ -1464,11 +1465,14 @@ def play(texts: Sequence[str], images: Sequence[str], learned: Learned, options:
         if turn >= 4:
             scarce = np.clip(goes / np.maximum(comes, 0.3), 0.5, 1.2)
             learned.keep = np.clip(learned.keep * scarce, 0, 1).astype(np.float32)
-        mine = np.isin(c.part, drawn)
-        told = told_by_words(c, learned.reader)[c.part[mine]]
+        chosen = np.zeros(len(c.group), bool)
+        chosen[drawn] = True
+        mine = chosen[c.part]
+        part, comes_in, goes_out = c.part[mine], c.comes[mine], c.goes[mine]
+        told = told_by_words(learned.reader, part, comes_in, goes_out, len(chosen))[part]
         doubt = np.repeat(1 / (1 + np.exp(told)), 6)
-        slope = np.bincount(c.comes[mine].ravel(), doubt, READER)
-        slope -= np.bincount(c.goes[mine].ravel(), doubt, READER)
+        slope = np.bincount(comes_in.ravel(), doubt, READER)
+        slope -= np.bincount(goes_out.ravel(), doubt, READER)
         squares += slope.astype(np.float32) ** 2
         learned.reader = ((learned.reader + 0.3 * slope / np.sqrt(squares)) * 0.995).astype(
             np.float32
