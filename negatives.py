@@ -390,7 +390,7 @@ def tag_plain(s: Sentence) -> None:
             total = (total ^ (total >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
             at = size * (total * ROWS >> 32)
             row = weights[at : at + size]
-            scores = [s + (w ^ 128) - 128 for s, w in zip(scores, row, strict=True)]
+            scores = [score + (w ^ 128) - 128 for score, w in zip(scores, row, strict=True)]
         s.tags += TAGS[scores.index(max(scores))]
     fix_tags(s)
 
