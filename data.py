@@ -805,8 +805,8 @@ class ShardStream(IterableDataset[list[Item]]):
                     yield sample, None if block else ahead.begin
                 elif ahead.begin[0] > begin[0] + 1:
                     raise DataError(
-                        f"--data {self.pattern}: a reader has {len(keys)} images for a batch of "
-                        f"{self.batch}; use a smaller batch, fewer --workers or more shards"
+                        f"--data {self.pattern}: a reader's {len(keys)} images cannot fill a batch "
+                        f"of {self.batch}; use a smaller batch, fewer --workers or more shards"
                     )
                 else:  # all are of images that the batch has: look further
                     block.append(ahead)

@@ -613,6 +613,8 @@ def check_run(out: Path, record: dict[str, Any]) -> None:
                 return
         told = "its args.json is damaged" if os.path.lexists(out / "args.json") else "is not a run"
         raise DataError(f"--out {out}: exists, but {told}; choose another --out") from None
+    if not any(out.glob("*.pt")):  # it saved nothing, and begins anew with other options too
+        return
     if changed:
         raise DataError(
             f"--out {out}: holds a run with other options ({'; '.join(changed)}); "
@@ -634,7 +636,7 @@ def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) ->
             held.append(lock(out))
             if os.path.lexists(out / "latest.pt"):
                 raise DataError(f"--out {out}: another run trained into it just now; start again")
-        if not (out / "args.json").exists():
+        if not any(out.glob("*.pt")):
             write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
@@ -793,7 +795,7 @@ def train(
         unsaved = unsaved or save_step(run, about, args, rank, done, readers)
     for error in filter(None, (fault, unsaved)):
         print(f"train.py: error: {error}", file=sys.stderr)
-    if rank.number == 0 and code:
+    if rank.number == 0 and code and (code != FAULT or done):
         print(f"stopped at step {done}; the same command goes on", flush=True)
     elif rank.number == 0 and log.skipped:
         print(f"the last {log.skipped} steps were not finite, and not applied", flush=True)
@@ -908,7 +910,11 @@ class Validation:
         self.best = -math.inf
         if self.path.exists():
             lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
-            self.best = max((line["best"] for line in lines), default=self.best)
+            try:
+                self.best = max((float(line["best"]) for line in lines), default=self.best)
+            except (LookupError, TypeError, ValueError):
+                told = "holds a line without the best figure; mend it, or move the file away"
+                raise DataError(f"{self.path}: {told}") from None
 
     def __call__(self, done: int) -> None:
         """Score after this step, if it is one of --val-every, the first or the last.
@@ -1052,7 +1058,13 @@ def dry_run(
     run: Run, loader: Iterator[list[Batch]], args: argparse.Namespace, data: Mixture | None
 ) -> None:
     """Do one step, tell what a run would be, write nothing."""
-    out, name = train_step(run, next(loader), 0.0, args), args.model or args.pretrained
+    try:
+        parts = next(loader)
+    except Exception as error:
+        raise loader_fault(error) from None
+    finally:
+        end_workers()  # they ignore SIGTERM, and Python would wait for them as it ends
+    out, name = train_step(run, parts, 0.0, args), args.model or args.pretrained
     count = sum(p.numel() for p in run.net.parameters())
     print(f"{name}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
     size = "shards" if data is None else f"{len(data)} captions, {args.steps_per_epoch} an epoch"

@@ -234,11 +234,23 @@ def test_a_damaged_run_is_refused_and_left_alone(kind, finished, tmp_path):
 def test_a_run_that_a_torn_image_stopped_goes_on_without_it(tmp_path, capsys):
     command = [*put(tmp_path, 12), "--steps", "6", *SHORT, "--out", str(tmp_path / "x")]
     (tmp_path / "train_0_000003.png").write_bytes(b"torn")
+    with pytest.raises(data.DataError, match=r"^\S*train_0_000003.png: cannot be decoded"):
+        train.main([*command, "--workers", "1", "--batch-size", "12", "--dry-run"])
     assert train.main([*command, "--workers", "1", "--save-every", "100"]) == 2
     assert "train_0_000003.png: cannot be decoded" in capsys.readouterr().err
     kept = torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"]
     assert kept > 0  # what was done before is saved
     assert train.main([*command, "--workers", "0", "--on-bad-image", "skip"]) == 0
+
+
+def test_a_run_that_saved_nothing_begins_anew_with_other_options(finished, tmp_path):
+    shutil.copytree(finished[0] / "x", tmp_path / "x")
+    for path in (tmp_path / "x").glob("*.pt"):
+        path.unlink()
+    assert train.main([*finished[1], "--out", str(tmp_path / "x"), "--lr", "0.0005"]) == 0
+    kept = json.loads((tmp_path / "x/args.json").read_text())["options"]
+    assert kept["lr"] == 0.0005
+    assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_an_epoch_file_that_a_cut_off_run_lacks_is_written(finished, tmp_path):

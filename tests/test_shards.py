@@ -151,7 +151,7 @@ BAD = {
     "no caption": ({"a.jpg": image()}, "caption must be a sentence"),
     "not json": ({"a.jpg": image(), "a.json": b"{"}, "is not JSON"),
     "deep": ({"a.jpg": image(), "a.json": b"[" * 100_000}, "is not JSON"),
-    "too few": (good(1), "a reader has 1 images for a batch of 2"),
+    "too few": (good(1), "a reader.s 1 images cannot fill a batch of 2"),
 }
 
 

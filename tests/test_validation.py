@@ -128,6 +128,10 @@ def test_a_resumed_run_scores_on(folder, tmp_path):
     again = lines(tmp_path / "run/val.jsonl")
     assert [line["step"] for line in again] == [0, 1, 2]
     assert again[:2] == before[:2]
+    (tmp_path / "run/val.jsonl").write_text('{"step": 0}\n')
+    torch.save(checkpoint, tmp_path / "run/latest.pt")
+    with pytest.raises(data.DataError, match=r"val\.jsonl: holds a line without the best figure"):
+        run(folder, tmp_path / "run", "--steps", 2, *val)
 
 
 @pytest.mark.parametrize(
