@@ -688,6 +688,7 @@ def test_runs_on_other_negatives_and_seeds_have_names_of_their_own():
         ("table3.sh", {"RELEASED": "no.pt"}, "RELEASED=no.pt: no such checkpoint"),
         ("table4.sh", {"WORLD": "shapes", "ENGINE": "released"}, "leave ENGINE out"),
         ("ce-clip-plus.sh", {"WORLD": "shapes"}, "needs photos"),
+        ("ce-clip-plus.sh", {"WEIGHTS": "2 1"}, "wants one each for COCO, CC3M, VG"),
     ],
 )
 def test_a_mistake_is_one_sentence(script, env, message):
