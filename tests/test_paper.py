@@ -164,25 +164,27 @@ def test_a_torn_download_goes_on_in_the_middle(mirror, tmp_path, name):
     assert (tmp_path / row["gives"]).exists()
 
 
-@pytest.mark.parametrize("fault", ["checksum", "size", "layout", "gone"])
+@pytest.mark.parametrize("fault", ["checksum", "size", "layout", "gone", "page", "torn"])
 def test_a_wrong_file_is_refused_and_kept(mirror, tmp_path, fault):
     row = next(row for row in mirror.rows if row["name"] == "val2017.zip")
     path = "/" + row["url"].split("://")[1]
     right = mirror.files.pop(path)
     other = stand_in({**row, "gives": "elsewhere"})
-    if fault == "layout":  # published nowhere: what it holds is still looked at
+    if fault in ("layout", "page", "torn"):  # published nowhere: what it holds is still looked at
         mirror.rows[mirror.rows.index(row)].update(bytes="-", checksum="-")
         mirror.table.write_text("\n".join("\t".join(x.values()) for x in mirror.rows) + "\n")
     if fault != "gone":
         wrong = {"checksum": right[:-1] + b"?", "size": right + b"?", "layout": other}
+        wrong |= {"page": b"<!DOCTYPE html>\n" + right, "torn": right[: len(right) // 2]}
         mirror.files[path] = wrong[fault]
     done = get(mirror, tmp_path, "whatsup")
     said = {"checksum": "its md5 is not", "size": f"has {len(right) + 1} bytes, not {len(right)}"}
     said |= {"layout": "holds no val2017", "gone": "404"}
+    said |= {"page": "is a web page", "torn": "cannot be unpacked"}
     assert done.returncode == 2
     assert said[fault] in done.stderr
     assert not (tmp_path / "val2017").exists()
-    if fault in ("checksum", "size"):
+    if fault in ("checksum", "size", "page", "torn"):
         assert (tmp_path / "downloads" / "val2017.zip.wrong").read_bytes() == mirror.files[path]
         mirror.files[path] = right
         assert get(mirror, tmp_path, "whatsup").returncode == 0
@@ -681,7 +683,12 @@ def test_runs_on_other_negatives_and_seeds_have_names_of_their_own():
         ("table1.sh", {"SPLIT": "test"}, "SPLIT=test: is none of train2014"),
         ("train.sh", {}, "name recipes: clip negclip"),
         ("train.sh recip", {}, "recip: is not in scripts/paper/recipes.tsv"),
+        ("train.sh c.*", {}, "c.*: is not in scripts/paper/recipes.tsv, which has clip negclip"),
+        ("table3.sh", {"GPUS": "all"}, "GPUS=all: is no number of processes"),
+        ("table3.sh", {"RELEASED": "no.pt"}, "RELEASED=no.pt: no such checkpoint"),
+        ("table4.sh", {"WORLD": "shapes", "ENGINE": "released"}, "leave ENGINE out"),
         ("ce-clip-plus.sh", {"WORLD": "shapes"}, "needs photos"),
+        ("ce-clip-plus.sh", {"WEIGHTS": "2 1"}, "wants one each for COCO, CC3M, VG"),
     ],
 )
 def test_a_mistake_is_one_sentence(script, env, message):

@@ -5,13 +5,15 @@
 # ALLOW_MISSING=1 goes on without what is not there. Typed again it goes on where it stopped.
 . "$(dirname "$0")/common.sh"
 worst=0 summary=() scripts=(table1 table2 table3 table4 figure5 general newer)
+mkdir -p "$OUT"
 [ "$WORLD" = shapes ] || scripts+=(ce-clip-plus)
 for script in "${scripts[@]}"; do
   echo "== $script"
-  code=0
+  code=0 record=$OUT/$script/record.json
+  touch "$OUT/started"
   bash "$here/$script.sh" || code=$?
-  if [ "$code" -le 1 ]; then
-    summary+=("$(sed -n 's/^ "summary": "\(.*\)",$/\1/p' "$OUT/$script/record.json")")
+  [ "$code" != 1 ] || [ "$record" -nt "$OUT/started" ] || code=2  # 1 by a crash: no row is outside
+  if [ "$code" -le 1 ]; then summary+=("$(sed -n 's/^ "summary": "\(.*\)",$/\1/p' "$record")")
   else summary+=("$script: NOT RUN (exit code $code, see above)"); fi
   [ "$code" -gt "$worst" ] && { [ "$code" = 1 ] || [ -z "${ALLOW_MISSING:-}" ]; } && worst=$code
 done

@@ -4,8 +4,9 @@
 # VG (default: by size). The paper's data and weights are not public, so rows are only shown.
 . "$(dirname "$0")/common.sh"
 [ "$WORLD" = coco ] || fail "needs photos; WORLD=$WORLD has one source only"
-bash "$here/negatives.sh"
 read -ra weights <<< "${WEIGHTS:-}"
+[[ ${#weights[@]} = [03] ]] || fail "WEIGHTS=$WEIGHTS: wants one each for COCO, CC3M, VG"
+bash "$here/negatives.sh"
 manifests=("$manifest" "$ROOT/negatives/cc3m.jsonl" "$ROOT/negatives/vg.jsonl")
 for name in cc3m vg; do
   [ -d "$ROOT/$name" ] || fail "$ROOT/$name is not there: bash scripts/paper/data.sh $name"

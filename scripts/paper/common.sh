@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share; sourced, never run. A user may set:
+# What the scripts of this folder share; sourced, never run. A user may set (paths that do not begin
+# with / are from the top of the repository):
 #   WORLD=shapes      the world that the kit draws, with three seeds, in place of COCO
 #   ROOT, OUT         folder of the data (data), of runs and tables (runs/paper, runs/shapes)
 #   SPLIT             images to train on: train2014 (default, the paper's), karpathy, train2017
@@ -14,7 +15,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
-WORLD=${WORLD:-coco} SPLIT=${SPLIT:-train2014} ROOT=${ROOT:-data}
+WORLD=${WORLD:-coco} SPLIT=${SPLIT:-train2014} ROOT=${ROOT:-data} ENGINE=${ENGINE:-}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 GPUS=${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 case $WORLD in
@@ -23,6 +24,11 @@ case $WORLD in
   shapes) OUT=${OUT:-runs/shapes} SEEDS=${SEEDS:-0 1 2} MODEL=${MODEL:-} PRETRAINED=${PRETRAINED-} ;;
   *) echo "WORLD=$WORLD: is neither coco nor shapes" >&2; exit 2 ;;
 esac
+fail() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
+[[ $GPUS =~ ^[0-9]+$ ]] || fail "GPUS=$GPUS: is no number of processes"
+[ "$WORLD" = coco ] || [ -z "$ENGINE" ] ||
+  fail "ENGINE=$ENGINE: WORLD=shapes draws its own negatives; leave ENGINE out"
+[ -z "${RELEASED:-}" ] || [ -f "$RELEASED" ] || fail "RELEASED=$RELEASED: no such checkpoint"
 case $SPLIT in
   train2014 | train2017) captions=$ROOT/annotations/captions_$SPLIT.json images=$ROOT/$SPLIT ;;
   karpathy) captions=$ROOT/karpathy/train.jsonl images=$ROOT ;;
@@ -31,8 +37,6 @@ esac
 manifest=$ROOT/negatives/$SPLIT${ENGINE:+.$ENGINE}.jsonl
 read -ra train_options <<< "${TRAIN_OPTIONS:-}"
 read -ra eval_options <<< "${EVAL_OPTIONS:-}"
-
-fail() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
 
 # Run train.py or evaluate.py on all GPUs; LAUNCH=srun starts one process a task (train.slurm).
 launch() {
@@ -58,7 +62,7 @@ train() {
 
 # The recipes of a table of the paper, in the order of recipes.tsv.
 recipes() {
-  if [ -n "${RECIPES:-}" ]; then tr " " "\n" <<< "$RECIPES"; return; fi
+  if [ -n "${RECIPES:-}" ]; then xargs -n1 <<< "$RECIPES"; return; fi
   awk -F"\t" -v t="$1" '(","$2",") ~ (","t",") {print $1}' "$here/recipes.tsv"
 }
 
@@ -89,7 +93,8 @@ score() {
   [ "$WORLD" = coco ] || suite=(--suite shapes)
   given=$(printf '%s\n' "$@" "${eval_options[@]}" "${ALLOW_MISSING:-}")
   new=$(for x in "$@"; do [ ! "${x#*=}" -nt "$results" ] || echo "$x"; done)
-  if [ -f "$results" ] && [ -z "$new" ] && [ "$given" = "$(cat "$out/given" 2>/dev/null)" ]; then
+  # What was missing may be there now, so what was scored in part is scored again.
+  if [ -z "${ALLOW_MISSING:-}" ] && [ -f "$results" ] && [ -z "$new" ] && [ "$given" = "$(cat "$out/given" 2>/dev/null)" ]; then
     cat "$out/results.md"
   else
     mkdir -p "$out"

@@ -10,6 +10,9 @@ dry=
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 table=${DOWNLOADS:-$here/downloads.tsv}
 suites=" $("$PYTHON" -c 'import json; print(*json.load(open("scripts/suites.json")))') "
+for tool in curl unzip tar; do
+  [ -n "$dry" ] || command -v "$tool" > /dev/null || fail "$tool is not there: install it (apt-get install $tool)"
+done
 groups=" $(grep -v '^#' "$table" | cut -f1 | tr ',' '\n' | sort -u | paste -sd' ') "
 [ $# -gt 0 ] || fail "name what to fetch, some of:$groups$suites suites"
 for name in "$@"; do
@@ -52,6 +55,10 @@ verify() { # FILE BYTES CHECKSUM: hold a file to what is published, or put it as
   elif [ "$sum" != - ] && ! "${sum%%:*}sum" --check --status <<< "${sum#*:}  $1"; then
     why="its ${sum%%:*} is not ${sum#*:}"
   fi
+  # A host that refuses answers with a page, and its download goes on as if it were the file.
+  if grep -aqi '^<!doctype html\|^<html' < <(head -n 1 "$1"); then
+    why="is a web page, not the file"
+  fi
   if [ -n "$why" ]; then
     mv "$1" "$archive.wrong"
     fail "$url: $why; it is kept as $archive.wrong; run again to fetch it anew"
@@ -81,7 +88,10 @@ get() {
     repository) run tar -xf "$archive" -C "$ROOT/$into" --strip-components=1 ;;
     file) run cp "$archive" "$ROOT/$gives" ;;
     *) fail "$table: $name: $how is no way to unpack" ;;
-  esac
+  esac || {
+    [ "$sum" != - ] || mv "$archive" "$archive.wrong"  # as published, else fetched anew
+    fail "$archive: cannot be unpacked, see above (whole disk used, or torn?); run again to go on"
+  }
   [ -n "$dry" ] || [ -e "$ROOT/$gives" ] || fail "$archive: holds no $gives; its layout has changed"
   run rm "$archive.unpacking" "$archive"
 }

@@ -10,8 +10,11 @@ if [ "$SPLIT" = karpathy ] && [ ! -f "$captions" ]; then
 fi
 read -ra options <<< "${NEGATIVES_OPTIONS:-}"
 if [ ! -f "$manifest" ]; then
+  echo "${options[*]}" > "$manifest.options"
   alone negatives.py "$captions" --out "$manifest" --stats --workers "$(nproc)" \
     ${ENGINE:+--engine "$ENGINE"} "${options[@]}"
+elif [ "${NEGATIVES_OPTIONS+set}" ] && [ "${options[*]}" != "$(cat "$manifest.options" 2>/dev/null)" ]
+then fail "NEGATIVES_OPTIONS=$NEGATIVES_OPTIONS: $manifest was made with others; move it away to make it anew"
 fi
 if [ ! -f "$manifest.check" ]; then
   alone data.py check "$manifest" --images "$images" | tee "$manifest.check.partial"

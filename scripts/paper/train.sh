@@ -3,9 +3,11 @@
 # Needs the data of data.sh coco, nothing with WORLD=shapes. Prints train.py's progress; runs are
 # in $OUT/RECIPE.SEED. A run that was cut off goes on, one that is done is left alone.
 . "$(dirname "$0")/common.sh"
-[ $# -gt 0 ] || fail "name recipes: $(grep -v '^#' "$here/recipes.tsv" | cut -f1 | paste -sd' ')"
+known=$(grep -v '^#' "$here/recipes.tsv" | cut -f1 | paste -sd' ')
+[ $# -gt 0 ] || fail "name recipes: $known"
 for recipe in "$@"; do
-  grep -q "^$recipe"$'\t' "$here/recipes.tsv" || fail "$recipe: is not in scripts/paper/recipes.tsv"
+  [[ " $known " == *" $recipe "* ]] ||
+    fail "$recipe: is not in scripts/paper/recipes.tsv, which has $known"
 done
 data=()
 if [ "$WORLD" = coco ]; then
