@@ -693,8 +693,7 @@ class Stop:
         self.pipe.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal or error[0]:
-            end_workers()
+        end_workers()
 
     def _catch(self, number: int, frame: Any) -> None:
         self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
@@ -805,10 +804,12 @@ def train(
 def loader_fault(error: Exception) -> DataError:
     """What went wrong while a batch was made, in one sentence; a worker brings its traceback."""
     told = (str(error).strip().splitlines() or [""])[-1]
+    if not isinstance(error, DataError | OSError | RuntimeError | MemoryError):
+        raise error
+    # torch's frames hold the error, and it them: the loader would outlive its queues.
+    error.__traceback__ = None
     if isinstance(error, DataError):
         return DataError(re.sub(r"^[\w.]*DataError: ", "", told))
-    if not isinstance(error, OSError | RuntimeError | MemoryError):
-        raise error
     return DataError(f"a batch cannot be loaded ({told or type(error).__name__}); fewer --workers?")
 
 
