@@ -1,6 +1,7 @@
 """While training: --val scores the weights of the moment, best.pt is kept, --log mirrors."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -171,7 +172,12 @@ def test_wandb_takes_the_metrics_offline(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert run(folder, tmp_path / "run", "--steps", 3, "--log", "wandb") == 0
     wandb.finish()  # as the end of the process does
+    wandb.teardown()
     (kept,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    for _ in range(60):  # its own process writes the file
+        if b"threshold_object" in kept.read_bytes():
+            break
+        time.sleep(0.5)
     assert b"threshold_object" in kept.read_bytes()
 
 
