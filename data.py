@@ -1672,6 +1672,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "karpathy": "a Karpathy json (COCO, Flickr8k, Flickr30k)",
         "flickr30k": "dataset_flickr30k.json in Karpathy's layout",
         "csv": "a .csv or .tsv with a header",
+        "vg": "Visual Genome's folder with region_descriptions.json and image_data.json",
+        "cc3m": "a folder of images, each with its caption in a .txt beside it (img2dataset)",
     }.items():
         sub = commands.add_parser(name, help=f"{text} to a manifest without negatives")
         sub.add_argument("captions", type=Path, help=text)
@@ -1690,14 +1692,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 metavar="COLUMN[:TYPE]",
                 help="columns of negatives (default: neg_caption, where there is one)",
             )
-    for name, text in {
-        "vg": "Visual Genome's folder with region_descriptions.json and image_data.json",
-        "cc3m": "a folder of images, each with its caption in a .txt beside it (img2dataset)",
-    }.items():
-        sub = commands.add_parser(name, help=f"{text} to a manifest without negatives")
-        sub.add_argument("captions", type=Path, help=text)
-        sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
-        sub.add_argument("--overwrite", action="store_true", help="replace --out")
     sub = commands.add_parser("shapes", help="draw the shapes world to PNG files and a manifest")
     sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
     sub.add_argument("--images", type=Path, required=True, help="folder for the pictures")

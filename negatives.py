@@ -610,11 +610,7 @@ def swap_links(s: Sentence) -> list[Swap]:
             continue  # holding a bat in his hands
         if "it" in s.words[i:] or "them" in s.words[i:]:
             continue  # a table with a lamp on it
-        if (
-            verb
-            and s.words[phrase.stop : phrase.stop + 1]
-            and s.words[phrase.stop] in known.sets["paths"]
-        ):
+        if verb and not known.sets["paths"].isdisjoint(s.words[phrase.stop : phrase.stop + 1]):
             continue  # pulling a cart past a tree
         options = contradictions(
             s.words[i], before.kind if next_to else "", phrase.kind, phrase.noun
@@ -734,7 +730,7 @@ def propose_action(s: Sentence) -> Proposal:
             options = (
                 acts_done(verb, form, subject, what) if what else acts_free(verb, form, subject)
             )
-            if s.words[after : after + 1] and s.words[after] in known.sets["paths"]:
+            if not known.sets["paths"].isdisjoint(s.words[after : after + 1]):
                 options = tuple(w for w in options if known.verbs[w][0] in known.sets["moving"])
             if options:
                 behind = s.words[after] if after < len(s.words) else "."
@@ -897,15 +893,10 @@ def contradicted(caption: str, negative: str, others: Sequence[str]) -> str:
     new = told(read(negative)) - told(read(caption))
     for other in others:
         for fact in sorted(new & told(read(other))):
-            carries = fact[0] in known.links or known.kinds.get(fact[0]) or fact[0] in known.values
-            if len(fact) > 1 and fact[0] in known.links:
+            name, link = fact[0], fact[0] in known.links
+            carries = name in known.values or name in known.sets["acts"] or name in known.kinds
+            if link if len(fact) > 1 else carries and not link:
                 return f"another caption of the image says {' '.join(fact)!r}"
-            if (
-                len(fact) == 1
-                and (carries or fact[0] in known.sets["acts"])
-                and fact[0] not in known.links
-            ):
-                return f"another caption of the image says {fact[0]!r}"
     return ""
 
 

@@ -40,7 +40,6 @@ import gc
 import json
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -241,6 +240,8 @@ def kept_speech(pairs: Sequence[Pair], parse: Any) -> float | None:
 
 def speed(captions: Path, parse: Any) -> dict[str, float]:
     """Captions a second of processor time: the command, its edits alone, and spaCy's tagging."""
+    import resource  # not on Windows
+
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, kit.__file__, captions, "--out", f"{folder}/out.jsonl"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
