@@ -41,7 +41,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from negatives import (
@@ -180,10 +179,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def open_image(file: Any, name: str = "", use: Callable[..., Any] = to_rgb) -> Any:
     """Open an image, a path or a stream, and return what `use` makes of it.
 
-    Messages call it `name`, by default the path.
-
-    Raises:
-        DataError: the file is missing, or is not an image that can be used.
+    Messages call it `name`, by default the path. A DataError if the file is missing, or is no image
+    that can be used.
     """
     name = name or str(file)
     try:
@@ -298,7 +295,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
 
 
 class Relation(NamedTuple):
-    """Where the first thing lies from the second, and both as places in the picture."""
+    """Where the first thing lies from the second, and both as places in the image."""
 
     dx: int
     dy: int
@@ -336,7 +333,7 @@ TEMPLATES = 3  # ways to say a claim
 TRAIN_SCENES = 1_000_000  # one epoch of the shapes world
 
 
-class Phrase(NamedTuple):
+class Noun(NamedTuple):
     """A noun phrase, "a large red circle"; size is "" where it goes unsaid."""
 
     size: str
@@ -347,15 +344,15 @@ class Phrase(NamedTuple):
 class Claim(NamedTuple):
     """What a caption says: first, link, second; the link is a relation, an action or a place."""
 
-    first: Phrase
+    first: Noun
     link: str
-    second: Phrase | None
+    second: Noun | None
 
 
 class Thing(NamedTuple):
-    """Something drawn: its look, centre and radius in parts of the picture's width."""
+    """Something drawn: its look, centre and radius in parts of the image's width."""
 
-    phrase: Phrase
+    phrase: Noun
     x: float
     y: float
     radius: float
@@ -382,7 +379,7 @@ def make_scene(split: str, seed: int, index: int) -> Scene:
     colours, shapes = list(COLOURS), list(SHAPES)
     while True:
         looks = zip(rng.sample(colours, n), rng.sample(shapes, n), strict=True)
-        phrases = [Phrase(rng.choice(list(SIZES)), *look) for look in looks]
+        phrases = [Noun(rng.choice(list(SIZES)), *look) for look in looks]
         said = phrases[:2]
         parity = sum(colours.index(p.colour) + shapes.index(p.shape) for p in said) % 2
         if parity == (split == "train"):
@@ -390,14 +387,14 @@ def make_scene(split: str, seed: int, index: int) -> Scene:
     return {"place": _place, "relation": _relation, "action": _action}[kind](phrases, rng)
 
 
-def _place(phrases: list[Phrase], rng: random.Random) -> Scene:
-    """One thing at a side of the picture."""
+def _place(phrases: list[Noun], rng: random.Random) -> Scene:
+    """One thing at a side of the image."""
     place = rng.choice(list(PLACES))
     thing = _thing(phrases[0], PLACES[place].dx, PLACES[place].dy, rng)
     return Scene((thing,), "", Claim(_said(phrases[0], rng), place, None))
 
 
-def _relation(phrases: list[Phrase], rng: random.Random) -> Scene:
+def _relation(phrases: list[Noun], rng: random.Random) -> Scene:
     """Two things beside or above each other, now and then with a third that goes unsaid."""
     link = rng.choice(list(RELATIONS))
     dx, dy = RELATIONS[link][:2]
@@ -407,7 +404,7 @@ def _relation(phrases: list[Phrase], rng: random.Random) -> Scene:
     return Scene(tuple(things), "", claim)
 
 
-def _action(phrases: list[Phrase], rng: random.Random) -> Scene:
+def _action(phrases: list[Noun], rng: random.Random) -> Scene:
     """The first thing does something to the second; sizes follow from the act and go unsaid."""
     action = rng.choice(list(ACTIONS))
     first, second = (phrase._replace(size="") for phrase in phrases)
@@ -431,26 +428,26 @@ def _action(phrases: list[Phrase], rng: random.Random) -> Scene:
     return Scene(tuple(things), action, Claim(first, action, second))
 
 
-def _thing(phrase: Phrase, dx: int, dy: int, rng: random.Random) -> Thing:
+def _thing(phrase: Noun, dx: int, dy: int, rng: random.Random) -> Thing:
     x, y = (0.5 + 0.26 * d + rng.uniform(-JITTER, JITTER) for d in (dx, dy))
     return Thing(phrase, x, y, SIZES[phrase.size])
 
 
-def _said(phrase: Phrase, rng: random.Random) -> Phrase:
+def _said(phrase: Noun, rng: random.Random) -> Noun:
     return phrase if rng.random() < 0.15 else phrase._replace(size="")
 
 
 def holds(scene: Scene, claim: Claim) -> bool:
     """Tell whether the claim is true of the scene, from what is drawn alone."""
 
-    def found(phrase: Phrase) -> list[Thing]:
+    def found(phrase: Noun) -> list[Thing]:
         same = [t for t in scene.things if t.phrase[1:] == phrase[1:]]
         return [t for t in same if phrase.size in ("", t.phrase.size)]
 
     if claim.link in ACTIONS:
         acts = {"covering", "touching"} if scene.action == "covering" else {scene.action}
         one, _, two = scene.claim
-        pairs: list[tuple[Phrase | None, Phrase | None]] = [(one, two)]
+        pairs: list[tuple[Noun | None, Noun | None]] = [(one, two)]
         if claim.link == "touching":
             pairs.append((two, one))
         return claim.link in acts and (claim.first, claim.second) in pairs
@@ -485,7 +482,7 @@ def say(claim: Claim, template: int) -> str:
     )[template]
 
 
-def _noun(phrase: Phrase) -> str:
+def _noun(phrase: Noun) -> str:
     words = " ".join(word for word in phrase if word)
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -555,7 +552,7 @@ EDITS_OF_TYPE = {
 
 
 class Captions(NamedTuple):
-    """A caption, another caption of the same picture (t⁺) and a negative of each type, or None."""
+    """A caption, another caption of the same image (t⁺) and a negative of each type, or None."""
 
     caption: str
     positive: str | None
@@ -575,7 +572,7 @@ def caption_scene(scene: Scene, seed: int | str) -> Captions:
 
 
 def draw_scene(scene: Scene, width: int) -> Image.Image:
-    """Draw the scene as a square RGB picture of `width` pixels."""
+    """Draw the scene as a square RGB image of `width` pixels."""
     image = Image.new("RGB", (width, width), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
@@ -632,7 +629,7 @@ class ShapesDataset(Dataset[Example]):
     has_negatives = True
     types = NEGATIVE_TYPES
     made = frozenset(NEGATIVE_TYPES)
-    image_of: np.ndarray | None = None  # every caption has a picture of its own
+    image_of: np.ndarray | None = None  # every caption has a image of its own
 
     def __init__(self, size: tuple[int, int], seed: int) -> None:
         """Draw images of `size`, height and width in pixels, from the scenes of `seed`."""
@@ -672,11 +669,9 @@ class ManifestDataset(Dataset[Example]):
     ) -> None:
         """Index the manifest at `path`, with images in the folder `images`.
 
-        A bad image is a DataError ("stop") or replaced by the next example ("skip"). `types` are
-        those of the negatives to read, () for all that the manifest names.
-
-        Raises:
-            DataError: a line is malformed, or an image is missing (checked before training).
+        `types` are those of the negatives to read, () for all that the manifest names. A bad image
+        is a DataError ("stop") or replaced by the next example ("skip"); a malformed line, and an
+        image that is not there, is a DataError here.
         """
         self.path, self.images, self.transform = Path(path), Path(images), transform
         self.seed, self.on_bad_image = seed, on_bad_image
@@ -762,10 +757,8 @@ class Mixture(Dataset[Example]):
     ) -> None:
         """Give each source a share of the global batch, by weight, and epochs of its own.
 
-        With `one_caption`, no batch has two captions of an image.
-
-        Raises:
-            DataError: a source is too small for its share, or its share is less than one example.
+        With `one_caption`, no batch has two captions of an image. A DataError if a source is too
+        small for its share, or its share is less than one example.
         """
         self.sources, self.seed = sources, seed
         self.types = tuple(dict.fromkeys(name for source in sources for name in source.types))
@@ -773,16 +766,15 @@ class Mixture(Dataset[Example]):
         self.image_of = [source.image_of if one_caption else None for source in sources]
         self.steps = []  # of each source's epoch
         for s, (source, share) in enumerate(zip(sources, self.shares, strict=True)):
-            name = getattr(source, "path", "the shapes world")
+            name, images = getattr(source, "path", "the shapes world"), self.image_of[s]
             if not share:
                 raise DataError(f"--data {name}: its weight is less than one example of a batch")
             self.steps.append(len(self._order(s, 0)))
             if not self.steps[s]:
-                images = self.image_of[s]
-                some = f"{share} captions" if images is None else f"{share} images"
+                what = "captions" if images is None else "images"
                 count = len(source) if images is None else images.max() + 1
                 raise DataError(
-                    f"--batch-size {batch}: takes {some} of {name}, which has {count}; "
+                    f"--batch-size {batch}: takes {share} {what} of {name}, which has {count}; "
                     "use a smaller batch"
                 )
 
@@ -882,7 +874,7 @@ class ShardStream(IterableDataset[list[Example]]):
         types: Sequence[str] = (),
         *,
         batch: int = 1,
-        states: Mapping[int, Any] = MappingProxyType({}),
+        states: Mapping[int, Any] | None = None,
         needs_negatives: bool = False,
         remote: bool = False,
     ) -> None:
@@ -891,10 +883,8 @@ class ShardStream(IterableDataset[list[Example]]):
         `place` is the first step, this rank, and the number of ranks; `types` as in
         ManifestDataset, but () for those that the first sample names; `batch` the examples in a
         batch of this rank; `states` those of a resumed run's readers. `remote` opens names with a
-        colon by webdataset: URLs, and "pipe:", which runs a command.
-
-        Raises:
-            DataError: a shard is missing, or a name with a colon is not allowed.
+        colon by webdataset: URLs, and "pipe:", which runs a command. A DataError if a shard is
+        missing, or a name with a colon is not allowed.
         """
         self.pattern, self.shards = f"--data {shards}", expand_braces(shards)
         for name in self.shards:
@@ -907,7 +897,7 @@ class ShardStream(IterableDataset[list[Example]]):
                 raise DataError(f"--data {name}: no such shard; check the pattern")
         self.transform, self.seed, self.place = transform, seed, place
         self.on_bad_image, self.some = on_bad_image, bool(types)
-        self.batch, self.states, self.needs_negatives = batch, dict(states), needs_negatives
+        self.batch, self.states, self.needs_negatives = batch, states or {}, needs_negatives
         self.types = tuple(types)
         local = [name for name in self.shards if os.path.exists(name)]
         with contextlib.suppress(DataError):  # raised where it is used
@@ -1098,13 +1088,10 @@ class Collate:
         negatives: str,
         part: int = 0,
     ) -> None:
-        """Encode what the recipe reads.
+        """Encode by an open_clip tokenizer, into Batches of `part` images (0: one of all).
 
-        Args:
-            tokenizer: an open_clip tokenizer.
-            positives: whether the loss reads t⁺.
-            negatives: "none", "valid", or "all": "###" where one is missing (as released).
-            part: images of each Batch; 0 makes one of all examples.
+        `positives` says whether the loss reads t⁺; `negatives` is "none", "valid", or "all": "###"
+        where one is missing, as released.
         """
         self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
         self.part = part
@@ -1176,8 +1163,7 @@ def unbundle(bundle: Bundle) -> list[Batch]:
 def split_features(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Split [M, D] text features of a batch into captions, positives and negatives.
 
-    Returns:
-        captions [B, D], positives [B, D] and negatives [B, K, D]; zero where there is none.
+    Returns [B, D], [B, D] and [B, K, D]; zero where there is none.
     """
     (b, k), has = batch.valid.shape, batch.positive_valid.nonzero()[:, 0]
     captions, found, edited = features.split([b, len(has), len(features) - b - len(has)])
@@ -1227,12 +1213,10 @@ def pack_texts(
 
 
 def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText:
-    """Pack M rows of tokens [M, context length] into as few rows as their order allows.
+    """Pack what a tokenizer returned, [M, context length], into few rows.
 
-    Args:
-        padded: what the tokenizer returns.
-        clip: whether it is CLIP's (has eot_token_id); else nothing is packed.
-        share: False gives every distinct caption tokens of its own.
+    `clip` says whether it is CLIP's (has eot_token_id), else nothing is packed; `share=False` gives
+    every distinct caption tokens of its own.
     """
     empty = padded.new_zeros(0)
     if not clip:
@@ -1456,42 +1440,10 @@ def find_overlap(photos: np.ndarray) -> list[str]:
 # Converters
 
 
-def source_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The lines of a manifest of `data.py coco|karpathy|…`, without what is a test image.
-
-    It has a header where the types are not the default ones.
-
-    Raises:
-        DataError: the source cannot be read, is not of its kind, or names no images.
-    """
-    readers = {"karpathy": karpathy_records, "flickr30k": karpathy_records}
-    readers |= {"vg": vg_records, "cc3m": folder_records}
-    try:
-        for number, record in enumerate(readers.get(args.command, table_records)(args)):
-            if record.image is None:
-                raise DataError(
-                    f"{args.captions}: caption {number + 1} has no image; name the column with "
-                    "--image-column, or make negatives without images with negatives.py"
-                )
-            types = tuple(record.negatives) or NEGATIVE_TYPES
-            if not number and types != NEGATIVE_TYPES:
-                yield {"manifest": 1, "types": types}
-            yield record._asdict() | {"negatives": {**dict.fromkeys(types), **record.negatives}}
-    except DataError:
-        raise
-    except OSError as error:
-        path = error.filename or args.captions
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{args.captions}: is not {SOURCES[args.command]} ({error!r})") from None
-
-
-def table_records(args: argparse.Namespace) -> Iterator[Record]:
-    """Captions of a COCO json, or of a table."""
-    if args.command == "csv":
-        names = {"image_column": args.image_column, "caption_column": args.caption_column}
-        return read_captions(args.captions, **names, negatives=args.negative)
-    return read_captions(args.captions)
+def csv_records(args: argparse.Namespace) -> Iterator[Record]:
+    """Captions of a table."""
+    names = {"image_column": args.image_column, "caption_column": args.caption_column}
+    return read_captions(args.captions, **names, negatives=args.negative)
 
 
 def karpathy_records(args: argparse.Namespace) -> Iterator[Record]:
@@ -1537,6 +1489,41 @@ def folder_records(args: argparse.Namespace) -> Iterator[Record]:
             name = image.relative_to(args.captions).as_posix()
             caption = path.read_text(encoding="utf-8", errors="replace").strip()
             yield Record(name, name, caption, {})
+
+
+CONVERTERS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
+    "coco": lambda args: read_captions(args.captions),
+    "karpathy": karpathy_records,
+    "flickr30k": karpathy_records,
+    "csv": csv_records,
+    "vg": vg_records,
+    "cc3m": folder_records,
+}
+
+
+def source_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest; it has a header where the types are not the default ones.
+
+    A DataError if the source cannot be read, is not of its kind, or names no images.
+    """
+    try:
+        for number, record in enumerate(CONVERTERS[args.command](args)):
+            if record.image is None:
+                raise DataError(
+                    f"{args.captions}: caption {number + 1} has no image; name the column with "
+                    "--image-column, or make negatives without images with negatives.py"
+                )
+            types = tuple(record.negatives) or NEGATIVE_TYPES
+            if not number and types != NEGATIVE_TYPES:
+                yield {"manifest": 1, "types": types}
+            yield record._asdict() | {"negatives": {**dict.fromkeys(types), **record.negatives}}
+    except DataError:
+        raise
+    except OSError as error:
+        path = error.filename or args.captions
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{args.captions}: is not {SOURCES[args.command]} ({error!r})") from None
 
 
 def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[dict[str, Any]]:
@@ -1615,8 +1602,7 @@ def _sample_parts(record: Record, images: Path) -> dict[str, bytes]:
 def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> None:
     """Decode every image of a manifest and print what it holds, and what a model sees of it.
 
-    Raises:
-        DataError: images are missing or broken; the first ones are named.
+    A DataError, after the print, if images are missing or broken; the first ten are named.
     """
     records = list(read_manifest(path, types))
     names = dict.fromkeys(str(record.image) for record in records)
