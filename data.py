@@ -1604,7 +1604,7 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
 
     A DataError, after the print, if images are missing or broken; the first ten are named.
     """
-    records = list(read_manifest(path, types))
+    tokenizer, records = load_tokenizer(model), list(read_manifest(path, types))
     names = dict.fromkeys(str(record.image) for record in records)
     broken = []
     for name in names:
@@ -1618,7 +1618,7 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
         print(f"  {kind:9} {count} negatives ({100 * count / len(records):.1f} %)")
     repeated = len(records) - len({(record.image, record.caption) for record in records})
     print(f"  {repeated} captions repeated for the same image")
-    same = _count_same_tokens(records, model)
+    same = count_same_tokens(records, tokenizer)
     print(f"  {same} negatives are their caption to {model} (cut at its context): not trained on")
     photos = {photo_number(str(record.image), record.image_id) for record in records}
     for line in find_overlap(np.array(sorted(photos))):
@@ -1630,19 +1630,24 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
     print(f"  all {len(names)} images decode")
 
 
-def _count_same_tokens(records: Sequence[Record], model: str) -> int:
-    """Count the negatives whose tokens are those of their caption."""
+def load_tokenizer(model: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an open_clip model, of shapes-tiny, or of a model config (.json)."""
     open_clip: Any = importlib.import_module("open_clip")
     own = Path(__file__).parent / "scripts" / f"{model}.json"  # shapes-tiny
     path = own if own.is_file() else Path(model)
+    name = path.stem if path.suffix == ".json" else model
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))["text_cfg"]["width"]
             open_clip.add_model_config(path)
-        tokenizer = open_clip.get_tokenizer(path.stem if path.suffix == ".json" else model)
-    except Exception as error:  # a config may be wrong in any way
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:160].rstrip(": ")
-        raise DataError(f"--model {model}: open_clip has no tokenizer for it ({why})") from None
+        open_clip.get_model_config(name)["text_cfg"]  # or any name gets a tokenizer
+        return open_clip.get_tokenizer(name)
+    except Exception:  # a config may be wrong in any way
+        raise DataError(f"--model {model}: open_clip knows no such model") from None
+
+
+def count_same_tokens(records: Iterable[Record], tokenizer: Callable[[list[str]], Tensor]) -> int:
+    """Count the negatives whose tokens are those of their caption."""
     same = 0
     for record in records:
         given = [x for x in record.negatives.values() if x]
@@ -1676,6 +1681,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = shapes_records(args.split, args.seed, args.images, args.limit)
     else:
         rows = source_rows(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     count = write_lines(args.out, rows, args.overwrite)
     print(f"{count} lines written to {args.out}")
 
