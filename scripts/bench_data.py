@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: MIT
-"""Time the loader against bare JPEG decoding and resizing, and measure what an index costs.
+"""Time the training loader against bare JPEG decoding, and measure the index of a manifest.
 
   python scripts/bench_data.py --images DIR --out scripts/results/data.json
   python scripts/bench_data.py                 # synthetic photos of 640 x 480
 
-Bare is what no loader can do without: open, decode, resize to 224.  The loader adds reading the
-line, a random crop, tokenising and packing five captions a picture, and stacking the batch; it runs
-in one process, as one worker of --workers does.
+Bare is the least that any loader does: open, decode, resize to 224 pixels.  The training loader
+also reads the caption's line, crops at random, tokenises and packs five texts an image, and stacks
+the batch; it is timed in this process, as one worker of --workers runs it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_manifest(path: Path, names: list[str], lines: int) -> None:
 
 
 def bare(paths: list[Path]) -> float:
-    """Pictures a second of decoding and resizing alone."""
+    """Images a second of decoding and resizing alone."""
     start = time.process_time()
     for path in paths:
         with Image.open(path) as image:
@@ -69,7 +69,7 @@ def bare(paths: list[Path]) -> float:
 
 
 def loader(mixture: Mixture, tokenizer: Any, steps: int) -> float:
-    """Pictures a second of the training loader, in this process."""
+    """Images a second of the training loader, in this process."""
     collate = Collate(tokenizer, positives=False, negatives="valid")
     batches: Any = mixture.batches(0, steps)
     start = time.process_time()
@@ -79,7 +79,7 @@ def loader(mixture: Mixture, tokenizer: Any, steps: int) -> float:
 
 
 def index_cost(folder: Path, lines: int, transform: Any) -> dict[str, Any]:
-    """Memory and time of a manifest's index; one picture file stands for all, under many names."""
+    """Memory and time of a manifest's index; 1,000 empty files stand for all images."""
     path = folder / "long.jsonl"
     shared = [f"{'./' * (i // 1000)}{i % 1000}.jpg" for i in range(5000)]
     write_manifest(path, shared, lines)
@@ -108,10 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, help="folder of .jpg files (default: synthetic)")
-    parser.add_argument("--lines", type=int, default=1_000_000, help="of the indexed manifest")
-    parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--images", type=Path, help="Folder of .jpg files (default: synthetic).")
+    parser.add_argument(
+        "--lines", type=int, default=1_000_000, help="Lines to index (default: 1000000)."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Repetitions (default: 5).")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: none).")
     args = parser.parse_args()
     model = load_model("ViT-B-32")
     with tempfile.TemporaryDirectory() as temporary:
@@ -131,7 +133,7 @@ def main() -> None:
             for _ in itertools.repeat(None, args.rounds)
         ]
         result: dict[str, Any] = {
-            "pictures": args.images.name if args.images else "synthetic 640 x 480",
+            "images": args.images.name if args.images else "synthetic 640 x 480",
             "bare_per_core_second": round(statistics.median(a for a, _ in rounds), 1),
             "loader_per_core_second": round(statistics.median(b for _, b in rounds), 1),
             "loader_of_bare": round(statistics.median(b / a for a, b in rounds), 3),
