@@ -16,5 +16,5 @@ else
   $python evaluate.py --ckpt $out/base/latest.pt --ckpt $out/control/latest.pt \
     --ckpt $out/ce-clip/latest.pt --suite shapes --out $out/results
 fi
-$python scripts/plot_run.py $out/ce-clip $out/results
-echo "Runs are in $out; the tables in $out/results."
+$python scripts/plot.py $out/ce-clip $out/results --out $out/figures
+echo "Runs are in $out; the tables in $out/results, the figures in $out/figures."

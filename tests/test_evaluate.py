@@ -1766,53 +1766,11 @@ def test_tables_of_a_readme_follow_the_results(tmp_path, root, capsys):
     assert "holds no results of valse" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    assert script("plot_tradeoff.py", "--out", tmp_path / "a.png") == 0
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-    cell = {"accuracy": 50.0, "scored": 3, "expected": 3}
-    table = {"subsets": {}, "averages": {"mean of 7 subsets": cell}, "costs": {}}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"a": {"suites": {"sugarcrepe": table}}}))
-    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 2
-    assert "no compositional suite with a cost" in capsys.readouterr().err
-    zero_shot = {"subsets": {}, "averages": {}, "costs": {"zero-shot cifar10": cell}}
-    suites = {"sugarcrepe": table, "zeroshot": zero_shot}
-    path.write_text(json.dumps({"a": {"suites": suites}}))
-    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 0
-    titles = drawn_titles(path, tmp_path / "c.svg")
-    assert "retrieval (per cent)" not in titles  # an empty panel
-    assert "zero-shot (per cent)" in titles
-    assert "* a" not in titles
-    table["subsets"]["swap_obj"] = {"accuracy": None, "scored": 0, "expected": 245}
-    table["subsets"]["add_obj"] = {"accuracy": 50.0, "scored": 3, "expected": 5}
-    unused = {"subsets": {"cola text": {**cell, "scored": 1}}, "averages": {}, "costs": {}}
-    path.write_text(json.dumps({"a": {"suites": {**suites, "cola": unused}}}))
-    titles = drawn_titles(path, tmp_path / "d.svg")
-    assert "* a: sugarcrepe 3 of 250<" in titles
-    assert script("plot_tradeoff.py", path, path, "--out", tmp_path / "d.svg") == 2
-    assert "the label a is taken" in capsys.readouterr().err
-
-
-def drawn_titles(path, out):
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        assert script("plot_tradeoff.py", path, "--out", out) == 0
-    return out.read_text()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["plot_tradeoff.py", "--out", "a.bmpp"], "a.bmpp: ends in none of ."),
-        (["plot_tradeoff.py", "--out", "a"], "a: ends in none of ."),
-        (["plot_tradeoff.py", "--out", "none/a.png"], "there is no folder none; make it"),
-        (["plot_tradeoff.py", "--out", "/proc/a.png"], "cannot be written"),
         (["make_tables.py", "--check", "--file", "page.md"], "page.md: holds no table between"),
         (["make_tables.py", "--file", "none.md"], "none.md: cannot be read"),
-        (["plot_run.py", "none"], "none: holds neither"),
     ],
 )
 def test_scripts_tell_mistakes_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
@@ -1822,17 +1780,6 @@ def test_scripts_tell_mistakes_in_one_sentence(options, message, tmp_path, monke
     assert script(*options) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
-
-
-def test_plot_run_has_help_and_leaves_out_what_is_absent(tmp_path, capsys):
-    assert script("plot_run.py", "--help") == 0
-    assert "plot_run.py runs/NAME" in capsys.readouterr().out
-    pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    cell = {"accuracy": 50.0, "low": 40.0, "high": 60.0}
-    table = {"subsets": {"a": cell, "b": {"accuracy": None}}}
-    (tmp_path / "results.json").write_text(json.dumps({"m": {"suites": {"cola": table}}}))
-    assert script("plot_run.py", tmp_path) == 0
-    assert (tmp_path / "cola.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Figure 5: ARO over epochs by threshold (a) and cap (c), thresholds (b) and loss parts (d) over steps.
 # Needs data.sh coco karpathy aro, or WORLD=shapes. Prints one row for each epoch of each run and
-# where the pictures are (with matplotlib), then the comparison.
+# where the images are (with matplotlib), then the comparison.
 . "$(dirname "$0")/common.sh"
 mapfile -t names < <(recipes figure5)
 bash "$here/train.sh" "${names[@]}"
@@ -11,6 +11,6 @@ for seed in $SEEDS; do for recipe in "${names[@]}"; do
     name=${epoch##*_}
     options+=(--ckpt "$(label "$recipe epoch ${name%.pt}" "$seed")=$epoch")
   done
-  alone scripts/plot_run.py "$(folder "$recipe" "$seed")" || echo "figure5: no pictures of $recipe"
+  alone scripts/plot.py "$(folder "$recipe" "$seed")" || echo "figure5: no figures of $recipe"
 done; done
 score figure5 "${options[@]}"
