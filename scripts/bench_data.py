@@ -6,7 +6,7 @@
   python scripts/bench_data.py                 # synthetic photos of 640 x 480
 
 Bare is what no loader can do without: open, decode, resize to 224.  The loader adds reading the
-line, a random crop, tokenising and packing five captions a picture, and stacking the batch; it runs
+line, a random crop, tokenising and packing five captions an image, and stacking the batch; it runs
 in one process, as one worker of --workers does.
 """
 
@@ -60,7 +60,7 @@ def write_manifest(path: Path, names: list[str], lines: int) -> None:
 
 
 def bare(paths: list[Path]) -> float:
-    """Pictures a second of decoding and resizing alone."""
+    """Images a second of decoding and resizing alone."""
     start = time.process_time()
     for path in paths:
         with Image.open(path) as image:
@@ -69,7 +69,7 @@ def bare(paths: list[Path]) -> float:
 
 
 def loader(mixture: Mixture, tokenizer: Any, steps: int) -> float:
-    """Pictures a second of the training loader, in this process."""
+    """Images a second of the training loader, in this process."""
     collate = Collate(tokenizer, positives=False, negatives="valid")
     batches: Any = mixture.batches(0, steps)
     start = time.process_time()
@@ -79,7 +79,7 @@ def loader(mixture: Mixture, tokenizer: Any, steps: int) -> float:
 
 
 def index_cost(folder: Path, lines: int, transform: Any) -> dict[str, Any]:
-    """Memory and time of a manifest's index; one picture file stands for all, under many names."""
+    """Memory and time of a manifest's index; one image file stands for all, under many names."""
     path = folder / "long.jsonl"
     shared = [f"{'./' * (i // 1000)}{i % 1000}.jpg" for i in range(5000)]
     write_manifest(path, shared, lines)
@@ -131,7 +131,7 @@ def main() -> None:
             for _ in itertools.repeat(None, args.rounds)
         ]
         result: dict[str, Any] = {
-            "pictures": args.images.name if args.images else "synthetic 640 x 480",
+            "images": args.images.name if args.images else "synthetic 640 x 480",
             "bare_per_core_second": round(statistics.median(a for a, _ in rounds), 1),
             "loader_per_core_second": round(statistics.median(b for _, b in rounds), 1),
             "loader_of_bare": round(statistics.median(b / a for a, b in rounds), 3),

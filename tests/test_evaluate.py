@@ -1791,7 +1791,7 @@ def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
     )
     result = json.loads(out.read_text())
     assert result["same verdicts"] == result["items"] == 14
-    assert result["pictures"] == 1
+    assert result["images"] == 1
 
 
 @pytest.mark.parametrize(
