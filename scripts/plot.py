@@ -49,6 +49,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "text.parse_math": False,
 }
 GROUPS_IN_ROW = 8  # of bars
 EDIT = "#C00000"
@@ -500,46 +501,43 @@ def draw_runs(
     return figure
 
 
-PARTS = {
-    "loss": "loss",
-    "itc": "itc (nats)",
-    "imc": "imc (nats)",
-    "cmr": "cmr (logits)",
-    "own": "own (nats)",
-    "distill": "distill (squared distance)",
-    "caption": "caption (nats a token)",
+UNITS = {
+    "itc": "nats",
+    "imc": "nats",
+    "cmr": "logits",
+    "own": "nats",
+    "distill": "squared distance",
+    "caption": "nats a token",
 }
+NO_PARTS = {"step", "epoch", "grad_norm", "applied", "lr", "logit_scale", "images_per_second"}
+NO_PARTS |= {"text_tokens_per_second", "memory_mib", "bad_images", "same_negatives"}
 
 
 def run_panels(runs: dict[str, list[RunLog]]) -> dict[str, list[Any]]:
-    """What draw_runs takes for thresholds (axes by run) and for loss parts (axes by part)."""
-    moved = {name: {key for key in keys if moves(runs[name], key)} for name, keys in keys_of(runs)}
-    seeds = {name: f" ({len(own)} seeds)" * (len(own) > 1) for name, own in runs.items()}
+    """What draw_runs takes for thresholds (axes by run) and for loss parts (axes by part).
+
+    A part that is off is logged as 0 at every step and left out.
+    """
+    keys: dict[str, list[str]] = {}
+    for name, own in runs.items():
+        lines = [line for run in own for line in run.lines]
+        found = dict.fromkeys(key for line in lines for key in line)
+        on = {key for key in found if any(line.get(key) for line in lines)}
+        moves = any(key.startswith("threshold_") for key in on)
+        keys[name] = [x for x in found if x in on or (moves and x.startswith("threshold_"))]
+    title = {name: name + f" ({len(own)} seeds)" * (len(own) > 1) for name, own in runs.items()}
     thresholds = [
-        (name + seeds[name], "threshold (logits)", [(name, key, key[10:]) for key in found])
-        for name, keys in keys_of(runs)
-        if (found := [key for key in keys if key.startswith("threshold_")])
-        and moved[name] & {*found}
+        (title[name], "threshold (logits)", [(name, key, key[10:]) for key in kinds])
+        for name, found in keys.items()
+        if (kinds := [key for key in found if key.startswith("threshold_")])
     ]
+    every = dict.fromkeys(key for found in keys.values() for key in found if key not in NO_PARTS)
     parts = [
-        (key, unit, [(name, key, name + seeds[name]) for name in runs if key in moved[name]])
-        for key, unit in PARTS.items()
-        if any(key in keys for keys in moved.values())
+        (key, UNITS.get(key, key), [(name, key, title[name]) for name in runs if key in keys[name]])
+        for key in every
+        if not key.startswith("threshold_")
     ]
     return {"thresholds": thresholds, "losses": parts}
-
-
-def keys_of(runs: dict[str, list[RunLog]]) -> list[tuple[str, list[str]]]:
-    """The metrics of each name, in their order."""
-    return [
-        (name, list(dict.fromkeys(key for run in own for line in run.lines for key in line)))
-        for name, own in runs.items()
-    ]
-
-
-def moves(runs: list[RunLog], key: str) -> bool:
-    """Whether a metric is ever other than 0: a part that is off is logged as 0."""
-    return any(line.get(key) for run in runs for line in run.lines)
 
 
 # Gallery: captions and their negatives
@@ -554,12 +552,15 @@ def pick_records(path: Path, count: int) -> tuple[list[dict[str, Any]], list[str
     records: list[dict[str, Any]] = []
     types: dict[str, None] = {}
     for spot, record in read_lines(path):
-        made = record.get("negatives")
         if "manifest" not in record:
-            if not isinstance(record.get("caption"), str) or not isinstance(made or {}, dict):
+            made = record["negatives"] = record.get("negatives") or {}
+            texts = [record.get("caption")]
+            for wording in made.values() if isinstance(made, dict) else [0]:
+                texts += wording if isinstance(wording, list) else [wording or ""]
+            if not all(isinstance(text, str) for text in texts):
                 raise DataError(f"{spot}: is no record of a manifest (caption, negatives)")
-            types |= dict.fromkeys(made or {})
-            records += [record] if made and any(made.values()) else []
+            types |= dict.fromkeys(made)
+            records += [record] if any(made.values()) else []
     every = [record for record in records if all(map(record["negatives"].get, types))]
     chosen = every if len(every) >= count else records
     if not chosen:
@@ -576,12 +577,15 @@ def split_edit(caption: str, text: str, edits: Any = None) -> list[tuple[str, bo
     """
     pieces: list[tuple[str, bool]] = []
     end = 0
-    for edit in edits if isinstance(edits, list) else []:
-        pieces += [(caption[end : edit["start"]], False), (edit["new"], True)]
-        end = edit["end"]
-    pieces.append((caption[end:], False))
-    if "".join(piece for piece, _ in pieces) == text:
-        return pieces
+    try:
+        for edit in edits or []:
+            pieces += [(caption[end : edit["start"]], False), (edit["new"], True)]
+            end = edit["end"]
+        pieces.append((caption[end:], False))
+        if "".join(piece for piece, _ in pieces) == text:
+            return pieces
+    except (KeyError, TypeError):  # edits of another kind
+        pass
     old, new = (re.findall(r"\s+|\w+|[^\w\s]", part) for part in (caption, text))
     codes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     return [("".join(new[start:end]), kind != "equal") for kind, _, _, start, end in codes]
@@ -609,7 +613,7 @@ def draw_gallery(path: Path, count: int, plt: Any) -> Any:
         texts = [("caption", [(record["caption"], False)])]
         for kind in types:
             made = record["negatives"].get(kind)
-            edits = (record.get("edits") or {}).get(kind)
+            edits = record["edits"].get(kind) if isinstance(record.get("edits"), dict) else None
             for text in [made] if isinstance(made, str) else made or []:
                 texts.append((kind, split_edit(record["caption"], text, edits)))
         for kind, pieces in texts:
@@ -624,7 +628,7 @@ def draw_gallery(path: Path, count: int, plt: Any) -> Any:
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(-1, columns + 1), ylim=(height + 0.5, -0.5))
     axis.axis("off")
-    font = {"family": "monospace", "fontsize": 9, "va": "center", "parse_math": False}
+    font = {"family": "monospace", "fontsize": 9, "va": "center"}
     y = -1.1
     for kind, line, bold in rows:
         y += 1.6 if kind == "caption" else 1
@@ -698,6 +702,8 @@ def main(argv: list[str] | None = None) -> None:
         figures[name] = draw_gallery(path, args.captions, plt)
     first = args.inputs[0] if args.inputs else Path()
     out = args.out or (first if first.is_dir() else first.parent)
+    if not any(figures.values()):
+        raise DataError(f"{first}: holds nothing to plot; every figure is missing or 0")
     for name, figure in figures.items():
         if figure is not None:
             image = out / f"{name}.{args.format}"

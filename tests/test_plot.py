@@ -62,7 +62,7 @@ def write(path, content):
 
 def make_run(folder, seed, slope=1.0):
     write(folder / "args.json", {"options": {"seed": seed}})
-    keys = {"itc": 0.5, "imc": 0.25, "cmr": 0.0}
+    keys = {"itc": 0.5, "mine": 0.25, "cmr": 0.0, "lr": 1e-3}
     lines = [
         {"step": step, "loss": slope / step, **keys, "threshold_object": slope * step}
         for step in (10, 20, 30)
@@ -169,7 +169,7 @@ def test_runs_are_drawn_as_mean_and_range_over_seeds(tmp_path, saved):
     band = thresholds.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (10, 90)
     titles = [axis.get_title(loc="left") for axis in figures["losses.svg"].axes]
-    assert titles == ["loss", "itc", "imc"]  # cmr is 0 all along
+    assert titles == ["loss", "itc", "mine"]  # cmr is 0 all along
     assert all(legend_is_free(figure) for figure in figures.values())
     assert (tmp_path / "figures/losses.svg").stat().st_size > 1000
 
@@ -223,7 +223,7 @@ def test_the_gallery_marks_the_edit_and_keeps_every_space(tmp_path, saved):
     ],
 )
 def test_pieces_give_the_text_back(caption, text, marked):
-    for edits in (None, [{"start": 0, "end": 1, "new": "wrong"}]):
+    for edits in (None, [{"start": 0, "end": 1, "new": "wrong"}], [{"at": 3}], 7):
         pieces = plot.split_edit(caption, text, edits)
         assert "".join(piece for piece, _ in pieces) == text
         assert [piece for piece, changed in pieces if changed] == marked
@@ -257,6 +257,8 @@ def test_pieces_give_the_text_back(caption, text, marked):
             r"metrics\.jsonl:1: holds no step and loss",
         ),
         ({"n.jsonl": '{"caption": "a"}\n[]'}, ["n.jsonl"], r"n\.jsonl:2: is no JSON object"),
+        ({"n.jsonl": '{"caption": "a", "negatives": {"x": 3}}'}, ["n.jsonl"], "1: is no record"),
+        ({"r.json": '{"m": {"suites": {}}}'}, ["r.json"], r"r\.json: holds nothing to plot"),
         ({"n.jsonl": '{"text": "a"}'}, ["n.jsonl"], r"n\.jsonl:1: is no record"),
         ({"n.jsonl": '{"caption": "a"}'}, ["n.jsonl"], "holds no negatives"),
         ({}, ["--published", "X", "--out", "."], "--published X: is none of vl_compo"),
