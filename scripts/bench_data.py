@@ -24,6 +24,23 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", type=Path, help="folder of .jpg files to load (default: synthetic photos)")
+    add("--lines", type=int, default=1_000_000, help="lines of the manifest to index (default 1e6)")
+    add("--rounds", type=int, default=5, help="rounds of which the median counts (default 5)")
+    add("--out", type=Path, help="JSON file to write the result to (default: print it only)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
+
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -105,14 +122,7 @@ def index_cost(folder: Path, lines: int, transform: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=Path, help="folder of .jpg files (default: synthetic)")
-    parser.add_argument("--lines", type=int, default=1_000_000, help="of the indexed manifest")
-    parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args()
+    args = parse_args()
     model = load_model("ViT-B-32")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

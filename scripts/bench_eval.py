@@ -20,6 +20,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint or folder to score (default: random weights of --model)")
+    add("--model", help="open_clip model name or config .json (default: the checkpoint's)")
+    add("--root", type=Path, required=True, help="folder of the suites' files, as for evaluate.py")
+    add("--suite", default="sugarcrepe", help="suite with one image an item (default sugarcrepe)")
+    add("--repeats", type=int, default=3, help="runs of which the median counts (default 3)")
+    add("--out", type=Path, help="JSON file to write the result to (default: print it only)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,16 +82,7 @@ def median(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def main() -> None:
     """Time both, check that the verdicts agree, print and write the ratio."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ckpt", help="checkpoint or folder; without it random weights")
-    parser.add_argument("--model", help="open_clip model name or config .json")
-    parser.add_argument("--root", type=Path, required=True, help="as for evaluate.py")
-    parser.add_argument("--suite", default="sugarcrepe", help="suite with one image for each item")
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts (default 3)")
-    parser.add_argument("--out", type=Path, help="json to write")
-    own = parser.parse_args()
+    own = parse_args()
     if own.repeats < 1:
         raise DataError("--repeats must be 1 or more")
     if not own.ckpt and not own.model:

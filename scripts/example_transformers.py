@@ -5,9 +5,14 @@ pip install transformers
 python scripts/example_transformers.py
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # --help is answered before torch is imported
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
 
 import torch
 from torch.nn.functional import normalize
