@@ -88,7 +88,7 @@ def make_batch(texts: list[list[str]], model: Model, size: tuple[int, int], shar
     pixels = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8)
     valid = torch.full((len(texts), len(NEGATIVE_TYPES)), len(texts[0]) > 1)
     none = torch.zeros(len(texts), dtype=torch.bool)
-    return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, valid, [])
+    return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, [])
 
 
 def released_step(

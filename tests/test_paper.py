@@ -213,7 +213,7 @@ def test_dry_run_prints_commands_and_fetches_nothing(mirror, tmp_path):
 def test_an_unknown_group_names_those_that_are_known():
     done = bash("data.sh", "cocoa")
     assert done.returncode == 2
-    assert "cocoa: is none of: aro cc3m coco" in done.stderr
+    assert "cocoa: is none of: aro bivlc cc3m coco coco2017 cola" in done.stderr
 
 
 def test_shell_scripts_are_clean_and_few():
@@ -380,7 +380,7 @@ def test_the_test_images_that_the_kit_knows():
         "retrieval and aro: COCO, Karpathy's test split": 5000,
         **{"sugarcrepe": 1560, "sugarcrepe_pp": 1542, "valse: coreference-standard": 708},
         **{"valse: foil-it": 936, "valse: plurals": 803, "valse: relations": 486},
-        "whatsup and negbench: val2017, 2378 of its 5000": 2378,
+        "whatsup and negbench: val2017, 2585 of its 5000": 2585,
     }
     assert all(len(set(ids)) == len(ids) for ids in data.test_photos().values())
     sets = {name: set(ids) for name, ids in data.test_photos().items()}

@@ -38,16 +38,30 @@ manifest=$ROOT/negatives/$SPLIT${ENGINE:+.$ENGINE}.jsonl
 read -ra train_options <<< "${TRAIN_OPTIONS:-}"
 read -ra eval_options <<< "${EVAL_OPTIONS:-}"
 
-# Run train.py or evaluate.py on all GPUs; LAUNCH=srun starts one process a task (train.slurm).
-launch() {
-  if [ -n "${LAUNCH:-}" ]; then "$LAUNCH" "$PYTHON" "$@"
-  elif [ "$GPUS" -gt 1 ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$@"
-  else "$PYTHON" "$@"; fi
+# Run a command; a signal to this shell alone stops the command too, and then this script.
+pass() {
+  local code=0 child='' stopped=''
+  trap 'stopped=1; [ -z "$child" ] || kill "$child" 2> /dev/null || true' TERM INT HUP
+  "$@" &
+  child=$!
+  [ -z "$stopped" ] || kill "$child"
+  wait "$child" || code=$?
+  while [ -n "$stopped" ] && kill -0 "$child" 2> /dev/null; do wait "$child" || code=$?; done
+  trap - TERM INT HUP
+  [ -z "$stopped" ] || exit "$code"
+  return "$code"
 }
 
-# Run one process, in a job of SLURM too, whose variables would make it one of many.
-alone() { env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$@"; }
+# Run train.py or evaluate.py on all GPUs; LAUNCH=srun starts one process a task (train.slurm).
+launch() {
+  if [ -n "${LAUNCH:-}" ]; then pass "$LAUNCH" "$PYTHON" "$@"
+  elif [ "$GPUS" -gt 1 ]; then
+    pass "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$@"
+  else pass "$PYTHON" "$@"; fi
+}
+
+# Run one process, in a SLURM job too, whose variables would make it one of many.
+alone() { pass env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$@"; }
 
 # train OUT OPTIONS...: run train.py into the folder OUT, unless these very options are done there.
 train() {
@@ -58,6 +72,17 @@ train() {
     launch train.py "$@" --out "$out"
     echo "$*" > "$out.done"
   fi
+}
+
+# base SEED OPTIONS...: set `shared`, options of all runs of a seed, and `start`, the weights that
+# they start from: PRETRAINED, or else a base that is trained on the data that OPTIONS name.
+base() {
+  local seed=$1; shift
+  shared=(${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}") start=$PRETRAINED
+  [ "$GPUS" = 0 ] || shared+=(--precision bf16)
+  [ -z "$start" ] || return 0
+  start=$(folder base "$seed")/latest.pt
+  train "${start%/*}" --recipe clip "$@" "${shared[@]}"
 }
 
 # The recipes of a table of the paper, in the order of recipes.tsv.
@@ -108,10 +133,11 @@ score() {
     --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$out/record.json"
 }
 
-# table NAME RECIPE...: train what is missing, score it, compare it.
+# table NAME: train what is missing of its recipes, score them, compare them.
 table() {
-  local name=$1 options; shift
-  bash "$here/train.sh" "$@"
-  mapfile -t options < <(checkpoints "$@")
-  score "$name" "${options[@]}"
+  local names options
+  mapfile -t names < <(recipes "$1")
+  pass bash "$here/train.sh" "${names[@]}"
+  mapfile -t options < <(checkpoints "${names[@]}")
+  score "$1" "${options[@]}"
 }

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Table 1: ARO and VALSE.
-# Needs data.sh coco karpathy aro valse, or WORLD=shapes. Trains what is missing; prints the
-# suites' tables, then paper / independently measured / ours / difference / within tolerance.
+# Needs data.sh coco karpathy aro valse, or WORLD=shapes. Trains what is missing.
+# Prints the paper's figures, independent ones, ours, and whether ours are within tolerance.
 . "$(dirname "$0")/common.sh"
-mapfile -t names < <(recipes table1)
-table table1 "${names[@]}"
+table table1

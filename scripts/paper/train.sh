@@ -11,19 +11,14 @@ for recipe in "$@"; do
 done
 data=()
 if [ "$WORLD" = coco ]; then
-  bash "$here/negatives.sh"
+  pass bash "$here/negatives.sh"
   data=(--data "$manifest" --images "$images")
 fi
 for seed in $SEEDS; do
-  common=("${data[@]}" ${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}")
-  [ "$GPUS" = 0 ] || common+=(--precision bf16)
-  start=$PRETRAINED
-  if [ -z "$start" ]; then
-    train "$(folder base "$seed")" --recipe clip "${common[@]}"
-    start=$(folder base "$seed")/latest.pt
-  fi
+  base "$seed" "${data[@]}"
   for recipe in "$@"; do
     read -ra options <<< "$(awk -F'\t' -v r="$recipe" '$1 == r {print $3}' "$here/recipes.tsv")"
-    train "$(folder "$recipe" "$seed")" "${options[@]}" "${common[@]}" --pretrained "$start"
+    train "$(folder "$recipe" "$seed")" "${options[@]}" "${data[@]}" "${shared[@]}" \
+      --pretrained "$start"
   done
 done
