@@ -44,6 +44,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from data import (
+    SHAPES_NEGATIVES,
     Batch,
     Collate,
     DataError,
@@ -269,7 +270,7 @@ def make_run(
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
     """The shapes world, or the manifests of --data; refuses data that the recipe cannot use."""
     if args.data is None:
-        world = ShapesDataset(image_size(model.net), seed=0)
+        world = ShapesDataset(image_size(model.net), 0, args.shapes_negatives or "both")
         return Mixture([world], [1], args.batch_size, args.seed, True)
     folders = args.images
     pairs = [split_weight(text) for text in args.data]
@@ -1151,6 +1152,11 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """Options of what is tuned, and how."""
     add = parser.add_argument_group("method").add_argument
+    add(
+        "--shapes-negatives",
+        choices=SHAPES_NEGATIVES,
+        help="edits that make the shapes world's negatives; lexicon: negatives.py (default both)",
+    )
     add("--tune", choices=("all", "text"), default="all", help="text freezes the image tower")
     add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
     add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
@@ -1216,6 +1222,7 @@ def check_idle(args: argparse.Namespace) -> None:
         ("images captions", reads_shards(args), "with shards"),
         ("remote", not reads_shards(args), "without shards"),
         ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
+        ("shapes_negatives", not shapes, "with --data"),
     ):
         for name in names.split():
             if idle and getattr(args, name) not in (None, False):
