@@ -140,7 +140,7 @@ ACTIONS = {
     "surrounding": Action("surrounded by", ("covering", "touching")),
     "pointing at": Action("pointed at by", ("covering", "touching")),
 }
-KINDS = {"place": 0.15, "relation": 0.7, "action": 0.15}  # of scenes, and how often
+KINDS = {"place": 0.3, "relation": 0.55, "action": 0.15}  # of scenes, and how often
 NOUN_PHRASE = re.compile(r"\ban? (?:(small|large) )?(\w+) (\w+)")
 JITTER = 0.05  # of centres; relations stay clear, the other axis never decides
 TEMPLATES = 3  # ways to say a claim

@@ -70,7 +70,6 @@ from data import (
 )
 from evaluate import (
     PRECISIONS,
-    TINY_CONFIG,
     Encoder,
     Item,
     Model,
@@ -99,7 +98,7 @@ DEFAULTS = {
     },
     "shapes": {
         **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 700, "grad_clip": 1.0},
-        **{"model": TINY_CONFIG.stem, "save_every": 100, "workers": 0},
+        **{"model": "shapes-resnet", "save_every": 100, "workers": 0},
     },
     "both": {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"},
 }
@@ -1085,7 +1084,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
     add("--remote", action="store_true", help="shards may be URLs, or pipe: commands to be run")
     add("--out", type=Path, help="run directory (default runs/RECIPE)")
-    add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
+    add(
+        "--model",
+        help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-resnet)",
+    )
     add("--pretrained", help="open_clip tag or checkpoint to start from (default: random weights)")
     add("--recipe", default="ce-clip", help=f"{', '.join(RECIPES)} (default ce-clip)")
     add("--steps", type=int, help="length of the run (default: 700 in the shapes world)")

@@ -14,16 +14,28 @@ if [ "$WORLD" = coco ]; then
   bash "$here/negatives.sh"
   data=(--data "$manifest" --images "$images")
 fi
-for seed in $SEEDS; do
-  common=("${data[@]}" ${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}")
-  [ "$GPUS" = 0 ] || common+=(--precision bf16)
-  start=$PRETRAINED
-  if [ -z "$start" ]; then
-    train "$(folder base "$seed")" --recipe clip "${common[@]}"
-    start=$(folder base "$seed")/latest.pt
-  fi
-  for recipe in "$@"; do
-    read -ra options <<< "$(awk -F'\t' -v r="$recipe" '$1 == r {print $3}' "$here/recipes.tsv")"
-    train "$(folder "$recipe" "$seed")" "${options[@]}" "${common[@]}" --pretrained "$start"
+# Without a GPU the shapes world trains on every core, one thread each: no thread waits for another.
+threads=()
+if [ "$WORLD" = shapes ] && [ "$GPUS" = 0 ]; then threads=(env OMP_NUM_THREADS=1); else JOBS=1; fi
+JOBS=${JOBS:-$(nproc)}
+running=0
+# Start `train OUT OPTIONS...` beside the others, at most JOBS at a time; the first failure ends all.
+start() {
+  [ "$running" -lt "$JOBS" ] || finish
+  train "$@" 2>&1 | sed -u "s|^|$(basename "$1"): |" &
+  running=$((running + 1))
+}
+finish() { wait -n || exit; running=$((running - 1)); }
+finish_all() { while [ "$running" -gt 0 ]; do finish; done; }
+for step in base "$@"; do
+  [ "$step" != base ] || [ -z "$PRETRAINED" ] || continue
+  read -ra options <<< "$(awk -F'\t' -v r="$step" '$1 == r {print $3}' "$here/recipes.tsv")"
+  for seed in $SEEDS; do
+    common=("${data[@]}" ${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}")
+    [ "$GPUS" = 0 ] || common+=(--precision bf16)
+    [ "$step" = base ] || common+=(--pretrained "${PRETRAINED:-$(folder base "$seed")/latest.pt}")
+    start "$(folder "$step" "$seed")" "${options[@]}" "${common[@]}"
   done
+  [ "$step" != base ] || finish_all
 done
+finish_all
