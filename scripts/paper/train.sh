@@ -15,9 +15,7 @@ if [ "$WORLD" = coco ]; then
   data=(--data "$manifest" --images "$images")
 fi
 # Without a GPU the shapes world trains on every core, one thread each: no thread waits for another.
-threads=()
-if [ "$WORLD" = shapes ] && [ "$GPUS" = 0 ]; then threads=(env OMP_NUM_THREADS=1); else JOBS=1; fi
-JOBS=${JOBS:-$(nproc)}
+if [ "$WORLD" = shapes ] && [ "$GPUS" = 0 ]; then JOBS=$(nproc); export OMP_NUM_THREADS=1; else JOBS=1; fi
 running=0
 # Start `train OUT OPTIONS...` beside the others, at most JOBS at a time; the first failure ends all.
 start() {
