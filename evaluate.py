@@ -79,7 +79,9 @@ RECALLS = (1, 5, 10)
 READERS = {"blind": "texts only", "masked": "texts only (masked)"}  # keys and heads of columns
 BLIND_FOLDS = 5
 SCRIPTS = Path(__file__).parent / "scripts"
-TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
+SHAPES_CONFIGS = {
+    path.stem: path for path in sorted(SCRIPTS.glob("shapes-*.json"))
+}  # models of the kit
 # Pictures; four times as many texts. What a layer writes should stay in a CPU's cache.
 BATCH = {"cuda": 128, "cpu": 24}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -176,7 +178,7 @@ def _agreed_name(name: str | None, held: str | None, path: str | None, config: A
         raise DataError(f"--ckpt {path}: is not from train.py; name its --model ({hint})")
     if name and held not in (None, name):
         raise DataError(f"--model {name}: {path} holds a {held}; leave --model out")
-    if not name and not config and held not in (*open_clip.list_models(), TINY_CONFIG.stem):
+    if not name and not config and held not in (*open_clip.list_models(), *SHAPES_CONFIGS):
         raise DataError(
             f"{path}: holds a {held!r:.80}, which open_clip does not know; name --model"
         )
@@ -442,7 +444,7 @@ def _line(error: Exception) -> str:
 
 def _register(name: str | None) -> str:
     """Make a model config file known to open_clip, and give the name it has there."""
-    path = TINY_CONFIG if name == TINY_CONFIG.stem else Path(str(name))
+    path = SHAPES_CONFIGS.get(str(name), Path(str(name)))
     if path.suffix != ".json":
         return str(name)
     try:
@@ -455,7 +457,7 @@ def _register(name: str | None) -> str:
 def _config(name: str) -> dict[str, Any]:
     config = open_clip.get_model_config(name)
     if config is None:
-        near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY_CONFIG.stem], 3)
+        near = difflib.get_close_matches(name, [*open_clip.list_models(), *SHAPES_CONFIGS], 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise DataError(f"--model {name}: open_clip knows no such model; {hint}")
     return config

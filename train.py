@@ -44,6 +44,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from data import (
+    SHAPES_NEGATIVES,
     Batch,
     Collate,
     DataError,
@@ -69,7 +70,6 @@ from data import (
 )
 from evaluate import (
     PRECISIONS,
-    TINY_CONFIG,
     Encoder,
     Item,
     Model,
@@ -98,7 +98,7 @@ DEFAULTS = {
     },
     "shapes": {
         **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 700, "grad_clip": 1.0},
-        **{"model": TINY_CONFIG.stem, "save_every": 100, "workers": 0},
+        **{"model": "shapes-resnet", "save_every": 100, "workers": 0},
     },
     "both": {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"},
 }
@@ -269,7 +269,7 @@ def make_run(
 def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
     """The shapes world, or the manifests of --data; refuses data that the recipe cannot use."""
     if args.data is None:
-        world = ShapesDataset(image_size(model.net), seed=0)
+        world = ShapesDataset(image_size(model.net), 0, args.shapes_negatives or "both")
         return Mixture([world], [1], args.batch_size, args.seed, True)
     folders = args.images
     pairs = [split_weight(text) for text in args.data]
@@ -1084,7 +1084,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
     add("--remote", action="store_true", help="shards may be URLs, or pipe: commands to be run")
     add("--out", type=Path, help="run directory (default runs/RECIPE)")
-    add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
+    add(
+        "--model",
+        help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-resnet)",
+    )
     add("--pretrained", help="open_clip tag or checkpoint to start from (default: random weights)")
     add("--recipe", default="ce-clip", help=f"{', '.join(RECIPES)} (default ce-clip)")
     add("--steps", type=int, help="length of the run (default: 700 in the shapes world)")
@@ -1151,6 +1154,11 @@ def add_loss_options(parser: argparse.ArgumentParser) -> None:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """Options of what is tuned, and how."""
     add = parser.add_argument_group("method").add_argument
+    add(
+        "--shapes-negatives",
+        choices=SHAPES_NEGATIVES,
+        help="edits that make the shapes world's negatives; lexicon: negatives.py (default both)",
+    )
     add("--tune", choices=("all", "text"), default="all", help="text freezes the image tower")
     add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
     add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
@@ -1216,6 +1224,7 @@ def check_idle(args: argparse.Namespace) -> None:
         ("images captions", reads_shards(args), "with shards"),
         ("remote", not reads_shards(args), "without shards"),
         ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
+        ("shapes_negatives", not shapes, "with --data"),
     ):
         for name in names.split():
             if idle and getattr(args, name) not in (None, False):

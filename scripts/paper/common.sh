@@ -74,16 +74,16 @@ train() {
   fi
 }
 
-# base SEED OPTIONS...: set `shared`, options of all runs of a seed, and `start`, the weights that
-# they start from: PRETRAINED, or else a base that is trained on the data that OPTIONS name.
-base() {
-  local seed=$1; shift
-  shared=(${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}") start=$PRETRAINED
+# share SEED: set `shared`, options of all runs of a seed, and `start`, the weights that they start
+# from: PRETRAINED, or else the base of train.sh.
+share() {
+  shared=(${MODEL:+--model "$MODEL"} --seed "$1" "${train_options[@]}")
   [ "$GPUS" = 0 ] || shared+=(--precision bf16)
-  [ -z "$start" ] || return 0
-  start=$(folder base "$seed")/latest.pt
-  train "${start%/*}" --recipe clip "$@" "${shared[@]}"
+  start=${PRETRAINED:-$(folder base "$1")/latest.pt}
 }
+
+# The options of a recipe; those of RECIPE-WORLD come on top.
+row() { awk -F'\t' -v r="$1" '$1 == r {print $3}' "$here/recipes.tsv"; }
 
 # The recipes of a table of the paper, in the order of recipes.tsv.
 recipes() {
