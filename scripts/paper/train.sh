@@ -14,9 +14,9 @@ if [ "$WORLD" = coco ]; then
   pass bash "$here/negatives.sh"
   data=(--data "$manifest" --images "$images")
 fi
-# Small models on a CPU train side by side, one thread each: no thread waits for another.
-jobs=1 running=0
-if [ "$WORLD" = shapes ] && [ "$GPUS" = 0 ]; then jobs=$(nproc); export OMP_NUM_THREADS=1; fi
+read -ra seeds <<< "$SEEDS"
+cores=1 running=0
+[ "$WORLD" = coco ] || [ "$GPUS" -gt 0 ] || cores=$(nproc)  # small models train side by side
 stop() { jobs -p | xargs -r kill 2> /dev/null || true; wait; exit "$1"; }
 trap 'stop 143' TERM INT HUP
 # Wait until fewer than N runs go on; a run that fails stops the others.
@@ -26,6 +26,10 @@ until_fewer() {
 for recipe in base "$@"; do
   [ "$recipe" != base ] || [ -z "$PRETRAINED" ] || continue
   read -ra options <<< "$(row "$recipe") $(row "$recipe-$WORLD")"
+  jobs=${#seeds[@]}
+  [ "$recipe" = base ] || jobs=$((jobs * $#))
+  jobs=$((jobs < cores ? jobs : cores))
+  [ "$cores" = 1 ] || export OMP_NUM_THREADS=$((cores / jobs))
   for seed in $SEEDS; do
     until_fewer "$jobs"
     share "$seed"
