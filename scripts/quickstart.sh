@@ -8,7 +8,7 @@ python3 negatives.py --text "A man riding a brown horse on the beach."  # needs 
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt matplotlib
 export WORLD=shapes OUT=runs/quickstart SEEDS=0
 python=.venv/bin/python
-score=("$python" evaluate.py --suite shapes --cache $OUT/features --ckpt base=$OUT/base.0/latest.pt)
+score=("$python" evaluate.py --suite shapes --cache "$OUT/features" --ckpt base="$OUT/base.0/latest.pt")
 bash scripts/paper/train.sh base
 if [ -f $OUT/results/results.md ]; then
   cat $OUT/results/results.md
