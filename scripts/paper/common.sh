@@ -1,17 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share; sourced, never run. A user may set (paths that do not begin
-# with / are from the top of the repository):
-#   WORLD=shapes      the world that the kit draws, with three seeds, in place of COCO
-#   ROOT, OUT         folder of the data (data), of runs and tables (runs/paper, runs/shapes)
-#   SPLIT             images to train on: train2014 (default, the paper's), karpathy, train2017
-#   MODEL, PRETRAINED open_clip's name and tag, or a checkpoint; PRETRAINED= trains a base first
-#   RECIPES           in place of those that a table has, "clip ce-clip"
-#   ENGINE            negatives.py's, if not its default; released: the published negatives
-#   SEEDS, GPUS       seeds of the runs; processes of a run (default: all GPUs)
-#   RELEASED          the authors' checkpoint, to be scored beside ours
-#   ALLOW_MISSING=1   score what is there, as N of M
-#   TRAIN_OPTIONS, EVAL_OPTIONS, NEGATIVES_OPTIONS   more options of the three programs
-#   PYTHON            with the packages of requirements.txt (default: .venv, else python3)
+# What the scripts of this folder share; sourced, never run. README.md lists what a user may set.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
@@ -114,7 +102,7 @@ checkpoints() {
 # NAME, unless that was done with these very weights; then compare with what is published.
 score() {
   local out=$OUT/$1 name=$1 suite=(--suite "$1" --root "$ROOT") given new code; shift
-  local results=$out/results.json x
+  local results=$out/results.json record=${RECORDS:+$RECORDS/$name-$WORLD.json} x
   [ "$WORLD" = coco ] || suite=(--suite shapes)
   given=$(printf '%s\n' "$@" "${eval_options[@]}" "${ALLOW_MISSING:-}")
   new=$(for x in "$@"; do [ ! "${x#*=}" -nt "$results" ] || echo "$x"; done)
@@ -130,7 +118,7 @@ score() {
     echo "$given" > "$out/given"
   fi
   alone scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
-    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$out/record.json"
+    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "${record:-$out/record.json}"
 }
 
 # table NAME: train what is missing of its recipes, score them, compare them.
