@@ -309,7 +309,7 @@ def model_card(args: argparse.Namespace, model: Model, digest: str, result: Any)
     lines += ["| | |", "| --- | --- |", f"| architecture | {about['model']} |"]
     lines += [f"| activation | {about['activation']} |", f"| licence | {args.license} |"]
     lines += [f"| {key} | {about[key]} |" for key in ("recipe", "step") if key in about]
-    lines += [f"| SHA-256 of the weights | {digest} |", ""]
+    lines += [f"| `weights_sha256` of evaluate.py | {digest} |", ""]
     lines += ["The licence is the uploader's choice; weights also carry the terms of the weights"]
     lines += ["that they were tuned from and of the training data.", "", "## Results", ""]
     if result:
@@ -370,6 +370,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         card = model_card(args, model, digest, result)
         (room / "README.md").write_text(card, encoding="utf-8")
+        for path in room.iterdir():
+            path.chmod(0o644)  # safetensors lets its owner alone read it
         if args.out.is_dir():
             args.out.rmdir()  # it is empty
         room.rename(args.out)
