@@ -58,7 +58,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         DataError: names the flag and what to mend.
     """
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+    if args.out.exists() and not (
+        args.out.name and args.out.is_dir() and not any(args.out.iterdir())
+    ):
         raise DataError(f"--out {args.out}: exists and is not empty; choose another folder")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise DataError(f"--license {args.license}: is no licence id; give one such as mit")
