@@ -11,6 +11,6 @@ for seed in $SEEDS; do for recipe in "${names[@]}"; do
     name=${epoch##*_}
     options+=(--ckpt "$(label "$recipe epoch ${name%.pt}" "$seed")=$epoch")
   done
-  alone scripts/plot.py "$(folder "$recipe" "$seed")" || echo "figure5: no figures of $recipe"
+  alone scripts/plot.py "$(folder "$recipe" "$seed")" || echo "figure5: no images of $recipe"
 done; done
 score figure5 "${options[@]}"
