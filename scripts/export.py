@@ -58,7 +58,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         DataError: names the flag and what to mend.
     """
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+    if args.out.exists() and not (
+        args.out.name and args.out.is_dir() and not any(args.out.iterdir())
+    ):
         raise DataError(f"--out {args.out}: exists and is not empty; choose another folder")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise DataError(f"--license {args.license}: is no licence id; give one such as mit")
@@ -309,7 +311,7 @@ def model_card(args: argparse.Namespace, model: Model, digest: str, result: Any)
     lines += ["| | |", "| --- | --- |", f"| architecture | {about['model']} |"]
     lines += [f"| activation | {about['activation']} |", f"| licence | {args.license} |"]
     lines += [f"| {key} | {about[key]} |" for key in ("recipe", "step") if key in about]
-    lines += [f"| SHA-256 of the weights | {digest} |", ""]
+    lines += [f"| `weights_sha256` of evaluate.py | {digest} |", ""]
     lines += ["The licence is the uploader's choice; weights also carry the terms of the weights"]
     lines += ["that they were tuned from and of the training data.", "", "## Results", ""]
     if result:
@@ -370,6 +372,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         card = model_card(args, model, digest, result)
         (room / "README.md").write_text(card, encoding="utf-8")
+        for path in room.iterdir():
+            path.chmod(0o644)  # safetensors lets its owner alone read it
         if args.out.is_dir():
             args.out.rmdir()  # it is empty
         room.rename(args.out)

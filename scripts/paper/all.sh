@@ -8,7 +8,7 @@ mkdir -p "$OUT"
 [ "$WORLD" = coco ] || scripts=(table4 kinds figure5)  # all tables have the one suite, shapes
 for script in "${scripts[@]}"; do
   echo "== $script"
-  code=0 record=$OUT/$script/record.json
+  code=0 record=$(record "$script")
   touch "$OUT/started"
   pass bash "$here/$script.sh" || code=$?
   [ "$code" != 1 ] || [ "$record" -nt "$OUT/started" ] || code=2  # 1 by a crash: no row is outside

@@ -98,11 +98,14 @@ checkpoints() {
   done; done
 }
 
+# The JSON of record of a table.
+record() { if [ -n "${RECORDS:-}" ]; then echo "$RECORDS/$1-$WORLD.json"; else echo "$OUT/$1/record.json"; fi; }
+
 # score NAME OPTIONS...: evaluate the checkpoints among the options on the suites of the group
 # NAME, unless that was done with these very weights; then compare with what is published.
 score() {
   local out=$OUT/$1 name=$1 suite=(--suite "$1" --root "$ROOT") given new code; shift
-  local results=$out/results.json record=${RECORDS:+$RECORDS/$name-$WORLD.json} x
+  local results=$out/results.json x
   [ "$WORLD" = coco ] || suite=(--suite shapes)
   given=$(printf '%s\n' "$@" "${eval_options[@]}" "${ALLOW_MISSING:-}")
   new=$(for x in "$@"; do [ ! "${x#*=}" -nt "$results" ] || echo "$x"; done)
@@ -118,7 +121,7 @@ score() {
     echo "$given" > "$out/given"
   fi
   alone scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
-    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "${record:-$out/record.json}"
+    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$(record "$name")"
 }
 
 # table NAME: train what is missing of its recipes, score them, compare them.
