@@ -42,6 +42,7 @@ def test_links_and_named_files_exist():
 
 def test_flags_of_the_readme_exist():
     files = [*(ROOT / f"{name}.py" for name in OURS), *(ROOT / "scripts").glob("*.py")]
+    files.append(ROOT / "scripts/train_options.json")
     sources = "".join(file.read_text() for file in files)
     known = set(re.findall(r'"(--[a-z-]+)"', sources)) | {"--nproc_per_node"}
     known |= {"--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
