@@ -352,7 +352,7 @@ def published(suite):
 
 def test_every_option_of_the_recipes_is_one_of_train():
     for line in (PAPER / "recipes.tsv").read_text().splitlines()[1:]:
-        train.check_args(train.parse_args(line.split("\t")[2].split()), train.Rank(0, 1, "cpu"))
+        train.check_args(train.parse_args(line.split("\t")[2].split()), evaluate.Rank(0, 1, "cpu"))
 
 
 # No leak: training images that stand in a test.
