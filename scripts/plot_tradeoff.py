@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import make_tables
+
 import evaluate
 from data import DataError
 from negatives import run_script
@@ -58,7 +60,7 @@ def read_results(
                     for suite, cells in tables.items()
                 }
                 partial[label] = {
-                    suite: evaluate.partly({suite: table})
+                    suite: make_tables.partly({suite: table})
                     for suite, table in result["suites"].items()
                 }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -118,7 +120,7 @@ def read_published() -> dict[str, dict[str, dict[str, float]]]:
     """Published figures as read_results gives them, by "model (source)"."""
     read: dict[str, dict[str, dict[str, float]]] = {}
     for suite in evaluate.SUITES:
-        for (model, source), values in evaluate.published(suite).items():
+        for (model, source), values in make_tables.published(suite).items():
             read.setdefault(f"{model} ({source})", {})[suite] = values
     return read
 
