@@ -251,7 +251,7 @@ def results_of(model="ViT-B-32-quickgelu", suite="sugarcrepe", **labels):
 
 
 def verdicts(tables, results, *labels):
-    records = tables.judge("table3", "coco", results, list(labels))
+    records = tables.judge_table("table3", "coco", results, list(labels))
     return {(x["name"], x["row"]): x for x in records}
 
 
@@ -332,7 +332,7 @@ def test_a_row_outside_ends_with_one_and_a_record(tables, tmp_path, capsys, ours
 
 def test_figure_5_is_held_to_its_curves_by_epoch(tables):
     labels = ["fixed-2 epoch 01", "ce-clip epoch 05", "cap-15 epoch 05", "cap-15 epoch 04"]
-    records = tables.judge("figure5", "coco", {}, labels)
+    records = tables.judge_table("figure5", "coco", {}, labels)
     assert [(x["name"], x["paper"]) for x in records] == [
         *[("fixed-2 epoch 01", 73.2), ("ce-clip epoch 05", 80.7), ("cap-15 epoch 05", 79.4)],
     ]
