@@ -1,9 +1,7 @@
 """The shapes world's captions and negatives, and the results of record that come from it."""
 
 import itertools
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
