@@ -258,7 +258,7 @@ def _read_acts(rows: Rows, known: Words) -> None:
             for act in group.split():
                 known.together[act].update(group.split())
     for who, line in rows["participles"]:
-        done = {}
+        done: dict[str, list[str]] = {}
         for group in line.split("|"):
             old, _, new = group.partition(">")
             done |= dict.fromkeys(_items(old), _items(new))
@@ -738,8 +738,8 @@ def propose_action(s: Sentence) -> Proposal:
         if s.tags[i] not in "GZBE" or i in inside:
             continue
         who = next((p for p in reversed(s.phrases) if p.stop <= i), None)
-        for kinds, done in known.participles if who else ():
-            if s.tags[i] in "EG" and word in done and is_kind(who.kind, kinds, who.noun):
+        for kinds, done in known.participles:
+            if who and s.tags[i] in "EG" and word in done and is_kind(who.kind, kinds, who.noun):
                 swaps.append(Swap(i, tuple(done[word])))
                 break
         verb, form = known.verbs.get(word, ("", ""))

@@ -370,6 +370,8 @@ def published_summary(source: str) -> dict[str, Points]:
 
 def draw_tradeoff(results: Results, plt: Any) -> Any:
     """Our models filled, published ones hollow; None where results share no gain and cost."""
+    import make_tables
+
     import evaluate
 
     read = figures_of(results)
@@ -377,7 +379,7 @@ def draw_tradeoff(results: Results, plt: Any) -> Any:
         return None
     theirs: dict[str, dict[str, dict[str, float]]] = {}
     for suite in evaluate.SUITES:
-        for (model, source), values in evaluate.published(suite).items():
+        for (model, source), values in make_tables.published(suite).items():
             theirs.setdefault(f"{model} ({source})", {})[suite] = values
     up = shared(read, "composition")
     costs = {kind: shared(read, kind) for kind in ("zero-shot", "retrieval")}
@@ -389,7 +391,7 @@ def draw_tradeoff(results: Results, plt: Any) -> Any:
     used = {suite for names in (up, *costs.values()) for suite, _ in names}
     title = "Composition: " + ", ".join(f"{suite} ({row})" for suite, row in up)
     for label, result in results.items():
-        few = evaluate.partly({x: table for x, table in result["suites"].items() if x in used})
+        few = make_tables.partly({x: table for x, table in result["suites"].items() if x in used})
         title += f"\n{label}: {few}" * bool(few)
     return draw_panels(panels, title, plt) if panels else None
 
