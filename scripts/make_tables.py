@@ -539,7 +539,7 @@ def interval(x: dict[str, Any]) -> str:
 
 def run_judge(args: argparse.Namespace) -> int:
     """Print the judgement and write the record; 1 if a reproduced row is outside."""
-    if args.record is None or args.world == "coco" and args.judge not in evaluate.GROUPS:
+    if args.record is None or (args.world == "coco" and args.judge not in evaluate.GROUPS):
         raise DataError(
             f"--judge {args.judge}: wants --record and one of {', '.join(evaluate.GROUPS)}"
         )
