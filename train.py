@@ -4,7 +4,7 @@
   python train.py                                        # the shapes world, minutes on a laptop
   torchrun --nproc_per_node=8 train.py --data negatives.jsonl --images coco \\
       --model ViT-B-32-quickgelu --pretrained openai --recipe ce-clip
-  python train.py --loss scripts/example_loss.py:WithMargin     # a loss of your own
+  python train.py --loss scripts/example_loss.py:WithAlignment  # a loss of your own
 
 The same command resumes a run that was cut off, to the same weights.
 """
@@ -391,8 +391,9 @@ def loss_faults(spec: str | None) -> Iterator[None]:
     except Exception as error:  # of whatever kind
         if spec is None:
             raise
+        path = os.path.abspath(spec.rpartition(":")[0])
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [x.lineno for x in frames if x.filename == spec.rpartition(":")[0]]
+        lines = [x.lineno for x in frames if os.path.abspath(x.filename) == path]
         lines += [error.lineno] if isinstance(error, SyntaxError) else []
         where = f", line {lines[-1]}" if lines else ""
         told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

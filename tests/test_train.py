@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,6 +63,9 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
 
 
 RANK = evaluate.Rank(0, 1, torch.device("cpu"))
+
+
+LOSS = str(ROOT / "scripts/example_loss.py:WithAlignment")
 
 
 def put(folder, limit=8):
@@ -132,6 +136,9 @@ def test_two_ranks_train_photos_as_one(tmp_path):
         (["--lora", "4", "--tune", "text"], "goes with neither"),
         (["--model", "RN50", "--micro-batch", "2"], "batch norms"),
         (["--out", "/proc/none"], "cannot be written"),
+        (["--loss", "own:Own"], "--loss own:Own: must be FILE.py:CLASS"),
+        (["--loss", "no.py:Own"], "no.py: cannot be read"),
+        (["--loss", LOSS, "--imc", "x"], "--loss .*ValueError: imc is 'x'"),
     ],
 )
 def test_mistakes_get_one_sentence(options, message, tmp_path, monkeypatch):
@@ -456,3 +463,79 @@ def test_a_skipped_last_step_still_saves_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "batch_loss", poisoned)
     assert train.main(short_run(tmp_path)) == 0
     assert torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"] == 6
+
+
+FORWARD = "class Own(torch.nn.Module):\n  def forward(self, image, text, *rest): "
+OWN = """
+import torch
+
+class Plain(torch.nn.Module):  # no constructor, no thresholds, a count that is kept
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, image_features, text_features, logit_scale, negative_features, valid, *rest):
+        self.calls += 1
+        pairs = logit_scale * image_features @ text_features.T
+        loss = torch.nn.functional.cross_entropy(pairs, torch.arange(len(pairs)))
+        return {"loss": loss, "pairs": pairs.mean().detach(), "calls": self.calls}
+"""
+
+
+def test_a_loss_of_your_own_is_logged_and_resumed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    run = ["--loss", f"{path}:Plain", "--steps", "4", "--batch-size", "8", "--save-every", "2"]
+    run += ["--log-every", "1", "--micro-batch", "4"]
+    assert train.main([*run, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(train, "train_step", stop_at(2, train.train_step))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*run, "--out", str(tmp_path / "cut")])
+    monkeypatch.undo()
+    assert train.main([*run, "--out", str(tmp_path / "cut")]) == 0
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "cut")[key]), key
+    lines = [json.loads(x) for x in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    assert [line["calls"] for line in lines] == [1, 2, 3, 4]
+    assert re.search(r"step 4/4  loss \d\.\d+ pairs \S+ calls 4", capsys.readouterr().out)
+    path.write_text(OWN + "\n# another file")
+    with pytest.raises(data.DataError, match=r"own\.py:Plain: changed since the run in"):
+        train.main([*run, "--out", str(tmp_path / "cut")])
+
+
+def test_the_example_of_an_own_loss_adds_its_term(tmp_path):
+    example = ROOT / "scripts/example_loss.py"
+    run = ["--loss", f"{example}:WithAlignment", "--cmr-weight", "0.5", "--steps", "2"]
+    assert train.main([*run, "--batch-size", "8", "--log-every", "1", "--out", str(tmp_path)]) == 0
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        parts = found["itc"] + 0.2 * found["imc"] + 0.5 * found["cmr"] + 0.1 * found["alignment"]
+        assert found["loss"] == pytest.approx(parts, rel=1e-5)
+        assert found["alignment"] > 0.1
+    assert "threshold_relation" in found
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("class Other: pass", "has no class Own of torch.nn.Module"),
+        ("def Own(:", r"own\.py:Own, line 2: SyntaxError"),
+        ("import nothing_of_the_kind", "line 2: ModuleNotFoundError: No module named"),
+        ("class Own(torch.nn.Module):\n  def __init__(self): 1 / 0", "line 3: ZeroDivisionError"),
+        ("class Own(torch.nn.Linear): pass", r"Own: TypeError: .*missing"),
+        ("class Own(torch.nn.Bilinear):\n  def __init__(self): super().__init__(1, 1, 1)",
+         "has parameters, which are not trained; use buffers"),
+        (FORWARD + "return image[0, 0]", "must return a dict with a differentiable 'loss'"),
+        (FORWARD + "return {'loss': image.detach().sum()}", "must return a dict with a differ"),
+        (FORWARD + "return {'loss': image.sum(), 'x': image}", "its part 'x' must be a scalar"),
+        (FORWARD + "return {'loss': image.sum(), 'lr': 1}", "its part 'lr' must have another name"),
+        (FORWARD + "return {'loss': image @ text}", "line 3: RuntimeError: mat1 and mat2"),
+    ],
+)  # fmt: skip
+def test_faults_of_an_own_loss_get_one_sentence(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("import torch\n" + source + "\n")
+    train.read_loss.cache_clear()
+    with pytest.raises(data.DataError, match=message) as told:
+        train.main(["--loss", "own.py:Own", "--steps", "1", "--batch-size", "8", "--out", "x"])
+    assert "\n" not in str(told.value)
