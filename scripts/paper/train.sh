@@ -34,6 +34,8 @@ for recipe in base "$@"; do
     until_fewer "$jobs"
     share "$seed"
     [ "$recipe" = base ] || shared+=(--pretrained "$start")
+    # The shapes world draws other scenes for another seed: none that the base has seen.
+    [ "$recipe" = base ] || [ -n "$PRETRAINED" ] || shared+=(--seed "$((seed + 1))")
     train "$(folder "$recipe" "$seed")" "${options[@]}" "${data[@]}" "${shared[@]}" 2>&1 |
       sed -u "s/^/$recipe.$seed: /" &
     running=$((running + 1))
