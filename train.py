@@ -71,11 +71,11 @@ from evaluate import (
     PRECISIONS,
     TINY_CONFIG,
     Encoder,
-    Item,
     Model,
     Rank,
     Retrieval,
     Suite,
+    TestItem,
     average,
     load_model,
     load_suite,
@@ -864,14 +864,15 @@ def load_validation(args: argparse.Namespace) -> Suite:
     """
     if args.val in VAL_SUITES:
         return load_suite(args.val, args.val_root, partial=True)
-    items: list[Item] = []
+    items: list[TestItem] = []
     captions: dict[str, list[str]] = {}
     for _, record in read_records(Path(args.val), need_image=True):
         image = str(args.val_root / str(record.image))
         captions.setdefault(image, []).append(record.caption)
         for kind, given in record.negatives.items():
             for negative in [given] if isinstance(given, str) else given or []:
-                items.append(Item((kind,), str(len(items)), (image,), (record.caption, negative)))
+                pair = (record.caption, negative)
+                items.append(TestItem((kind,), str(len(items)), (image,), pair))
     missing = [image for image in captions if not Path(image).is_file()]
     if missing or not captions:
         what = f"{len(missing)} images are not there, the first is {missing[0]}" if missing else ""
