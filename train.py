@@ -825,7 +825,7 @@ class Validation:
                 raise DataError(f"{self.path}: {told}") from None
 
     def _manifest(self, path: Path, root: Path) -> Suite:
-        items: list[evaluate.Item] = []
+        items: list[evaluate.TestItem] = []
         captions: dict[str, list[str]] = {}
         for _, record in negatives.read_records(path, need_image=True):
             image = str(root / str(record.image))
@@ -833,7 +833,7 @@ class Validation:
             for kind, given in record.negatives.items():
                 for text in [given] if isinstance(given, str) else given or []:
                     number, texts = str(len(items)), (record.caption, text)
-                    items.append(evaluate.Item((kind,), number, (image,), texts))
+                    items.append(evaluate.TestItem((kind,), number, (image,), texts))
         lost = [image for image in captions if not Path(image).is_file()]
         if lost or not captions:
             what = f"{len(lost)} images are not there, the first is {lost[0]}" if lost else ""

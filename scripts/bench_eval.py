@@ -48,15 +48,17 @@ from negatives import run_script
 
 
 @torch.no_grad()
-def one_at_a_time(model: evaluate.Model, items: list[evaluate.Item], transform: Any) -> list[bool]:
+def one_at_a_time(
+    model: evaluate.Model, items: list[evaluate.TestItem], transform: Any
+) -> list[bool]:
     """Verdicts of a loop over items: image and captions are encoded each time, one by one."""
     right = []
     for item in items:
         texts = [
             model.net.encode_text(model.tokenizer([text]), normalize=True) for text in item.texts
         ]
-        pixels = transform(evaluate.load_picture(item.images[0], 0))[None]
-        image = model.net.encode_image(pixels, normalize=True)
+        image = transform(evaluate.load_image(item.images[0], 0))[None]
+        image = model.net.encode_image(image, normalize=True)
         scores = [float(text @ image.T) for text in texts]
         right.append(scores[0] > max(scores[1:]))
     return right

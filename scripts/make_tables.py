@@ -29,6 +29,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
 
     Where only the mean of some subsets is printed it stands for each of them in the averages.
     """
-    info = evaluate.read_table("suites")[suite]
+    info = evaluate.suite_info(suite)
     rows = {}
     for line in evaluate.read_table("published").get(suite, []):
         values = dict(line["values"])
@@ -82,18 +83,20 @@ def _shown(suite: str) -> dict[tuple[str, str], dict[str, float]]:
     return short or dict([x for x in rows.items() if x[0][0] in ("CLIP", "NegCLIP", "CE-CLIP")])
 
 
-def markdown(results: dict[str, dict[str, Any]]) -> str:
+def markdown(results: dict[str, dict[str, Any]], published_rows: bool = True) -> str:
     """One table for each suite: subsets, averages and costs down, checkpoints across.
 
-    Beside ours: a reader of the texts alone, the difference of the last checkpoint from the
-    paper's CE-CLIP, and published figures with their source.
+    Beside ours: readers of the texts alone and, with `published_rows`, published figures with
+    their source and the difference of the last checkpoint from the paper's CE-CLIP, where all
+    items of the row were scored.
     """
     lines: list[str] = []
     for suite in next(iter(results.values()))["suites"]:
         scored = {label: result["suites"][suite] for label, result in results.items()}
         first, last = next(iter(scored.values())), list(scored)[-1]
         rows = {name for part in ("subsets", "averages", "costs") for name in first[part]}
-        others = {key: line for key, line in _shown(suite).items() if rows.intersection(line)}
+        others = _shown(suite) if published_rows else {}
+        others = {key: line for key, line in others.items() if rows.intersection(line)}
         blind = {key: first[key] for key in evaluate.READERS if key in first}
         best = [key for key in (REFERENCE, ("CE-CLIP", "vl_compo")) if key in others][:1]
         reference = others[best[0]] if best else {}
@@ -108,12 +111,17 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             for name, cell in first[part].items():
                 ours = [_cell_text(result[part][name]) for result in scored.values()]
                 line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
-                line += [_figure(reader.get(name)) for reader in blind.values()]
-                ours_last = scored[last][part][name]["accuracy"]
-                known = ours_last is not None and name in reference
-                gain = ours_last - reference[name] if known else None
+                few = "*" if cell["scored"] < FEW else ""
+                read = [_figure(reader.get(name)) for reader in blind.values()]
+                line += [figure and figure + few for figure in read]
+                mine = scored[last][part][name]
+                whole = mine["scored"] and mine["scored"] == mine.get("expected")
+                gain = mine["accuracy"] - reference[name] if whole and name in reference else None
                 line += [_figure(gain, "+")] if reference else []
                 lines += pipe([*line, *(_figure(column.get(name)) for column in others.values())])
+        counts = [first["subsets"][name]["scored"] for reader in blind.values() for name in reader]
+        if min(counts, default=FEW) < FEW:
+            lines += ["", f"* texts only on fewer than {FEW} items: too few to tell"]
         lines += _remarks(suite, scored)
     for suite, why in _left_out(results).items():
         lines += ["", f"Left out: {suite}: {why}"]
@@ -125,6 +133,7 @@ def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 ABSENT = "--"  # nothing was scored
+FEW = 100  # items, below which a reader of texts alone says little
 
 
 def _cell_text(score: dict[str, Any]) -> str:
@@ -161,7 +170,7 @@ def partly(suites: dict[str, Any]) -> str:
 
 def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
     """Below a table: ties, what was found out, overlap with training data, paired tests."""
-    info = evaluate.read_table("suites")[suite]
+    info = evaluate.suite_info(suite)
     rows = {name: {**s["subsets"], **s["costs"]} for name, s in scored.items()}
     ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
     rule = next(iter(scored.values())).get("tie_rule", "wrong")
@@ -176,7 +185,8 @@ def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
             lines += ["", f"{name} - {other}, paired on the same items:", ""]
             lines += [*pipe(title), *pipe(["---", *["---:"] * 4])]
             for row, x in table.items():
-                change = f"{x['difference']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]"
+                bounds = "" if x["low"] is None else f" [{x['low']:+.1f}, {x['high']:+.1f}]"
+                change = f"{x['difference']:+.1f}{bounds}"
                 lines += pipe([row, change, str(x["gained"]), str(x["lost"]), f"{x['p']:.2g}"])
     return lines
 
@@ -187,12 +197,14 @@ TABLE_1 = ["aro", "valse"]  # of the paper: one table
 def latex(results: dict[str, dict[str, Any]]) -> str:
     """Tables of booktabs in the papers' column order: published rows, then ours.
 
-    A star marks figures of part of the items; below the table it says of how many.
+    Each has a caption and a label. A star marks figures of part of the items; one note below the
+    table says of how many.
     """
     suites = list(next(iter(results.values()))["suites"])
     one = [suite for suite in TABLE_1 if suite in suites]
     tables = [[suite] for suite in suites if suite not in one] if one else [[x] for x in suites]
-    blocks = [_tabular(names, results) for names in ([one, *tables] if one else tables)]
+    blocks = [r"% needs \usepackage{booktabs}"]
+    blocks += [_tabular(names, results) for names in ([one, *tables] if one else tables)]
     blocks += [f"% left out: {suite}: {why}" for suite, why in _left_out(results).items()]
     return "\n\n".join(blocks) + "\n"
 
@@ -216,18 +228,25 @@ def _tabular(suites: list[str], results: dict[str, dict[str, Any]]) -> str:
     lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule", *_heads(columns)]
     body = [[*key, *cells] for key, cells in rows.items() if set(cells) != {ABSENT}]
     lines += [*map(_tex_row, body), *([r"\midrule"] if body else [])]
+    parts: dict[str, list[str]] = defaultdict(list)
     for label, result in results.items():
         line = ours[label, "ours"]
         lines += [_tex_row([label, "ours", *(line.get(name, ABSENT) for name, _, _ in columns)])]
-        part = partly({suite: result["suites"][suite] for suite in suites})
-        if part:
-            lines += [rf"\multicolumn{{{len(columns) + 2}}}{{l}}{{$^*$ {_tex(part)} items}} \\"]
-    return "\n".join([f"% {', '.join(suites)}", *lines, r"\bottomrule", r"\end{tabular}"])
+        parts[partly({suite: result["suites"][suite] for suite in suites})].append(label)
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    names = ", ".join(suites)
+    notes = [f"{part} items ({', '.join(labels)})" for part, labels in parts.items() if part]
+    if notes:
+        lines += ["", rf"\smallskip\footnotesize $^*$ {_tex('; '.join(notes))}"]
+    caption = rf"\caption{{{_tex(names)}: per cent correct.}}"
+    label = rf"\label{{tab:{'-'.join(suites).replace('_', '-')}}}"
+    start = [f"% {names}", r"\begin{table}", r"\centering", caption, label]
+    return "\n".join([*start, *lines, r"\end{table}"])
 
 
 def _columns(suite: str, results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Name, head and group of each column, in the paper's order where it has a table."""
-    given = evaluate.read_table("suites")[suite].get("columns")
+    given = evaluate.suite_info(suite).get("columns")
     if given:
         return [(f"{suite} {row}", head, group) for row, head, group in given]
     first = next(iter(results.values()))["suites"][suite]
@@ -283,24 +302,44 @@ def long_csv(results: dict[str, dict[str, Any]]) -> str:
     return out.getvalue()
 
 
+WIDTH = 120  # columns of a terminal
+
+
 def show(table: str) -> str:
-    """The markdown with the columns of each table lined up for a terminal."""
+    """The markdown lined up for a terminal; wide tables go on below, with their first column."""
     shown: list[str] = []
     block: list[list[str]] = []
     for line in [*table.splitlines(), ""]:
         if line.startswith("|"):
             block.append([cell.strip() for cell in line.strip("|").split("|")])
             continue
-        sizes = [max(map(len, column)) for column in zip(*block, strict=True)]
+        shown += _line_up(block)
+        block = []
+        shown += textwrap.wrap(line, WIDTH, break_long_words=False) or [""]
+    return "\n".join(shown).rstrip()
+
+
+def _line_up(block: list[list[str]]) -> list[str]:
+    """A table's rows in columns of equal width, cut into parts of at most WIDTH."""
+    first, *sizes = [max(map(len, column)) for column in zip(*block, strict=True)] or [0]
+    parts: list[list[int]] = []
+    room = 0
+    for column, size in enumerate(sizes, 1):
+        if size + 2 > room or not parts:
+            parts.append([])
+            room = WIDTH - first
+        parts[-1].append(column)
+        room -= size + 2
+    shown: list[str] = []
+    for columns in parts:
+        shown += [""] if shown else []
         for cells in block:
             if cells[0] == "---":
-                shown.append("  ".join("-" * size for size in sizes))
+                shown.append("  ".join("-" * n for n in (first, *(sizes[c - 1] for c in columns))))
                 continue
-            rest = [cell.rjust(size) for cell, size in zip(cells[1:], sizes[1:], strict=True)]
-            shown.append("  ".join([cells[0].ljust(sizes[0]), *rest]).rstrip())
-        block = []
-        shown.append(line.rstrip())
-    return "\n".join(shown).rstrip()
+            rest = [cells[c].rjust(sizes[c - 1]) for c in columns]
+            shown.append("  ".join([cells[0].ljust(first), *rest]).rstrip())
+    return shown
 
 
 def pipe(cells: list[str]) -> list[str]:
@@ -442,8 +481,8 @@ def of_model(suite: str, table: str, name: str) -> dict[str, dict[str, float]]:
 
 def in_order(suite: str, rows: list[str]) -> list[str]:
     """Each row once, in the order of the paper's columns, then the rest as they are."""
-    first = [column[0] for column in evaluate.read_table("suites")[suite].get("columns", [])]
-    first += evaluate.read_table("suites")[suite]["expected"]
+    first = [column[0] for column in evaluate.suite_info(suite).get("columns", [])]
+    first += evaluate.suite_info(suite)["expected"]
     return sorted(dict.fromkeys(rows), key=[*first, *rows].index)
 
 

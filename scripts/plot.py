@@ -671,7 +671,7 @@ def draw_items(path: Path, suite: str, plt: Any) -> Any:
     picked = list(pick_items(path, suite).items())[:GROUPS_IN_ROW]
     if not picked:
         return None
-    from evaluate import load_picture as load_image  # imports torch
+    from evaluate import load_image  # imports torch
 
     count = max(len(models) for _, models in picked)
     height = 2.55 + 0.14 * count  # inches: title and image 1.9, captions 0.65, a line each model

@@ -164,7 +164,7 @@ def test_options_that_cannot_be_meant(options, message, tmp_path, monkeypatch):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "extra.json").write_text(
-        evaluate.TINY_CONFIG.read_text().replace("{", '{"extra": 1,', 1)
+        evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text().replace("{", '{"extra": 1,', 1)
     )
     before = sorted(tmp_path.iterdir())
     with pytest.raises(data.DataError, match=message) as told:
@@ -242,7 +242,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
         record["caption"], record["negatives"]["object"] = caption, negative
         record["negatives"]["relation"] = record["negatives"]["attribute"] = None
         (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
-        config = str(evaluate.TINY_CONFIG)  # 32 tokens
+        config = str(evaluate.SHAPES_CONFIGS["shapes-tiny"])  # 32 tokens
         data.main(
             ["check", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--model", config]
         )

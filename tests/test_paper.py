@@ -460,7 +460,7 @@ def test_photos_of_visual_genome_are_known_by_cocos_number(tmp_path):
     data.main(["vg", str(tmp_path / "vg"), "--out", str(tmp_path / "vg.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "vg.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == ["VG_100K_2/8.jpg"]  # the other is a test image
-    item = evaluate.Item(("s",), "0", ("aro/images/7.jpg",), ("a", "b"))
+    item = evaluate.TestItem(("s",), "0", ("aro/images/7.jpg",), ("a", "b"))
     suite = evaluate.Suite("aro", [item], [], {}, [])
     photos = torch.tensor([data.photo_number(f"{KARPATHY_TEST:012d}.jpg")])
     result = {"subsets": {"s": {}}, "costs": {}}

@@ -58,7 +58,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     process = start(*SHORT, "--out", cut, "--lr", "1")
     assert process.wait() == 2
     assert "--lr 0.001 -> 1.0" in process.stderr.read()
-    open_clip.add_model_config(evaluate.TINY_CONFIG)
+    open_clip.add_model_config(evaluate.SHAPES_CONFIGS["shapes-tiny"])
     open_clip.create_model("shapes-tiny", pretrained=str(cut / "epoch_01.pt"))
 
 
@@ -171,7 +171,7 @@ def test_a_small_set_of_pictures_is_refused(tmp_path):
 
 
 def test_cached_gradients_repeat_the_dropout_of_the_features(tmp_path):
-    config = json.loads(evaluate.TINY_CONFIG.read_text())
+    config = json.loads(evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text())
     config["vision_cfg"]["patch_dropout"] = 0.5
     path = tmp_path / "dropping.json"
     path.write_text(json.dumps(config))
@@ -198,7 +198,7 @@ def test_checkpointing_changes_no_gradient():
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiling_changes_no_gradient(tmp_path):
-    config = json.loads(evaluate.TINY_CONFIG.read_text())
+    config = json.loads(evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text())
     for tower in ("vision_cfg", "text_cfg"):
         config[tower] |= {"layers": 1, "width": 32}
     path = tmp_path / "least.json"
@@ -269,7 +269,10 @@ def test_own_negatives_get_their_options():
 
 def test_a_model_with_a_bias_trains_as_siglip(tmp_path):
     path = tmp_path / "biased.json"
-    config = {**json.loads(evaluate.TINY_CONFIG.read_text()), "init_logit_bias": -10}
+    config = {
+        **json.loads(evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text()),
+        "init_logit_bias": -10,
+    }
     path.write_text(json.dumps(config))
     out, grads, run = gradient("--model", path, "--recipe", "clip")
     whole = {name: grad.clone() for name, grad in grads.items()}
