@@ -7,7 +7,7 @@
   python scripts/bench_step.py --ways tree parts --batch-size 128 --micro-batch 16
   torchrun --nproc_per_node=2 scripts/bench_step.py --ways tree
 
-ViT-B/32 with random weights and pictures; loading and tokenising are not timed.  "released" is the
+ViT-B/32 with random weights and images; loading and tokenising are not timed.  "released" is the
 step of the paper's code: caption and four negatives padded to 77 tokens each, all through
 model.encode_text, dense logits, stock AdamW.  "open_clip" is open_clip's own plain step, which
 knows no negatives: one caption padded to 77 tokens, ClipLoss, stock AdamW; "plain" is ours without
@@ -55,7 +55,7 @@ WORDS = (
 
 
 class Way(NamedTuple):
-    """A way to do a step, and how many text tokens of a picture it computes."""
+    """A way to do a step, and how many text tokens of an image it computes."""
 
     step: Callable[[], Any]
     tokens: float

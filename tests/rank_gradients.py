@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from evaluate import Rank, load_model
 
-# Recipe, ranks, pictures of a part; the first of each recipe is one process with one part.
+# Recipe, ranks, images of a part; the first of each recipe is one process with one part.
 CASES = [("ce-clip", *case) for case in ((1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (4, 1))]
 CASES += [("released", *case) for case in ((1, 8), (2, 4), (2, 2))]
 
