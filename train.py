@@ -302,7 +302,7 @@ def loader_fault(error: Exception) -> DataError:
 
 
 class Towers(nn.Module):
-    """Both towers in one forward, as DistributedDataParallel wants it."""
+    """Both towers in one forward, as DistributedDataParallel needs it."""
 
     def __init__(self, net: Any, captioned: bool = False) -> None:
         """Wrap an open_clip model; `captioned` also runs CoCa's decoder on the captions."""
