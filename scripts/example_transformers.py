@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # --help is answered before torch is imported
+if __name__ == "__main__":  # --help is answered before anything heavy is imported
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
 
