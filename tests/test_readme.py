@@ -29,7 +29,7 @@ CANNOT = {
 }
 # Features that come with other branches: their commands run as soon as the file has the text.
 WAITING = {
-    "--loss": ("scripts/example_loss.py", "WithMargin"),
+    "--loss": ("scripts/example_loss.py", "WithAlignment"),
     "--suite my": ("evaluate.py", "my.json"),
 }
 MODEL = {
@@ -74,7 +74,7 @@ def clone(tmp_path_factory):
     for name, count in info["expected"].items():
         rows = {str(k): {**row, "caption": f"a red bus {k}"} for k in range(count)}
         (root / f"data/sugarcrepe/{name}.json").write_text(json.dumps(rows))
-    own = {"image": "1.jpg", "texts": ["a red bus", "a blue bus"], "subset": "colour"}
+    own = {"images": "1.jpg", "texts": ["a red bus", "a blue bus"], "subset": "colour"}
     (root / "my.jsonl").write_text(json.dumps(own) + "\n")
     (root / "photos").symlink_to(root / "data/val2017")
     (root / "my_loader.py").write_text(LOADER)
@@ -83,10 +83,8 @@ def clone(tmp_path_factory):
 
 
 LOADER = """
-from evaluate import Item
-
-def load(source):
-    yield Item(("colour",), "0", ("data/val2017/1.jpg",), ("a red bus", "a blue bus"))
+def load(root):
+    yield {"images": "1.jpg", "texts": ["a red bus", "a blue bus"]}
 """
 
 

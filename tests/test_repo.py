@@ -45,6 +45,7 @@ PICTURES = {
     "evaluate.py": 59,
     "scripts/bench_eval.py": 1,
     "scripts/interpolate.py": 3,
+    "scripts/suites.json": 2,
     "scripts/words.txt": 8,
     "tests/test_data.py": 10,
     "tests/test_evaluate.py": 33,
@@ -164,7 +165,7 @@ def test_flags_of_the_pages_exist():
     known = set(re.findall(r'"(--[a-z-]+)"', "".join(file.read_text() for file in files)))
     known |= {"--nproc_per_node", "--nproc-per-node", "--nnodes"}  # torchrun's
     known |= {"--rdzv_backend", "--rdzv_endpoint", "--signal"}  # torchrun's, sbatch's
-    known |= {"--help", "--loss"}
+    known |= {"--help", "--loss", "--baseline"}
     for page in PAGES:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text(encoding="utf-8")))
         assert used <= known, f"{page}: {used - known}"
