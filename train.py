@@ -90,7 +90,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"model": "ViT-B-32-quickgelu", "save_every": 500, "workers": 4},
     },
     "shapes": {
-        **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 700, "grad_clip": 1.0},
+        **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 600, "grad_clip": 1.0},
         **{"model": "shapes-resnet", "save_every": 100, "workers": 0},
     },
     "both": {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"},
