@@ -9,8 +9,8 @@ A table stands between two comments; what is between them is replaced:
 SUITE is a suite of evaluate.py, "negatives" for a file of negatives_report.py --out, or "record"
 for the JSON of record of a script of scripts/paper.
 
-  python scripts/make_tables.py            # rewrite README.md
-  python scripts/make_tables.py --check    # exit code 1 where the README differs
+  python scripts/make_tables.py            # rewrite README.md and scripts/*.md
+  python scripts/make_tables.py --check    # exit code 1 where a page differs
 
 With --judge, as scripts/paper calls it, results are held to published figures: paper /
 independently measured / ours / difference / within tolerance; exit code 1 where a reproduced row
@@ -614,7 +614,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
-    parser.add_argument("--file", type=Path, default=ROOT / "README.md", help="default README.md")
+    pages = [ROOT / "README.md", *sorted((ROOT / "scripts").glob("*.md"))]
+    text = "pages to rewrite (default: README.md and scripts/*.md, those with tables)"
+    parser.add_argument("--file", type=Path, nargs="+", metavar="PAGE", help=text)
     add = parser.add_argument_group("judge").add_argument
     add("--judge", metavar="TABLE", help="hold --results to what is published; a group of suites")
     add("--results", type=Path, help="results.json of evaluate.py; missing means not run")
@@ -624,26 +626,33 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.judge:
         sys.exit(run_judge(args))
+    given = args.file or [page for page in pages if BLOCK.search(page.read_text("utf-8"))]
+    same = [refresh(page, args.check) for page in given]
+    sys.exit(int(not all(same)))
+
+
+def refresh(page: Path, check: bool) -> bool:
+    """Rewrite the tables of a page, or say how they differ; whether they are as they should be."""
     try:
-        old = args.file.read_text(encoding="utf-8")
+        old = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file {args.file}: cannot be read ({error})") from None
-    check_marks(old, args.file)
-    new = fill(old, ROOT)
-    count = len(BLOCK.findall(old))
+        raise DataError(f"--file {page}: cannot be read ({error})") from None
+    check_marks(old, page)
+    new, count = fill(old, ROOT), len(BLOCK.findall(old))
     if not count:
-        raise DataError(f"{args.file}: holds no table between <!-- table: FILE SUITE --> marks")
-    if not args.check:
-        evaluate.write_text(args.file, new)
-        print(f"{count} tables written to {args.file}")
+        raise DataError(f"{page}: holds no table between <!-- table: FILE SUITE --> marks")
+    if not check:
+        evaluate.write_text(page, new)
+        print(f"{count} tables written to {page}")
     elif new != old:
         was, now = (set(text.splitlines()) for text in (old, new))
-        print(f"{args.file}: tables differ from scripts/results; run scripts/make_tables.py")
+        print(f"{page}: tables differ from scripts/results; run scripts/make_tables.py")
         print("\n".join(f"- {line}" for line in sorted(was - now)[:5]))
         print("\n".join(f"+ {line}" for line in sorted(now - was)[:5]))
-        sys.exit(1)
+        return False
     else:
-        print(f"{count} tables of {args.file} are as scripts/results has them")
+        print(f"{count} tables of {page} are as scripts/results has them")
+    return True
 
 
 if __name__ == "__main__":

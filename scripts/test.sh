@@ -9,5 +9,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/mypy
 .venv/bin/shellcheck scripts/*.sh scripts/paper/*.sh scripts/paper/train.slurm .ci/run
 .venv/bin/python scripts/make_tables.py --check
-.venv/bin/python scripts/make_tables.py --check --file scripts/negatives.md
 .venv/bin/python -m pytest
