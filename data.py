@@ -50,6 +50,7 @@ from negatives import (
     add_sample,
     header_types,
     launcher,
+    make_negatives,
     parse_record,
     read_captions,
     read_records,
@@ -272,7 +273,7 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 BACKGROUND = (128, 128, 128)
-SIZES = {"small": 0.12, "large": 0.2}  # radius; the picture is 1 wide and 1 high
+SIZES = {"small": 0.15, "large": 0.21}  # radius; the picture is 1 wide and 1 high
 POINTS = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
 ARM = 0.33  # half the width of a cross's arm
 # Corners of each shape in a circle of radius 1, y downwards; circle and ring have none.
@@ -327,7 +328,8 @@ ACTIONS = {
     "surrounding": Action("surrounded by", ("covering", "touching")),
     "pointing at": Action("pointed at by", ("covering", "touching")),
 }
-KINDS = {"place": 0.15, "relation": 0.7, "action": 0.15}  # of scenes, and how often
+KINDS = {"place": 0.3, "relation": 0.55, "action": 0.15}  # of scenes, and how often
+NOUN_PHRASE = re.compile(r"\ban? (?:(small|large) )?(\w+) (\w+)")
 JITTER = 0.05  # of centres; relations stay clear, the other axis never decides
 TEMPLATES = 3  # ways to say a claim
 TRAIN_SCENES = 1_000_000  # one epoch of the shapes world
@@ -417,7 +419,7 @@ def _action(phrases: list[Noun], rng: random.Random) -> Scene:
         around = [turn + i * math.pi / 3 for i in range(6)]
         things = [Thing(second, x, y, 0.17)]
         things += [
-            Thing(first, x + 0.36 * math.cos(a), y + 0.36 * math.sin(a), 0.085) for a in around
+            Thing(first, x + 0.36 * math.cos(a), y + 0.36 * math.sin(a), 0.1) for a in around
         ]
     else:
         away, r = (0.19, 0.18) if action == "touching" else (0.29, 0.15)
@@ -549,6 +551,7 @@ EDITS_OF_TYPE = {
     "object": ("replace-object",),
     "action": ("replace-action",),
 }
+SHAPES_NEGATIVES = ("both", "exchange", "replace", "lexicon")  # which edits make the negatives
 
 
 class Captions(NamedTuple):
@@ -559,16 +562,46 @@ class Captions(NamedTuple):
     negatives: tuple[str | None, ...]
 
 
-def caption_scene(scene: Scene, seed: int | str) -> Captions:
-    """Say the scene's claim, a paraphrase of it, and false versions of it in the same words."""
+def caption_scene(scene: Scene, seed: int | str, kind: str = "both") -> Captions:
+    """Say the scene's claim, a paraphrase of it, and a false version of it of each type.
+
+    Args:
+        scene: what is drawn.
+        seed: another seed, other words.
+        kind: of SHAPES_NEGATIVES; "lexicon" takes what negatives.py makes of the caption.
+    """
     rng = random.Random(f"captions:{seed}")
     template, other = rng.sample(range(TEMPLATES), 2)
+    caption, positive = say(scene.claim, template), say(scene.claim, other)
+    if kind == "lexicon":
+        made = make_negatives(caption, key=seed).values()
+        return Captions(
+            caption, positive, tuple(x if x and is_false(scene, x) else None for x in made)
+        )
     negatives = []
     for name in NEGATIVE_TYPES:
-        claims = [EDITS[edit](scene, rng) for edit in EDITS_OF_TYPE[name]]
+        edits = [
+            x
+            for x in EDITS_OF_TYPE[name]
+            if kind == "both" or x.startswith("swap") == (kind == "exchange")
+        ]
+        claims = [EDITS[edit](scene, rng) for edit in edits]
         options = [claim for claim in claims if claim is not None]
         negatives.append(say(rng.choice(options), template) if options else None)
-    return Captions(say(scene.claim, template), say(scene.claim, other), tuple(negatives))
+    return Captions(caption, positive, tuple(negatives))
+
+
+def is_false(scene: Scene, sentence: str) -> bool:
+    """Tell whether a sentence is surely false; no if the world does not know its link."""
+    phrases = [Noun(*words) for words in NOUN_PHRASE.findall(sentence)]
+    pairs = itertools.permutations(phrases) if len(phrases) == 2 else [(x, None) for x in phrases]
+    claims = [
+        Claim(one, link, two)
+        for one, two in pairs
+        for link in (RELATIONS | ACTIONS if two else PLACES)
+    ]
+    meant = [c for c in claims if any(say(c, t) == sentence for t in range(TEMPLATES))]
+    return bool(meant) and not any(holds(scene, claim) for claim in meant)
 
 
 def draw_scene(scene: Scene, width: int) -> Image.Image:
@@ -629,11 +662,11 @@ class ShapesDataset(Dataset[Example]):
     has_negatives = True
     types = NEGATIVE_TYPES
     made = frozenset(NEGATIVE_TYPES)
-    image_of: np.ndarray | None = None  # every caption has a image of its own
+    image_of: np.ndarray | None = None  # every caption has an image of its own
 
-    def __init__(self, size: tuple[int, int], seed: int) -> None:
-        """Draw images of `size`, height and width in pixels, from the scenes of `seed`."""
-        self.size, self.seed = size, seed
+    def __init__(self, size: tuple[int, int], seed: int, kind: str = "both") -> None:
+        """Draw images of `size`, height and width in pixels; `kind` is of SHAPES_NEGATIVES."""
+        self.size, self.seed, self.kind = size, seed, kind
 
     def __len__(self) -> int:
         """Count the scenes of an epoch."""
@@ -643,7 +676,7 @@ class ShapesDataset(Dataset[Example]):
         """Draw and caption the scene of (epoch, index); an epoch says it in other words."""
         epoch, index = key
         scene = make_scene("train", self.seed, index)
-        captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}")
+        captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}", self.kind)
         image = draw_scene(scene, max(self.size))
         square = self.size[0] == self.size[1]
         image = image if square else image.resize(self.size[::-1], Image.Resampling.BICUBIC)
@@ -1352,7 +1385,7 @@ def encode_image(model: Any, images: Tensor) -> Tensor:
     tower = model.visual
     known = type(tower).__name__ == "VisionTransformer" and hasattr(tower, "_embeds")
     if not (known and tower.pool_type == "tok" and tower.attn_pool is None):
-        return model.encode_image(images)
+        return model.encode_image(images.contiguous(memory_format=torch.channels_last))
     if tower.output_tokens or not _has_plain_blocks(tower.transformer):
         return model.encode_image(images)
     x = tower._embeds(images)  # [B, patches + 1, width]

@@ -1,27 +1,41 @@
 # SPDX-License-Identifier: MIT
 """Score checkpoints: does the model prefer the true caption, and what did that cost?
 
-Every suite is a list of items: pictures, and texts with the true ones first.  Each distinct picture
-and text is encoded once; an item's matrix of cosines decides it.  Equal scores count as wrong.
+Every suite is a list of items: images, and texts with the true ones first. Each distinct image and
+text is encoded once; an item's matrix of cosines decides it. Equal scores count as wrong.
 
   python evaluate.py --ckpt runs/ce-clip/latest.pt --suite shapes
   python evaluate.py --ckpt runs/coco/latest.pt --suite paper --root DIR --out results
   python evaluate.py --ckpt clip=ViT-B-32-quickgelu:openai --ckpt ours=runs/coco/latest.pt \\
       --suite sugarcrepe,sugarcrepe_pp,retrieval --root DIR --out results
   python evaluate.py --ckpt CE_CLIP.pt --model ViT-B-32-quickgelu --suite paper --root DIR
+  python evaluate.py --ckpt runs/coco/latest.pt --suite my.jsonl,my_loader.py:load
   torchrun --nproc_per_node=8 evaluate.py --ckpt runs/coco/latest.pt --suite all --root DIR
   python evaluate.py --list --root DIR
+
+A benchmark of your own is a .jsonl (or a .json list) of records such as
+
+  {"images": "a.jpg", "texts": ["a dog", "a cat"], "subset": "nouns"}
+
+images: a path, or a list of them, relative to the file or to --root. texts: the true ones first,
+`true` of them (default 1). One image takes two or more texts, two or more images take one text or
+as many texts as images, in the same order. Optional: subset, id, tags (a list of strings) and crop
+([left, top, right, bottom] in pixels, of a single image). my_loader.py:load names a function of
+--root (a Path or None) that yields such records.
+
+Chapters: options, models, suites, features, processes, verdicts, readers of texts, figures,
+comparison, command. Tables are rendered by scripts/make_tables.py, official suites are described
+in scripts/suites.json and read by scripts/suites.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import difflib
 import functools
 import hashlib
-import io
+import importlib
 import itertools
 import json
 import logging
@@ -38,19 +52,175 @@ import textwrap
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+# Options
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+@functools.cache
+def read_table(name: str) -> Any:
+    """Read one of the kit's own tables: suites, published, classes, symmetric_relations."""
+    return json.loads((SCRIPTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+SUITES = tuple(read_table("suites"))
+PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", "probe"]
+GROUPS = {
+    "paper": PAPER,
+    "all": [name for name in SUITES if name != "shapes"],
+    "table1": PAPER[:2],
+    "table2": PAPER[2:3],
+    "table3": PAPER[3:4],
+    "table4": PAPER[:3],
+    "figure5": PAPER[:1],
+    "general": PAPER[4:],
+    "ce-clip-plus": PAPER[:4],
+    "newer": [name for name in SUITES if name not in (*PAPER, "shapes")],
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; nothing heavy is imported for it."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("what to score").add_argument
+    add(
+        "--ckpt",
+        action="append",
+        default=[],
+        metavar="[LABEL=]WHAT",
+        help="a checkpoint file, a folder of open_clip or transformers, hf-hub:ORG/REPO or "
+        "MODEL:TAG of open_clip; repeat it to compare several models",
+    )
+    add(
+        "--suite",
+        default="shapes",
+        metavar="NAMES",
+        help=f"comma list of suites to score (default: shapes): {', '.join(SUITES)}; groups of "
+        f"suites: {', '.join(GROUPS)}; or files of your own: my.json, my.jsonl, my_loader.py:load",
+    )
+    add(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder that holds the suites' official files and images, as --list names them "
+        "(default: none; only shapes and your own files work without)",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder to write results.json, .md, .tex, .csv and "
+        "items/ to (default: print only)")  # fmt: skip
+    add(
+        "--baseline",
+        metavar="LABEL",
+        help="checkpoint that every other one is compared with by paired tests; it stands first "
+        "in the tables (default: the first --ckpt)",
+    )
+    add(
+        "--list",
+        action="store_true",
+        help="print each suite's files, size in GB, source, licence and what of it is in --root, "
+        "then stop",
+    )
+    add = parser.add_argument_group("models").add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        help="open_clip model name, or a model config (.json), for checkpoints that do not name "
+        "their own (default: the checkpoint's)",
+    )
+    add(
+        "--pretrained", metavar="TAG", help="open_clip tag of --model, to be used instead of --ckpt"
+    )
+    add(
+        "--activation",
+        choices=("gelu", "quickgelu"),
+        help="activation to use instead of the checkpoint's own; gelu reproduces the published "
+        "evaluation (default: the checkpoint's)",
+    )
+    add = parser.add_argument_group("rules").add_argument
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="score the items whose files are there, and print N of M, instead of stopping",
+    )
+    add(
+        "--ties",
+        choices=("wrong", "official"),
+        default="wrong",
+        help="count equal scores as wrong, or decide them as the suite's own code does "
+        "(default: wrong)",
+    )
+    blind = parser.add_mutually_exclusive_group().add_argument
+    blind(
+        "--no-blind",
+        action="store_true",
+        help="leave out the n-gram model that answers from the texts alone, without images",
+    )
+    blind(
+        "--mlm",
+        metavar="DIR",
+        help="folder of a masked language model (transformers) that answers from the texts alone "
+        "too (default: none)",
+    )
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--published",
+        action="store_true",
+        help="print the published figures of other models beside ours (results.md always has them)",
+    )
+    add("--overwrite", action="store_true", help="replace results and items that are in --out")
+    add(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps the features of images and texts for the next run "
+        "(default: none kept)",
+    )
+    add = parser.add_argument_group("speed").add_argument
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images encoded at once; texts take four times as many (default: 128 on a GPU, "
+        "24 on a CPU)",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="number format of the towers; scores are always float32 (default: fp32)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the models; auto takes a GPU if there is one (default: auto)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that decode images; 0 decodes in the main process (default: 0)",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and wrong options are answered before torch is imported
 
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from data import (
@@ -64,7 +234,7 @@ from data import (
     encode_text,
     make_scene,
     open_image,
-    pack_texts,
+    pack_tokens,
     photo_number,
     run_script,
     say,
@@ -72,23 +242,22 @@ from data import (
 )
 from negatives import MaskedModel, launcher
 
+if TYPE_CHECKING:
+    from suites import Source
+
 SHAPES_ITEMS = 500  # of each subset of the shapes suite
 EVAL_SEED = 0  # of the shapes suite, the shuffles and the bootstrap; the tests never change
 RESAMPLES = 2000
 RECALLS = (1, 5, 10)
 READERS = {"blind": "texts only", "masked": "texts only (masked)"}  # keys and heads of columns
 BLIND_FOLDS = 5
-SCRIPTS = Path(__file__).parent / "scripts"
-TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
-# Pictures; four times as many texts. What a layer writes should stay in a CPU's cache.
+SHAPES_CONFIGS = {path.stem: path for path in sorted(SCRIPTS.glob("shapes-*.json"))}
+# Images; four times as many texts. A layer's output should stay in a CPU's cache.
 BATCH = {"cuda": 128, "cpu": 24}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@functools.cache
-def read_table(name: str) -> Any:
-    """Read one of the kit's own tables: suites, published, classes, symmetric_relations."""
-    return json.loads((SCRIPTS / f"{name}.json").read_text(encoding="utf-8"))
+# Models
 
 
 class Model(NamedTuple):
@@ -122,43 +291,42 @@ def load_model(
     Raises:
         DataError: unknown model or tag, or a file that does not hold these weights.
     """
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip tells every step of loading
+    import open_clip
+
     if name and name.startswith("hf-hub:"):
         if pretrained:
             raise DataError(
                 f"--model {name}: brings its own weights; leave {pretrained} out, "
                 f"or name the open_clip model that it is of"
             )
-        return _load_hub(name, activation, device)
-    folder = Path(pretrained) if pretrained and os.path.isdir(pretrained) else None
-    if folder and not (folder / "open_clip_config.json").is_file():
-        return _load_transformers(folder, activation, device)
+        return _load_published(name, activation, device)
+    if pretrained and os.path.isdir(pretrained):
+        return _load_folder(Path(pretrained), name, activation, device)
     state: dict[str, torch.Tensor] | None = None
     about: dict[str, Any] = {}
     config: Any = None
     preprocess: dict[str, Any] = {}
     foreign = False
-    if folder:
-        name, config, state, preprocess = _read_folder(folder, name)
-    elif pretrained and (os.path.exists(pretrained) or Path(pretrained).suffix in WEIGHT_FILES):
+    if pretrained and (os.path.exists(pretrained) or Path(pretrained).suffix in WEIGHT_FILES):
         state, about = read_checkpoint(pretrained)
         config, preprocess = about.pop("config", None), dict(about.pop("preprocess", {}))
         preprocess.pop("size", None)  # the model's
         if not (name and Path(name).suffix == ".json"):  # a config of the user's own choice
             name, foreign = _agreed_name(name, about.get("model"), pretrained, config), bool(config)
-    known = (
-        _add_config(config, str(name), str(pretrained)) if foreign or folder else _register(name)
-    )
-    config = _config(known)
+    known = _add_config(config, str(name), str(pretrained)) if foreign else register(name)
+    config = open_clip.get_model_config(known)
+    if config is None:
+        near = difflib.get_close_matches(known, [*open_clip.list_models(), *SHAPES_CONFIGS], 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
+        raise DataError(f"--model {known}: open_clip knows no such model; {hint}")
     quick = bool(config.get("quick_gelu"))
     if activation or about.get("activation"):
         quick = (activation or about["activation"]) == "quickgelu"
     tag = None if state is not None else pretrained
     if tag:
         _check_tag(known, tag, quick, activation)
-    with _offline(foreign):
-        net = _build(known, pretrained=tag, quick_gelu=quick, pretrained_text=state is None)
-        tokenizer = _tokenizer(known)
+    options = {"pretrained": tag, "quick_gelu": quick, "pretrained_text": state is None}
+    net, tokenizer = _build(known, f"--model {known}", offline=foreign, **options)
     if state is not None:
         _fill(net, state, str(name), str(pretrained))
     cfg = net.visual.preprocess_cfg
@@ -170,13 +338,47 @@ def load_model(
     return Model(net.to(device), tokenizer, about)
 
 
+def _load_published(name: str, activation: str | None, device: str) -> Model:
+    """Load "hf-hub:ORG/REPO" or "local-dir:FOLDER", which bring config, weights and tokenizer."""
+    import open_clip
+
+    local = name.startswith("local-dir:")
+    place = name.removeprefix("local-dir:")
+    options: dict[str, Any] = {"quick_gelu": activation == "quickgelu"} if activation else {}
+    where = place if local else f"--model {name}"
+    net, tokenizer = _build(name, where, offline=local, require_pretrained=True, **options)
+    quick = any(type(part).__name__ == "QuickGELU" for part in net.modules())
+    about = {
+        "model": Path(place).resolve().name if local else name,
+        "activation": "quickgelu" if quick else "gelu",
+        "config": open_clip.get_model_config(name),
+        "preprocess": net.visual.preprocess_cfg,
+    }
+    return Model(net.to(device), tokenizer, about)
+
+
+def _load_folder(folder: Path, name: str | None, activation: str | None, device: str) -> Model:
+    """Load a local folder of open_clip or of transformers, which brings its own model."""
+    if not (folder / "open_clip_config.json").is_file():
+        return _load_transformers(folder, activation, device)
+    if name:
+        raise DataError(f"--model {name}: {folder} brings its own model; leave --model out")
+    if not any(path.suffix in FOLDER_WEIGHTS for path in folder.iterdir()):
+        raise DataError(
+            f"{folder}: holds no weights ({', '.join(FOLDER_WEIGHTS)}); copy them there"
+        )
+    return _load_published(f"local-dir:{folder}", activation, device)
+
+
 def _agreed_name(name: str | None, held: str | None, path: str | None, config: Any) -> str:
     if not name and not held:
         hint = "the released CE-CLIP and NegCLIP are ViT-B-32-quickgelu"
         raise DataError(f"--ckpt {path}: is not from train.py; name its --model ({hint})")
     if name and held not in (None, name):
         raise DataError(f"--model {name}: {path} holds a {held}; leave --model out")
-    if not name and not config and held not in (*open_clip.list_models(), TINY_CONFIG.stem):
+    import open_clip
+
+    if not name and not config and held not in (*open_clip.list_models(), *SHAPES_CONFIGS):
         raise DataError(
             f"{path}: holds a {held!r:.80}, which open_clip does not know; name --model"
         )
@@ -190,6 +392,8 @@ def _add_config(config: Any, name: str, path: str) -> str:
         raise DataError(f"{path}: holds no model config (embed_dim, text_cfg, vision_cfg)")
     text = json.dumps(config, sort_keys=True)
     name = re.sub("[^-.0-9A-Za-z]", "_", name)[-80:]
+    import open_clip
+
     known = f"{name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if open_clip.get_model_config(known) is None:
         with tempfile.TemporaryDirectory() as room:
@@ -198,47 +402,46 @@ def _add_config(config: Any, name: str, path: str) -> str:
     return known
 
 
-@contextlib.contextmanager
-def _offline(foreign: bool) -> Iterator[None]:
-    """Let no name that a checkpoint brought reach the hub."""
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+FOLDER_WEIGHTS = (".safetensors", ".bin", ".pth")  # of a folder of open_clip
+
+
+def _build(name: str, where: str, *, offline: bool, **options: Any) -> tuple[Any, Any]:
+    """Make open_clip's model and tokenizer; offline, no name in a config reaches the hub."""
+    import open_clip
     from huggingface_hub import constants  # comes with open_clip
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or foreign
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-
-
-def _build(name: str, **options: Any) -> Any:
+    before, quiet = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = before or offline
+    logging.disable(logging.WARNING)  # open_clip tells every step of loading
     try:
         net = open_clip.create_model(name, **options)
         if not options.get("pretrained") and hasattr(net, "text_decoder"):  # CoCa's
             projection = net.text_decoder.text_projection  # open_clip leaves it as memory was
             torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-        return net
+        try:
+            return net, open_clip.get_tokenizer(name)
+        except Exception as error:  # a config may be wrong in any way
+            raise DataError(f"{where}: its tokenizer cannot be had ({error_line(error)})") from None
+    except DataError:
+        raise
     except Exception as error:  # a config may be wrong in any way
         bare = "; a repository of bare checkpoints: download one, pass --ckpt FILE --model NAME"
         hint = bare if name.startswith("hf-hub:") else ""
-        why = _line(error)
-        raise DataError(f"--model {name}: cannot be built or fetched ({why}){hint}") from None
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        return open_clip.get_tokenizer(name)
-    except Exception as error:  # a config may be wrong in any way
-        raise DataError(f"--model {name}: its tokenizer cannot be had ({_line(error)})") from None
+        raise DataError(
+            f"{where}: cannot be built or fetched ({error_line(error)}){hint}"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logging.disable(quiet)
 
 
 POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
 def _fill(net: Any, state: dict[str, torch.Tensor], name: str, path: str) -> None:
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
     wanted = net.state_dict()
     for key, value in state.items():
         if key in wanted and wanted[key].is_floating_point() and not value.is_floating_point():
@@ -249,37 +452,10 @@ def _fill(net: Any, state: dict[str, torch.Tensor], name: str, path: str) -> Non
         resize_text_pos_embed(state, net)
         net.load_state_dict(state)
     except (RuntimeError, AssertionError, AttributeError, IndexError) as error:
-        raise DataError(f"{path}: does not fit the model {name} ({_line(error)})") from None
+        raise DataError(f"{path}: does not fit the model {name} ({error_line(error)})") from None
     for key, count in before.items():
         if len(state[key]) != count:
             print(f"{path}: {key} resized from {count} to {len(state[key])}", file=sys.stderr)
-
-
-def _load_hub(name: str, activation: str | None, device: str) -> Model:
-    options: dict[str, Any] = {"quick_gelu": activation == "quickgelu"} if activation else {}
-    net = _build(name, require_pretrained=True, **options)
-    quick = any(type(part).__name__ == "QuickGELU" for part in net.modules())
-    about = {"model": name, "activation": "quickgelu" if quick else "gelu"}
-    about |= {"config": open_clip.get_model_config(name), "preprocess": net.visual.preprocess_cfg}
-    return Model(net.to(device), _tokenizer(name), about)
-
-
-def _read_folder(
-    folder: Path, given: str | None
-) -> tuple[str, Any, dict[str, torch.Tensor], dict[str, Any]]:
-    """Name, config, weights and preprocessing of a folder with open_clip_config.json."""
-    if given:
-        raise DataError(f"--model {given}: {folder} brings its own model; leave --model out")
-    try:
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        model, pixels = config["model_cfg"], dict(config.get("preprocess_cfg", {}))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(f"{folder}/open_clip_config.json: is no model of open_clip") from None
-    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
-    if not files:
-        raise DataError(f"{folder}: holds no weights ({', '.join(WEIGHT_FILES)}); copy them there")
-    best = max(files, key=lambda path: ("open_clip" in path.name, path.suffix == ".safetensors"))
-    return folder.resolve().name, model, read_checkpoint(best)[0], pixels
 
 
 class _Transformers(torch.nn.Module):
@@ -311,7 +487,10 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
         raise DataError(f"{folder}: needs transformers; pip install transformers") from None
-    _need_tokenizer(folder)
+    # Without its files transformers makes an empty tokenizer, to which all captions are alike.
+    files = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+    if not any((folder / file).is_file() for file in files):
+        raise DataError(f"{folder}: holds no tokenizer ({', '.join(files)}); copy its files there")
     try:
         from safetensors import SafetensorError  # comes with transformers
 
@@ -322,7 +501,9 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
         pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         preprocess = _pixels(pixels)
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError) as error:
-        raise DataError(f"{folder}: cannot be loaded by transformers ({_line(error)})") from None
+        raise DataError(
+            f"{folder}: cannot be loaded by transformers ({error_line(error)})"
+        ) from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise DataError(
             f"{folder}: lacks weights, such as {min(loading['missing_keys'], default='')}"
@@ -339,13 +520,6 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
 
     about = {"model": str(folder), "activation": net.config.vision_config.hidden_act}
     return Model(_Transformers(net, preprocess).to(device), tokenise, about)
-
-
-def _need_tokenizer(folder: Path) -> None:
-    """Without its files transformers makes an empty tokenizer, to which all captions are alike."""
-    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
-    if not any((folder / name).is_file() for name in names):
-        raise DataError(f"{folder}: holds no tokenizer ({', '.join(names)}); copy its files there")
 
 
 def _pixels(config: dict[str, Any]) -> dict[str, Any]:
@@ -385,7 +559,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         raise DataError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # torch raises many kinds here
         noise = isinstance(error, (LookupError, UnicodeError, EOFError, AttributeError))
-        why = "it is torn, or no file of torch.save" if noise else _line(error)
+        why = "it is torn, or no file of torch.save" if noise else error_line(error)
         raise DataError(f"{path}: cannot be read as weights ({why}){_mend(error)}") from None
     content = content if isinstance(content, dict) else {}
     nested = (content.get(key) for key in ("state_dict", "model_state_dict", "model"))
@@ -431,7 +605,7 @@ def _mend(error: Exception) -> str:
     )
 
 
-def _line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """The first line that says something, cut between words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0]
@@ -440,28 +614,21 @@ def _line(error: Exception) -> str:
     return textwrap.shorten(line, 240, placeholder=" ...")
 
 
-def _register(name: str | None) -> str:
+def register(name: str | None) -> str:
     """Make a model config file known to open_clip, and give the name it has there."""
-    path = TINY_CONFIG if name == TINY_CONFIG.stem else Path(str(name))
+    path = SHAPES_CONFIGS.get(str(name), Path(str(name)))
     if path.suffix != ".json":
         return str(name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--model {name}: is no model config ({_line(error)})") from None
+        raise DataError(f"--model {name}: is no model config ({error_line(error)})") from None
     return _add_config(config, path.stem, f"--model {name}")
 
 
-def _config(name: str) -> dict[str, Any]:
-    config = open_clip.get_model_config(name)
-    if config is None:
-        near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY_CONFIG.stem], 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
-        raise DataError(f"--model {name}: open_clip knows no such model; {hint}")
-    return config
-
-
 def _check_tag(name: str, tag: str, quick: bool, activation: str | None) -> None:
+    import open_clip
+
     known = open_clip.get_pretrained_cfg(name, tag)
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -471,21 +638,21 @@ def _check_tag(name: str, tag: str, quick: bool, activation: str | None) -> None
         raise DataError(f"--model {name}: {tag} was trained with the other GELU; use {wanted}")
 
 
-# One record for every suite
+# Suites
 
 
 class Crop(NamedTuple):
-    """A picture of which only the box (left, top, right, bottom) is looked at."""
+    """A image of which only the box (left, top, right, bottom) is looked at."""
 
     path: str
     box: tuple[int, int, int, int]
 
 
-class Item(NamedTuple):
-    """One question: which texts belong to which pictures?
+class TestItem(NamedTuple):
+    """One item of a benchmark: which texts belong to which images?
 
     path says where it stands for averages: (subset,), or (subset, part ...) where a subset's
-    figure is the mean of its parts. Without pictures the texts are compared with each other.
+    figure is the mean of its parts. Without images the texts are compared with each other.
     """
 
     path: tuple[str, ...]
@@ -498,7 +665,7 @@ class Item(NamedTuple):
 
 
 class Retrieval(NamedTuple):
-    """Pictures, and for each text the index of its picture."""
+    """Images, and for each text the index of its image."""
 
     name: str
     images: list[str]
@@ -507,9 +674,9 @@ class Retrieval(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """Pictures, their labels, and for each class the prompts whose mean stands for it.
+    """Images, their labels, and for each class the prompts whose mean stands for it.
 
-    With training pictures a linear probe is fitted on the same features. With `shown` a picture
+    With training images a linear probe is fitted on the same features. With `shown` an image
     may show several classes, or none, and ranks are scored: by "map11" or "auc".
     """
 
@@ -528,105 +695,38 @@ class Suite(NamedTuple):
     """What is scored: items, costs, how many items there should be, and remarks."""
 
     name: str
-    items: list[Item]
+    items: list[TestItem]
     costs: list[Retrieval | Classes]
     expected: dict[str, int]
     notes: list[str]
 
 
-class Row(dict[str, Any]):
-    """A row of a suite's file; a field that is not there is named with its place."""
-
-    place = ""
-
-    def __missing__(self, key: str) -> Any:
-        """Raise a DataError that names the file, the row and the field."""
-        raise DataError(f"{self.place}: has no field {key!r}; download the official file again")
-
-
-@dataclass
-class Source:
-    """A suite's files below --root; what its loader finds out goes into expected and notes."""
-
-    suite: str
-    root: Path | None
-    partial: bool
-    expected: dict[str, int]
-    notes: list[str]
-    read: dict[str, set[str]] = field(default_factory=dict)  # files, the subsets each gave
-    place: str = ""  # of the row that was read last
-
-    def rows(self, name: str) -> Iterator[tuple[str, Any]]:
-        """Yield (id, row) of a json list or dict, JSON lines or csv.
-
-        Raises:
-            DataError: the file is missing (unless some may be), cannot be parsed, or a row is
-                neither a record nor a list.
-        """
-        if self.root is None:
-            raise DataError(f"--root is needed: the folder that holds {name}")
-        path = self.root / name
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            if self.partial and isinstance(error, FileNotFoundError):
-                self.notes.append(f"{name} is missing")
-                return
-            where = read_table("suites")[self.suite]["where"]
-            raise DataError(f"{path}: cannot be read ({error.strerror}); get it: {where}") from None
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: is not UTF-8 text; download it again") from None
-        try:
-            table = _parse(text, path.suffix)
-        except (ValueError, csv.Error):
-            raise DataError(f"{path}: is not {path.suffix[1:]}; download it again") from None
-        self.read[str(path)] = set()
-        if not isinstance(table, (dict, list)) or not (table or self.partial):
-            raise DataError(f"{path}: holds no rows; download it again")
-        self.notes += [] if table else [f"{name} holds no rows"]
-        for key, row in table.items() if isinstance(table, dict) else enumerate(table):
-            self.place = f"{path} row {key}"
-            if not isinstance(row, (dict, list)):
-                raise DataError(f"{self.place}: {str(row)[:40]!r} is no record; download it again")
-            if isinstance(row, dict):
-                row = Row(row)
-                row.place = self.place
-            yield str(key), row
-
-    def listed(self, value: Any) -> list[Any]:
-        """Take a list of the row that was read last; a text would pass for a list of letters."""
-        if not isinstance(value, list):
-            raise DataError(f"{self.place}: {str(value)[:40]!r} is no list; download it again")
-        return value
-
-    def find(self, *names: str) -> str:
-        """The first of these files below --root that is there, or else the first."""
-        paths = [os.path.join(self.root or "", name) for name in names]
-        return next((path for path in paths if os.path.isfile(path)), paths[0])
-
-    def coco(self, name: str) -> str:
-        """A COCO photo by its number, in whichever pool holds it."""
-        number = re.split(r"[/_]", name)[-1]
-        names = [f"{pool}/{number}" for pool in ("val2017", "train2017")]
-        names += [f"{pool}/COCO_{pool}_{number}" for pool in ("val2014", "train2014")]
-        return self.find(*names)
-
-    def vg(self, name: str) -> str:
-        """A Visual Genome photo by its number."""
-        number = name.split("/")[-1]
-        return self.find(*(f"vg/{pool}{number}" for pool in ("VG_100K/", "VG_100K_2/", "")))
+Loaded = Iterator["TestItem | Retrieval | Classes"]  # what a loader of a suite yields
+OWN = {
+    "files": [],
+    "where": "put the images beside the file, or below --root",
+    "licence": "your own",
+    "blind": True,
+    "expected": {},
+    "averages": {},
+}
 
 
-def _parse(text: str, suffix: str) -> Any:
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    return json.loads(text)
+def suite_info(name: str) -> dict[str, Any]:
+    """What scripts/suites.json says of a suite; the same of every suite of the user's own."""
+    return read_table("suites").get(name, OWN)
 
 
-# The suites. A loader yields items, and Retrieval and Classes for the costs.
-Loaded = Iterator["Item | Retrieval | Classes"]
+def script(name: str) -> Any:
+    """A module of scripts/: make_tables, suites."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module(name)
+
+
+def is_own(name: str) -> bool:
+    """Whether an entry of --suite names a file or a loader of the user's own."""
+    return ".py:" in name or name.endswith((".json", ".jsonl"))
 
 
 def _test_scenes() -> Iterator[tuple[int, Scene]]:
@@ -651,7 +751,7 @@ def load_shapes(source: Source) -> Loaded:
                 continue
             template = rng.randrange(3)
             texts = (say(scene.claim, template), say(claim, template))
-            yield Item((name,), str(index), (f"shapes:{index}",), texts)
+            yield TestItem((name,), str(index), (f"shapes:{index}",), texts)
             count += 1
             if count == SHAPES_ITEMS:
                 break
@@ -687,628 +787,6 @@ def _shapes_classes() -> Iterator[Classes]:
     yield Classes("colour", images, colours, by_colour)
 
 
-def load_sugarcrepe(source: Source) -> Loaded:
-    """SugarCrepe (Hsieh et al., 2023): seven files of COCO val2017 captions."""
-    for name in read_table("suites")["sugarcrepe"]["expected"]:
-        for key, row in source.rows(f"sugarcrepe/{name}.json"):
-            texts = (row["caption"], row["negative_caption"])
-            yield Item((name,), key, (source.coco(row["filename"]),), texts)
-
-
-def load_sugarcrepe_pp(source: Source) -> Loaded:
-    """SugarCrepe++ (Dumpala et al., 2024): a paraphrase too must beat the negative, seen or not."""
-    for name in ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
-        for key, row in source.rows(f"sugarcrepe_pp/{name}.json"):
-            texts = (row["caption"], row["caption2"], row["negative_caption"])
-            yield Item((name,), key, (source.coco(row["filename"]),), texts, true=2)
-            yield Item((f"{name} text-only",), key, (), texts, true=2)
-
-
-def load_valse(source: Source) -> Loaded:
-    """VALSE (Parcalabescu et al., 2022): the items that two of three annotators accepted."""
-    for name in read_table("suites")["valse"]["expected"]:
-        for key, row in source.rows(f"valse/{name}.json"):
-            if row["mturk"]["caption"] < 2:
-                continue
-            file, pool = row["image_file"], row["dataset"].lower()
-            if file.startswith("VisualDialog"):
-                image = source.find(f"visdial/{file}")
-            elif pool in ("visual7w", "swig"):
-                image = source.find(f"{pool}/{file}")
-            else:
-                image = source.coco(file)
-            yield Item((name,), key, (image,), (row["caption"], row["foil"]))
-
-
-def load_aro(source: Source) -> Loaded:
-    """ARO (Yuksekgonul et al., 2023): relations and attributes in a box, order of words.
-
-    Relations are averaged over those that are not symmetric, attributes over pairs with at least
-    25 items.
-    """
-    symmetric = set(read_table("symmetric_relations"))
-    file = "aro/visual_genome_relation.json"
-    rows = [(row["relation_name"], key, row) for key, row in source.rows(file)]
-    yield from _boxes("VG-Relation", rows, [x for x in rows if x[0] not in symmetric], source)
-    file = "aro/visual_genome_attribution.json"
-    rows = [("/".join(row["attributes"]), key, row) for key, row in source.rows(file)]
-    count = Counter(pair for pair, _, _ in rows)
-    yield from _boxes("VG-Attribution", rows, [x for x in rows if count[x[0]] >= 25], source)
-    for name, file, photos in KARPATHY:
-        captions = [
-            (f"{key}-{i}", row["image"], caption)
-            for key, row in source.rows(f"karpathy/{file}")
-            for i, caption in enumerate(source.listed(row["caption"]))
-        ]
-        words, tagger = tag_words([caption for _, _, caption in captions])
-        if captions:
-            source.notes.append(f"{name}-Order: parts of speech from {tagger}, seed {EVAL_SEED}")
-        same = 0
-        for (key, image, caption), tagged in zip(captions, words, strict=True):
-            shuffled = shuffle_words(tagged, random.Random(f"{EVAL_SEED}:{name}:{key}"))
-            texts = tuple(pre_caption(text) for text in (caption, *shuffled))
-            same += texts[0] in texts[1:]
-            yield Item((f"{name}-Order",), key, (photos(source, image),), texts)
-        if same:
-            note = f"{same} of {len(captions)} captions have a shuffle equal to themselves"
-            source.notes.append(f"{name}-Order: {note}, a tie: right only with --ties official")
-
-
-def _boxes(subset: str, rows: list[Any], kept: list[Any], source: Source) -> Iterator[Item]:
-    parts = len({part for part, _, _ in kept})
-    if rows:
-        official = source.expected[subset]
-        odd = "" if len(rows) == official else f"; the official file has {official}"
-        note = f"{len(kept)} of {len(rows)} rows count, in {parts} parts{odd}"
-        source.notes.append(f"{subset}: {note}")
-        lost = max(0, official - len(rows))  # any of them might have counted
-        source.expected[subset] = len(kept) + lost
-    for part, key, row in kept:
-        yield _boxed(subset, part, key, row, source)
-
-
-def _boxed(subset: str, part: str, key: str, row: Row, source: Source) -> Item:
-    """An item of ARO whose picture is cropped to the box; the official order puts it second."""
-    x, y, width, height = (int(row[f"bbox_{side}"]) for side in "xywh")
-    path = source.find(f"aro/images/{row['image_path']}")
-    crop = Crop(path, (x, y, x + width, y + height))
-    return Item((subset, part), key, (crop,), (row["true_caption"], row["false_caption"]), place=1)
-
-
-def _flickr(source: Source, name: str) -> str:
-    file = name.split("/")[-1]
-    return source.find(*(f"flickr30k/{folder}{file}" for folder in ("", "flickr30k-images/")))
-
-
-KARPATHY: list[tuple[str, str, Callable[[Source, str], str]]] = [
-    ("COCO", "coco_karpathy_test.json", Source.coco),
-    ("Flickr30k", "flickr30k_test.json", _flickr),
-]
-
-
-def pre_caption(caption: str, limit: int = 30) -> str:
-    """ARO's cleaning: lower case, some punctuation out, at most `limit` words."""
-    caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
-    return " ".join(re.sub(r"\s{2,}", " ", caption).strip().split(" ")[:limit])
-
-
-Tagged = list[tuple[str, str]]
-
-
-def tag_words(captions: Sequence[str]) -> tuple[list[Tagged], str]:
-    """Split captions into words with "noun", "adjective" or "": spaCy's tags, else a word list.
-
-    Without spaCy and en_core_web_sm nouns and adjectives cannot be told apart: all content words
-    are called nouns, and so are shuffled among each other.
-    """
-    try:
-        import spacy
-
-        tagger = spacy.load("en_core_web_sm", exclude=["parser", "ner", "lemmatizer"])
-    except (ImportError, OSError):
-        return [_guess_tags(caption) for caption in captions], "a list of function words (no spaCy)"
-    kinds = {"NN": "noun", "JJ": "adjective"}
-    documents = tagger.pipe(captions, batch_size=256)
-    tagged = [[(token.text, kinds.get(token.tag_[:2], "")) for token in doc] for doc in documents]
-    return tagged, f"spaCy {spacy.__version__} en_core_web_sm"
-
-
-def _guess_tags(caption: str) -> Tagged:
-    function_words = set(read_table("function_words"))
-    words = re.findall(r"[\w'-]+|[^\w\s]", caption)
-    known = [w.lower() in function_words or w.endswith("ing") or not w[0].isalnum() for w in words]
-    return [(word, "" if skip else "noun") for word, skip in zip(words, known, strict=True)]
-
-
-def shuffle_words(tagged: Tagged, rng: random.Random) -> list[str]:
-    """ARO's four shuffles: content words, the others, within groups of three, groups of three."""
-    words = [word for word, _ in tagged]
-
-    def shuffled(*kinds: str) -> list[str]:
-        out = list(words)
-        for kind in kinds:
-            places = [i for i, (_, tag) in enumerate(tagged) if tag == kind]
-            for i, j in zip(places, rng.sample(places, len(places)), strict=True):
-                out[i] = words[j]
-        return out
-
-    threes = [words[i : i + 3] for i in range(0, len(words), 3)]
-    within = [word for three in threes for word in rng.sample(three, len(three))]
-    groups = [word for three in rng.sample(threes, len(threes)) for word in three]
-    return [" ".join(x) for x in (shuffled("noun", "adjective"), shuffled(""), within, groups)]
-
-
-def load_vl_checklist(source: Source) -> Loaded:
-    """VL-CheckList (Zhao et al., 2022): of each list the first 1,000 items whose photo is there.
-
-    That is the official rule, and why its figures depend on the download. Without --allow-missing
-    the first 1,000 must all be there.
-    """
-    there = total = 0
-    for subset, lists in read_table("suites")["vl_checklist"]["lists"].items():
-        for family, name in lists:
-            count = seen = 0
-            for key, (image, claims) in source.rows(f"vl_checklist/data/{name}.json"):
-                if count == 1000:
-                    break
-                seen += 1
-                on_vg = family in ("vg", "vaw")
-                path = source.vg(image) if on_vg else source.find(f"{family}/{image}")
-                found = os.path.isfile(path)
-                there, total = there + found, total + 1
-                if found or not source.partial:
-                    count += 1
-                    texts = tuple(source.listed(claims[side])[0] for side in ("POS", "NEG"))
-                    yield Item((subset, family, name.split("/")[-1]), key, (path,), texts)
-            wanted = min(seen, 1000) or 1000  # a list that is not there may hold as many
-            source.expected[subset] = source.expected.get(subset, 0) + wanted
-    source.notes.append(f"pictures found for {there} of the {total} items looked at")
-
-
-def load_pairs(source: Source) -> Loaded:
-    """Suites of two pictures and two captions a row; files and fields are in scripts/suites.json.
-
-    Winoground (Thrush et al., 2022), EqBen and its mini set (Wang et al., 2023), ColorSwap
-    (Burapacheep et al., 2024), BiVLC (Miranda et al., 2024), VisMin (Awal et al., 2024).
-    """
-    fields = read_table("suites")[source.suite]["pairs"]
-    for subset, file in fields["rows"].items():
-        if file.endswith("/rows.jsonl"):
-            unpack_parquet(source, file.split("/")[0])
-        for key, row in source.rows(file):
-            name = subset or re.split("[_-]", row[fields["subset"]])[0].lower()
-            images = (source.find(fields["folder"].format(row[x])) for x in fields["images"])
-            texts = (row[text] for text in fields["texts"])
-            tags = (
-                f"{tag} {value.strip()}"
-                for tag in fields.get("tags", [])
-                for value in str(row.get(tag, "")).split(",")
-                if value.strip()
-            )
-            yield Item((name,), key, tuple(images), tuple(texts), tags=tuple(tags))
-
-
-def load_whatsup(source: Source) -> Loaded:
-    """What'sUp (Kamath et al., 2023): prepositions; the right caption is the first."""
-    for subset, file in (("Controlled A", "images"), ("Controlled B", "clevr")):
-        for key, row in source.rows(f"whatsup/controlled_{file}_dataset.json"):
-            path = row["image_path"].removeprefix("data/")
-            image = source.find(f"whatsup/{path}")
-            yield Item((subset,), key, (image,), tuple(source.listed(row["caption_options"])))
-    for pool in ("COCO", "VG"):
-        for count in ("one", "two"):
-            for key, row in source.rows(f"whatsup/{pool.lower()}_qa_{count}_obj.json"):
-                number, right, wrong = row
-                if pool == "COCO":
-                    image = source.coco(f"{int(number):012d}.jpg")
-                else:
-                    names = (f"whatsup/vg_images/{number}.jpg", f"vg/VG_100K/{number}.jpg")
-                    image = source.find(*names, f"vg/VG_100K_2/{number}.jpg")
-                yield Item((f"{pool} {count}",), key, (image,), (right, wrong))
-
-
-def unpack_parquet(source: Source, folder: str) -> None:
-    """At first use, take parquet files apart: pictures go to images/, the rest to rows.jsonl.
-
-    Raises:
-        DataError: pyarrow is missing, or the folder cannot be written.
-    """
-    base = (source.root or Path()) / folder
-    shards = sorted(base.glob("**/*.parquet"))
-    if not shards or (base / "rows.jsonl").exists():
-        return
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{base}: parquet needs pyarrow; pip install pyarrow") from None
-    lines: list[str] = []
-    try:
-        (base / "images").mkdir(exist_ok=True)
-        for shard in shards:
-            for row in pyarrow.parquet.read_table(shard).to_pylist():
-                for key, value in row.items():
-                    if isinstance(value, dict) and "bytes" in value:
-                        row[key] = f"{len(lines)}-{key}.png"
-                        (base / "images" / row[key]).write_bytes(value["bytes"])
-                lines.append(json.dumps(row, ensure_ascii=False))
-        write_text(base / "rows.jsonl", "\n".join(lines) + "\n")
-    except OSError as error:
-        raise DataError(f"{base}: cannot be written ({error.strerror})") from None
-
-
-def load_negbench(source: Source) -> Loaded:
-    """NegBench (Alhamoud et al., 2025): four captions with and without negation."""
-    for subset in ("COCO", "VOC2007"):
-        stem = {"COCO": "COCO_val", "VOC2007": "VOC2007"}[subset]
-        for key, row in source.rows(f"negbench/{stem}_mcq_llama3.1_rephrased.csv"):
-            captions = [row[f"caption_{i}"] for i in range(4)]
-            right = int(row["correct_answer"])
-            file = row["image_path"].split("/")[-1]
-            image = (
-                source.coco(file) if subset == "COCO" else source.find(f"negbench/voc2007/{file}")
-            )
-            texts = (captions[right], *captions[:right], *captions[right + 1 :])
-            yield Item((subset,), key, (image,), texts, place=right)
-
-
-def load_mmvp(source: Source) -> Loaded:
-    """MMVP-VLM (Tong et al., 2024): nine visual patterns of 15 pairs; its score is "image"."""
-    patterns = list(read_table("suites")["mmvp"]["expected"])
-    rows: dict[int, Row] = {}
-    for _, row in source.rows("mmvp/Questions.csv"):
-        row.update({key.strip().lower(): row[key] for key in list(row)})
-        number = str(row["question id" if "question id" in row else "id"])
-        if not number.isdecimal():
-            raise DataError(f"{row.place}: {number[:40]!r} is no number; download it again")
-        rows[int(number)] = row
-    start = 0 if 0 in rows else 1
-    for first in range(start, max(rows, default=0) + 1, 2):  # 1 and 2 are a pair, 3 and 4 ...
-        if first in rows and first + 1 in rows:
-            two = [rows[first], rows[first + 1]]
-            names = [
-                f"{row['type']}/{number}"
-                for row, number in zip(two, (first, first + 1), strict=True)
-            ]
-            images = [
-                source.find(*(f"mmvp/{folder}/{name}.jpg" for folder in MMVP_FOLDERS))
-                for name in names
-            ]
-            texts = [f"a photo of {row['statement']}" for row in two]
-            pair = (first - start) // 2
-            yield Item((patterns[min(pair // 15, 8)],), str(pair), tuple(images), tuple(texts))
-
-
-MMVP_FOLDERS = ("MLLM_VLM Images", "MMVP_VLM_Images")
-
-
-def load_crepe(source: Source) -> Loaded:
-    """CREPE (Ma et al., 2023), productivity: hard negatives by number of atoms, in a box."""
-    for subset in ("atom", "swap", "negate"):
-        for atoms in range(4, 13):
-            file = f"crepe/{subset}/prod_vg_hard_negs_{subset}_complexity_{atoms}.csv"
-            for key, row in source.rows(file):
-                x, y, width, height = (int(float(row[k])) for k in ("x", "y", "width", "height"))
-                crop = Crop(source.vg(f"{row['image_id']}.jpg"), (x, y, x + width, y + height))
-                texts = (row["caption"], *_texts(row["hard_negs"], row.place))
-                yield Item((subset, str(atoms)), f"{atoms}-{key}", (crop,), texts)
-
-
-def _texts(cell: str, place: str) -> list[str]:
-    """A Python list of strings, written as text in a cell."""
-    import ast
-
-    try:
-        texts = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, TypeError):
-        texts = None
-    if isinstance(texts, list):
-        return texts
-    raise DataError(f"{place}: {str(cell)[:40]!r} is no list of texts; download it again")
-
-
-def load_spec(source: Source) -> Loaded:
-    """SPEC (Peng et al., 2024): size, position, existence and count, asked both ways."""
-    for name in read_table("suites")["spec"]["expected"]:
-        subset, way = name.split(" ", 1)
-        file = {"image to text": "image2text", "text to image": "text2image"}[way]
-        for key, row in source.rows(f"spec/{subset}/{file}.json"):
-            label, options = int(row["label"]), list(source.listed(row["keys"]))
-            options = [options[label], *options[:label], *options[label + 1 :]]
-            one, many = (row["query"],), tuple(options)
-            images, texts = (one, many) if file == "image2text" else (many, one)
-            paths = tuple(source.find(f"spec/{subset}/{x}", f"spec/{x}") for x in images)
-            yield Item((name,), key, paths, texts, place=label)
-
-
-def load_cola(source: Source) -> Loaded:
-    """COLA (Ray et al., 2023), multi-object; its score is "image"."""
-    for key, row in source.rows("cola/COLA_multiobjects_matching_benchmark.json"):
-        first, one, second, two = row
-        yield Item(("cola",), key, (source.vg(first), source.vg(second)), (one, two))
-
-
-def load_imagecode(source: Source) -> Loaded:
-    """ImageCoDe (Krojer et al., 2022), validation: one of ten pictures of a caption."""
-    for key, row in source.rows("imagecode/valid_data.json"):
-        subset = "static" if key.startswith("open-images") else "video"
-        for number, text in row.items():
-            order = [int(number), *(i for i in range(10) if i != int(number))]
-            images = [source.find(f"imagecode/image-sets/{key}/img{i}.jpg") for i in order]
-            yield Item((subset,), f"{key}-{number}", tuple(images), (text,), place=int(number))
-
-
-def load_svo_probes(source: Source) -> Loaded:
-    """SVO-Probes (Hendricks and Nematzadeh, 2021): the other picture differs in one of three."""
-    for key, row in source.rows("svo_probes/svo_probes.csv"):
-        flags = [name for name in ("subj_neg", "verb_neg", "obj_neg") if row[name] == "True"]
-        if len(flags) != 1:
-            continue
-        numbers = (row["pos_image_id"], row["neg_image_id"])
-        images = tuple(source.find(f"svo_probes/images/{number}.jpg") for number in numbers)
-        source.expected[flags[0]] = source.expected.get(flags[0], 0) + 1
-        yield Item((flags[0],), key, images, (row["sentence"],))
-
-
-def load_hard_positives(source: Source) -> Loaded:
-    """Hard positives (Kamath et al., 2024): an edit that keeps the meaning must beat the negative.
-
-    "correct" is their augmented accuracy, "brittle" the share where exactly one positive wins.
-    """
-    for subset, file in (
-        ("swap", "visual_genome_attribution"),
-        ("replace attribute", "vl_checklist_attributes"),
-        ("replace relation", "vl_checklist_relations"),
-    ):
-        both = (source.rows(f"hard_positives/{d}/{file}.json") for d in ("data", "swapped_data"))
-        for (key, row), (_, other) in zip(*both, strict=True):
-            image: str | Crop = source.vg(row["image_path"])
-            if subset == "swap":
-                image = _boxed(subset, "", key, row, source).images[0]
-            texts = (row["true_caption"], other["true_caption"], row["false_caption"])
-            yield Item((subset,), key, (image,), texts, true=2)
-
-
-def load_retrieval(source: Source) -> Loaded:
-    """COCO 5K and Flickr30k 1K, Karpathy's test split, captions as they are."""
-    for name, file, photos in KARPATHY:
-        images: list[str] = []
-        texts: list[str] = []
-        image_of: list[int] = []
-        for _, row in source.rows(f"karpathy/{file}"):
-            texts += source.listed(row["caption"])
-            image_of += [len(images)] * len(row["caption"])
-            images.append(photos(source, row["image"]))
-        if images:
-            yield Retrieval(name, images, texts, image_of)
-
-
-def load_zeroshot(source: Source) -> Loaded:
-    """Zero-shot classification of every set below DIR/zeroshot: torchvision's or class folders."""
-    yield from _class_sets(source, probe=False)
-
-
-def load_probe(source: Source) -> Loaded:
-    """A linear probe on the same sets, where their training split is there too."""
-    yield from _class_sets(source, probe=True)
-
-
-def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
-    base = (source.root or Path()) / "zeroshot"
-    if source.root is None or not base.is_dir():
-        raise DataError(f"--root: {base} is missing; put one folder for each set into it")
-    for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-        if folder.name.startswith("."):
-            continue
-        if not re.fullmatch(r"[\w .+-]+", folder.name):
-            raise DataError(f"{folder}: name it with letters, digits, spaces and . + - _ only")
-        known = read_table("classes").get(folder.name, {})
-        if "metric" in known:
-            if probe:
-                source.notes.append(f"{folder.name}: is scored by ranks, no probe")
-            else:
-                yield _ranked(folder, known)
-            continue
-        test, names = _class_split(folder, known, "test")
-        images, labels = zip(*test, strict=True)
-        prompts = _prompts(known, names)
-        train: list[tuple[str, int]] = []
-        if probe:
-            with contextlib.suppress(FileNotFoundError):
-                train = _class_split(folder, known, "train")[0]
-            if not train:
-                source.notes.append(f"{folder.name}: no training split, no probe")
-                continue
-        yield Classes(
-            folder.name,
-            *(list(images), list(labels), prompts, bool(known.get("per_class"))),
-            *([image for image, _ in train], [label for _, label in train]),
-        )
-
-
-def _ranked(folder: Path, known: Any) -> Classes:
-    """VOC 2007 or Hateful Memes, read as the ELEVATER toolkit does (Li et al., 2022).
-
-    Raises:
-        DataError: names the file, and the line that cannot be read.
-    """
-    read = {"map11": _read_voc, "auc": _read_memes}[known["metric"]]
-    try:
-        shown = read(folder, known["names"])
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder}: cannot be read ({error}); see --list for its files") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder}: its labels are not as published ({error!r})") from None
-    prompts = _prompts(known, known["names"])
-    return Classes(
-        folder.name, list(shown), [], prompts, shown=list(shown.values()), metric=known["metric"]
-    )
-
-
-def _read_voc(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """The classes in each test photo; one that is only difficult to see counts as not there."""
-    bases = [folder / "VOCdevkit/VOC2007", folder / "test/VOCdevkit/VOC2007", folder]
-    base = next((path for path in bases if (path / "ImageSets").is_dir()), bases[0])
-    shown: dict[str, list[int]] = {}
-    named: dict[str, int] = {}
-    for label, name in enumerate(names):
-        for line in (base / f"ImageSets/Main/{name}_test.txt").read_text("utf-8").splitlines():
-            number, flag = line.split()
-            here = shown.setdefault(str(base / f"JPEGImages/{number}.jpg"), [])
-            here += [label] if int(flag) == 1 else []
-            named[name] = named.get(name, 0) + 1
-    short = min(names, key=lambda name: named.get(name, 0))
-    if named.get(short, 0) < len(shown):
-        raise DataError(
-            f"{base}/ImageSets/Main/{short}_test.txt: names {named.get(short, 0)} of the "
-            f"{len(shown)} photos; every class lists all of them, download it again"
-        )
-    return shown
-
-
-def _read_memes(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """The label of each meme of the development set, on which the toolkit tests."""
-    rows = _parse((folder / "dev_seen.jsonl").read_text("utf-8"), ".jsonl")
-    if not all(row["label"] in range(len(names)) for row in rows):
-        raise ValueError("a label that is neither 0 nor 1")
-    return {str(folder / row["img"]): [row["label"]] for row in rows}
-
-
-def _class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, int]], list[Any]]:
-    """Pictures with labels of SPLIT/CLASS/* or of torchvision, and the classes' names.
-
-    Raises:
-        FileNotFoundError: there is no training split.
-        DataError: nothing to read, or a folder that is no class of this set.
-    """
-    names = (
-        open_clip.IMAGENET_CLASSNAMES if known.get("names") == "open_clip" else known.get("names")
-    )
-    splits = {"test": ("test", "val", "validation"), "train": ("train",)}[split]
-    parts = [folder / name for name in splits if (folder / name).is_dir()]
-    if not parts and "torchvision" in known:
-        data = _torchvision(known["torchvision"], split, str(folder))
-        names = names or [_plain(name) for name in data.classes]
-        labels = _labels(data)
-        prefix = f"torchvision:{known['torchvision']}:{split}"
-        return [(f"{prefix}:{i}:{folder}", label) for i, label in enumerate(labels)], names
-    if not parts:
-        if split == "train":
-            raise FileNotFoundError
-        raise DataError(f"{folder}: holds no test/CLASS/ folders of pictures")
-    classes = _class_folders(parts[0])
-    for other in ("train", "test", "val", "validation"):
-        if not names and (folder / other).is_dir():  # labels are ranks of folder names
-            odd = set(classes) ^ set(_class_folders(folder / other))
-            if odd:
-                raise DataError(f"{folder}: the class {min(odd)} is not in every split; mend it")
-    order = _class_order(classes, names, parts[0])
-    pairs = [
-        (str(path), order[name])
-        for name in classes
-        for path in sorted((parts[0] / name).iterdir())
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".ppm")
-    ]
-    if not pairs:
-        raise DataError(f"{parts[0]}: holds no pictures")
-    return pairs, names or [_plain(name) for name in classes]
-
-
-def _class_folders(split: Path) -> list[str]:
-    return sorted(x.name for x in split.iterdir() if x.is_dir() and not x.name.startswith("."))
-
-
-def _class_order(classes: list[str], names: Any, folder: Path) -> dict[str, int]:
-    """Label of each class folder: by name, or by rank where folders are WordNet numbers."""
-    if not names or all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        if names and len(classes) != len(names):
-            raise DataError(f"{folder}: has {len(classes)} class folders, wanted {len(names)}")
-        return {name: i for i, name in enumerate(classes)}
-    spoken = {_plain(n if isinstance(n, str) else n[0]).lower(): i for i, n in enumerate(names)}
-    order = {name: spoken.get(_plain(name).lower(), -1) for name in classes}
-    strange = [name for name, label in order.items() if label < 0]
-    if strange:
-        near = difflib.get_close_matches(_plain(strange[0]).lower(), spoken, 1) or list(spoken)[:1]
-        raise DataError(f"{folder / strange[0]}: is no class of this set; is it {near[0]!r}?")
-    return order
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _prompts(known: Any, names: Sequence[Any]) -> list[list[str]]:
-    """Every template with every name of a class."""
-    if known.get("templates") == "open_clip":
-        return [[say_it(name) for say_it in open_clip.OPENAI_IMAGENET_TEMPLATES] for name in names]
-    templates = known.get("templates", ["a photo of a {}."])
-    many = [[name] if isinstance(name, str) else name for name in names]
-    return [[template.format(name) for name in words for template in templates] for words in many]
-
-
-@functools.cache
-def _torchvision(name: str, split: str, root: str) -> Any:
-    """A classification set of torchvision; nothing is downloaded."""
-    import torchvision.datasets
-
-    kind = getattr(torchvision.datasets, name)
-    flag: dict[str, Any] = {"split": split}
-    if name.startswith(("CIFAR", "MNIST")):
-        flag = {"train": split == "train"}
-    elif name in ("OxfordIIITPet", "FGVCAircraft") and split == "train":
-        flag = {"split": "trainval"}
-    try:
-        return kind(root, **flag)
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{root}: torchvision's {name} is not there ({_line(error)})") from None
-
-
-def _labels(data: Any) -> list[int]:
-    for name in ("targets", "_labels", "labels"):
-        if hasattr(data, name):
-            return [int(label) for label in getattr(data, name)]
-    for name in ("_samples", "samples"):
-        if hasattr(data, name):
-            return [int(label) for _, label in getattr(data, name)]
-    return [int(data[i][1]) for i in range(len(data))]
-
-
-SUITES: dict[str, Callable[[Source], Loaded]] = {
-    "shapes": load_shapes,
-    "aro": load_aro,
-    "valse": load_valse,
-    "vl_checklist": load_vl_checklist,
-    "sugarcrepe": load_sugarcrepe,
-    "retrieval": load_retrieval,
-    "zeroshot": load_zeroshot,
-    "probe": load_probe,
-    "sugarcrepe_pp": load_sugarcrepe_pp,
-    "winoground": load_pairs,
-    "whatsup": load_whatsup,
-    "bivlc": load_pairs,
-    "negbench": load_negbench,
-    "vismin": load_pairs,
-    "mmvp": load_mmvp,
-    "eqben": load_pairs,
-    "eqben_mini": load_pairs,
-    "crepe": load_crepe,
-    "spec": load_spec,
-    "colorswap": load_pairs,
-    "cola": load_cola,
-    "imagecode": load_imagecode,
-    "svo_probes": load_svo_probes,
-    "hard_positives": load_hard_positives,
-}
-PAPER = ["aro", "valse", "vl_checklist", "sugarcrepe", "retrieval", "zeroshot", "probe"]
-GROUPS = {
-    **{"paper": PAPER, "all": [name for name in SUITES if name != "shapes"]},
-    **{"table1": PAPER[:2], "table2": PAPER[2:3], "table3": PAPER[3:4], "table4": PAPER[:3]},
-    **{"figure5": PAPER[:1], "general": PAPER[4:], "ce-clip-plus": PAPER[:4]},
-    "newer": [name for name in SUITES if name not in (*PAPER, "shapes")],
-}
-
-
 def check_root(root: Path | None) -> None:
     """Refuse a --root that is no folder, or may not be read."""
     if root is None or (root.is_dir() and os.access(root, os.R_OK | os.X_OK)):
@@ -1317,17 +795,24 @@ def check_root(root: Path | None) -> None:
     raise DataError(f"--root {root}: {'is a file, not a folder' if root.is_file() else why}")
 
 
-def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
-    """Read a suite and drop what has no picture, if that is allowed.
+def load_suite(given: str, root: Path | None, partial: bool) -> Suite:
+    """Read a suite, or a file of the user's own, and drop what has no image, if that is allowed.
 
     Raises:
-        DataError: files, rows or pictures are missing and `partial` is False, or nothing is left.
+        DataError: files, rows or images are missing and `partial` is False, or nothing is left.
     """
     check_root(root)
-    info = read_table("suites")[name]
-    source = Source(name, root, partial, dict(info["expected"]), [])
+    name = suite_name(given)
+    info = suite_info(name)
+    source = script("suites").Source(name, root, partial, dict(info["expected"]), [])
     try:
-        loaded = [_noted(x, source) for x in SUITES[name](source)]
+        if is_own(given):
+            loading = script("suites").load_own(given, source)
+        else:
+            loading = (
+                load_shapes(source) if name == "shapes" else script("suites").LOADERS[name](source)
+            )
+        loaded = [_noted(x, source) for x in loading]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
@@ -1335,9 +820,13 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
         raise DataError(f"{place}: is not as the official files have it ({error!r})") from None
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    items = [x for x in loaded if isinstance(x, Item)]
-    costs = [x for x in loaded if not isinstance(x, Item)]
-    if not loaded and not source.read:
+    items = [x for x in loaded if isinstance(x, TestItem)]
+    costs = [x for x in loaded if not isinstance(x, TestItem)]
+    if is_own(given):
+        if not items:
+            raise DataError(f"--suite {given}: holds no records")
+        source.expected.update(Counter(item.path[0] for item in items))
+    elif not loaded and not source.read:
         raise DataError(f"{name}: none of its files is below {root}; get them: {info['where']}")
     check_counts(items, costs, source)
     if not loaded:
@@ -1349,33 +838,33 @@ def load_suite(name: str, root: Path | None, partial: bool) -> Suite:
     for cost in kept:
         full = next(x for x in costs if x.name == cost.name)
         if len(cost.images) < len(full.images):
-            few = f"{cost.name}: {len(cost.images)} of {len(full.images)} pictures are there"
+            few = f"{cost.name}: {len(cost.images)} of {len(full.images)} images are there"
             easier = "; fewer to choose from, easier" if isinstance(cost, Retrieval) else ""
             source.notes.append(few + easier)
     return Suite(name, items, kept, source.expected, source.notes)
 
 
-T = TypeVar("T", bound="Item | Retrieval | Classes")
+T = TypeVar("T", bound="TestItem | Retrieval | Classes")
 
 
 def _noted(loaded: T, source: Source) -> T:
     """Note the file that an item came from, and refuse texts that are none."""
     if source.read:
-        source.read[next(reversed(source.read))].update(_sizes(loaded))
+        source.read[next(reversed(source.read))].update(row_sizes(loaded))
     texts = () if isinstance(loaded, Classes) else loaded.texts
     where = source.place
-    if isinstance(loaded, Item) and source.read:
+    if isinstance(loaded, TestItem) and source.read:
         where = f"{next(reversed(source.read))}: the row {loaded.id} of {loaded.path[0]}"
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where} has a text that is none; download it again")
-    if isinstance(loaded, Item) and len(loaded.images) < 2 and len(texts) <= loaded.true:
+    if isinstance(loaded, TestItem) and len(loaded.images) < 2 and len(texts) <= loaded.true:
         raise DataError(f"{where} leaves nothing to choose from; download it again")
     return loaded
 
 
-def _sizes(loaded: Item | Retrieval | Classes) -> dict[str, int]:
+def row_sizes(loaded: TestItem | Retrieval | Classes) -> dict[str, int]:
     """How many of which row of the tables."""
-    if isinstance(loaded, Item):
+    if isinstance(loaded, TestItem):
         return {loaded.path[0]: 1}
     if isinstance(loaded, Classes):
         return {}
@@ -1385,13 +874,12 @@ def _sizes(loaded: Item | Retrieval | Classes) -> dict[str, int]:
 
 def subset_names(suite: str, expected: Mapping[str, int]) -> list[str]:
     """All subsets that a suite has, there or not."""
-    trees = read_table("suites")[suite]["averages"].values()
-    leaves = {leaf for tree in trees for leaf in _leaves(tree)}
-    return list(dict.fromkeys([*expected, *sorted(leaves)]))
+    named = {leaf for tree in suite_info(suite)["averages"].values() for leaf in leaves(tree)}
+    return list(dict.fromkeys([*expected, *sorted(named)]))
 
 
 def check_counts(
-    items: Sequence[Item], costs: Sequence[Retrieval | Classes], source: Source
+    items: Sequence[TestItem], costs: Sequence[Retrieval | Classes], source: Source
 ) -> None:
     """Hold the rows that were read against those that the official files have.
 
@@ -1400,8 +888,8 @@ def check_counts(
     Raises:
         DataError: a subset has no row, or too few, and some may not be missing.
     """
-    found = sum((Counter(_sizes(x)) for x in (*items, *costs)), Counter[str]())
-    info = read_table("suites")[source.suite]
+    found = sum((Counter(row_sizes(x)) for x in (*items, *costs)), Counter[str]())
+    info = suite_info(source.suite)
     for name in subset_names(source.suite, source.expected):
         count, wanted = found[name], source.expected.get(name)
         if count == wanted or (count and wanted is None):
@@ -1422,12 +910,12 @@ def check_counts(
 
 
 def keep_found(
-    items: list[Item], costs: list[Retrieval | Classes], partial: bool, where: str
-) -> tuple[list[Item], list[Retrieval | Classes]]:
-    """Drop items, and pictures of the costs, whose files are missing, if that is allowed.
+    items: list[TestItem], costs: list[Retrieval | Classes], partial: bool, where: str
+) -> tuple[list[TestItem], list[Retrieval | Classes]]:
+    """Drop items, and images of the costs, whose files are missing, if that is allowed.
 
     Raises:
-        DataError: pictures are missing and `partial` is False, or none is there.
+        DataError: images are missing and `partial` is False, or none is there.
     """
     wanted = [image for item in items for image in item.images]
     wanted += [image for cost in costs for image in cost.images]
@@ -1437,7 +925,7 @@ def keep_found(
         none = partial or len(missing) == len(files)
         rest = "" if none else ", or pass --allow-missing to score the rest"
         raise DataError(
-            f"{len(missing)} of {len(files)} pictures are missing, the first is {min(missing)}; "
+            f"{len(missing)} of {len(files)} images are missing, the first is {min(missing)}; "
             f"get them: {where}{rest}"
         )
     found = [x for x in items if not missing.intersection(_file(image) for image in x.images)]
@@ -1464,7 +952,7 @@ def _file(image: str | Crop) -> str:
 
 
 class Features(NamedTuple):
-    """Unit-length float32 rows [N, D] and the row of each picture or text."""
+    """Unit-length float32 rows [N, D] and the row of each image or text."""
 
     rows: np.ndarray
     row_of: dict[Any, int]
@@ -1475,7 +963,7 @@ class Features(NamedTuple):
 
 
 class Encoder:
-    """Encodes each distinct picture (with its crop) and each distinct row of tokens once.
+    """Encodes each distinct image (with its crop) and each distinct row of tokens once.
 
     Batches are dealt out to the ranks of torchrun, so that every feature is computed in the same
     batch, and comes out the same, whatever the number of ranks. With --cache features are kept on
@@ -1487,6 +975,8 @@ class Encoder:
         self.model, self.device = model, torch.device(args.device)
         self.batch = args.batch_size or BATCH[self.device.type]
         self.dtype = PRECISIONS[args.precision]
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
         cfg = PreprocessCfg(**model.net.visual.preprocess_cfg)
         self.transform = image_transform_v2(cfg, is_train=False)
         self.width = cfg.size if isinstance(cfg.size, int) else max(cfg.size)
@@ -1513,9 +1003,9 @@ class Encoder:
         return hash_model(self.model)
 
     def images(self, names: Iterable[str | Crop]) -> Features:
-        """Encode pictures by name, decoding in --workers processes."""
+        """Encode images by name, decoding in --workers processes."""
         names = list(dict.fromkeys(names))
-        keys = [hash_picture(name) if self.cache else f"picture {name}" for name in names]
+        keys = [hash_image(name) if self.cache else f"image {name}" for name in names]
         return self._features("images", names, keys, self.batch, self._encode_images)
 
     def texts(self, texts: Iterable[str]) -> Features:
@@ -1561,10 +1051,8 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_images(self, batches: list[list[Any]]) -> list[torch.Tensor]:
-        from torch.utils.data import DataLoader
-
-        pictures = _Pictures([x for batch in batches for x in batch], self.transform, self.width)
-        loader = DataLoader(pictures, self.batch, num_workers=self.workers)
+        images = _Images([x for batch in batches for x in batch], self.transform, self.width)
+        loader = torch.utils.data.DataLoader(images, self.batch, num_workers=self.workers)
         try:
             return [self._unit(lambda x: encode_image(self.model.net, x), x) for x in loader]
         except DataError as error:  # a worker's error brings its traceback along
@@ -1572,8 +1060,9 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_texts(self, batches: list[list[Any]]) -> list[torch.Tensor]:
-        known = _Known(self.tokens, self.model.tokenizer)
-        packed = (pack_texts(batch, known) for batch in batches)
+        clip = hasattr(self.model.tokenizer, "eot_token_id")
+        rows = (torch.stack([self.tokens[text] for text in batch]) for batch in batches)
+        packed = (pack_tokens(batch, clip) for batch in rows)
         return [self._unit(lambda p: encode_text(self.model.net, p), batch) for batch in packed]
 
     def _unit(self, encode: Callable[[Any], torch.Tensor], batch: Any) -> torch.Tensor:
@@ -1612,22 +1101,10 @@ class Encoder:
             torch.save({"keys": keys, "rows": torch.stack([self.known[k] for k in keys])}, partial)
             os.replace(partial, file)
         except (OSError, RuntimeError) as error:  # torch.save tells of a full disk as the latter
-            raise DataError(f"--cache {folder}: cannot be written ({_line(error)})") from None
+            raise DataError(f"--cache {folder}: cannot be written ({error_line(error)})") from None
 
 
-class _Known:
-    """The model's tokenizer, for texts whose tokens are known already."""
-
-    def __init__(self, tokens: dict[str, torch.Tensor], tokenizer: Any) -> None:
-        self.tokens = tokens
-        if hasattr(tokenizer, "eot_token_id"):  # pack_texts asks for it
-            self.eot_token_id = tokenizer.eot_token_id
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        return torch.stack([self.tokens[text] for text in texts])
-
-
-class _Pictures(torch.utils.data.Dataset[torch.Tensor]):
+class _Images(torch.utils.data.Dataset[torch.Tensor]):
     def __init__(
         self, names: list[Any], transform: Callable[..., torch.Tensor], width: int
     ) -> None:
@@ -1637,10 +1114,10 @@ class _Pictures(torch.utils.data.Dataset[torch.Tensor]):
         return len(self.names)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return self.transform(load_picture(self.names[i], self.width))
+        return self.transform(load_image(self.names[i], self.width))
 
 
-def load_picture(name: str | Crop, width: int) -> Image.Image:
+def load_image(name: str | Crop, width: int) -> Image.Image:
     """Open a file as RGB, cut out its box, take one of torchvision, or draw a test scene."""
     if isinstance(name, Crop):
         left, top, right, bottom = name.box
@@ -1651,7 +1128,8 @@ def load_picture(name: str | Crop, width: int) -> Image.Image:
         return draw_scene(make_scene("test", EVAL_SEED, int(name.removeprefix("shapes:"))), width)
     if name.startswith("torchvision:"):
         _, kind, split, index, root = name.split(":", 4)
-        return _torchvision(kind, split, root)[int(index)][0].convert("RGB")
+        data = script("suites").torchvision_set(kind, split, root)
+        return data[int(index)][0].convert("RGB")
     if name.endswith(".npy"):  # frames of EqBen, blue first
         try:
             frame = np.load(name, allow_pickle=False)
@@ -1662,15 +1140,15 @@ def load_picture(name: str | Crop, width: int) -> Image.Image:
 
 
 def is_file(name: str) -> bool:
-    """Tell files from pictures that are drawn, or held by torchvision."""
+    """Tell files from images that are drawn, or held by torchvision."""
     return not name.startswith(("shapes:", "torchvision:"))
 
 
-def hash_picture(name: str | Crop) -> str:
-    """Hash a picture's file and box; what is no file is told apart by its name."""
+def hash_image(name: str | Crop) -> str:
+    """Hash an image's file and box; what is no file is told apart by its name."""
     path, box = (name.path, name.box) if isinstance(name, Crop) else (name, "")
     if not is_file(path):
-        return f"picture {name}"
+        return f"image {name}"
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -1687,6 +1165,9 @@ def hash_model(model: Model) -> str:
     about = [model.about.get("activation"), sorted(model.net.visual.preprocess_cfg.items())]
     digest.update(str(about).encode())
     return digest.hexdigest()
+
+
+# Processes
 
 
 class Rank(NamedTuple):
@@ -1774,9 +1255,9 @@ def cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 def judge(scores: np.ndarray, true: int, place: int | None = None) -> tuple[dict[str, bool], bool]:
     """Decide an item from its cosines [images, texts]; the matrix's shape picks the rule.
 
-    One picture: every true text above every false one.  One text: the first picture above the
-    others.  Square: `text` if each picture prefers its text, `image` if each text prefers its
-    picture, `group` if both.
+    One image: every true text above every false one.  One text: the first image above the
+    others.  Square: `text` if each image prefers its text, `image` if each text prefers its
+    image, `group` if both.
 
     Args:
         scores: cosines, float32.
@@ -1813,9 +1294,9 @@ def judge_texts(scores: np.ndarray) -> tuple[dict[str, bool], bool]:
 
 
 def judge_directions(scores: np.ndarray) -> dict[str, bool]:
-    """BiVLC's single directions [2, 2]: what each picture, and each caption, prefers alone.
+    """BiVLC's single directions [2, 2]: what each image, and each caption, prefers alone.
 
-    The first picture and caption are the positive ones (Miranda et al., 2024).
+    The first image and caption are the positive ones (Miranda et al., 2024).
     """
     (a, b), (c, d) = scores.tolist()
     return {"Ipos2T": a > b, "Ineg2T": d > c, "Tpos2I": a > c, "Tneg2I": d > b}
@@ -1854,7 +1335,7 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
     """Score all items and costs of a suite, with ties wrong or by its "official" rule."""
     images = encoder.images(image for item in suite.items for image in item.images)
     texts = encoder.texts(text for item in suite.items for text in item.texts)
-    first = ties == "official" and read_table("suites")[suite.name].get("ties") == "first"
+    first = ties == "official" and suite_info(suite.name).get("ties") == "first"
     ranked: dict[str, Figure] = {}
     scored = Scored({}, {}, Counter(), [], ranked)
     for item in suite.items:
@@ -1922,8 +1403,8 @@ def _cost(
 def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
     """Mean average precision or area under the curve, as ELEVATER takes them; and ties.
 
-    The scores are the softmax over classes of 100 cosines; pictures are resampled for the
-    interval. A tie is a picture that shows a class and scores as much as one that does not.
+    The scores are the softmax over classes of 100 cosines; images are resampled for the
+    interval. A tie is an image that shows a class and scores as much as one that does not.
     """
     images = torch.from_numpy(encoder.images(cost.images).of(cost.images))
     scores = (100 * images @ class_vectors(cost.prompts, encoder).T).softmax(1).numpy()
@@ -1939,7 +1420,7 @@ def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
         if true[:, c].any() and not true[:, c].all()
     ]
     if not lines:
-        raise DataError(f"{cost.name}: no class has pictures that show it and others; get the rest")
+        raise DataError(f"{cost.name}: no class has images that show it and others; get the rest")
 
     def figure(weights: np.ndarray) -> float:
         values = [
@@ -1967,8 +1448,8 @@ def average_precision_11(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray
     At recall 0 it is 1 by the toolkit's definition: the curve starts with precision 1.
 
     Args:
-        hits: weight of each picture that shows the class, best first, 0 for the others [N].
-        weights: weight of each picture [N]; all 1 without resampling.
+        hits: weight of each image that shows the class, best first, 0 for the others [N].
+        weights: weight of each image [N]; all 1 without resampling.
         ends: where runs of equal scores end, of which only the end is a threshold.
 
     Source: vision_evaluation's MeanAveragePrecisionNPointsEvaluator(11).
@@ -2010,13 +1491,13 @@ def top_class(logits: torch.Tensor, labels: torch.Tensor, first: bool) -> tuple[
 def retrieval_ranks(
     scores: torch.Tensor, image_of: torch.Tensor, first: bool
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Ranks (0 is best) of each picture's best own text, and of each text's picture.
+    """Ranks (0 is best) of each image's best own text, and of each text's image.
 
     Equal scores of wrong ones count as before; with `first` only those of a lower index do.
 
     Args:
-        scores: cosines [N, M] of pictures and texts.
-        image_of: [M] index of each text's picture.
+        scores: cosines [N, M] of images and texts.
+        image_of: [M] index of each text's image.
         first: sort as a stable descending sort does.
     """
     wrong = image_of[None, :] != torch.arange(len(scores))[:, None]
@@ -2040,7 +1521,7 @@ PROBE_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 def fit_probe(x: torch.Tensor, y: torch.Tensor, classes: int) -> Callable[..., torch.Tensor]:
     """A linear probe: multinomial logistic regression by L-BFGS on unit-length features.
 
-    The weight decay is chosen on a random tenth of the training pictures, then all are used.
+    The weight decay is chosen on a random tenth of the training images, then all are used.
 
     Args:
         x: features [N, D], unit length.
@@ -2080,7 +1561,9 @@ def fit_logistic(
 # Readers of texts alone
 
 
-def read_blind(items: Sequence[Item], score: Callable[..., list[list[float]]]) -> dict[str, float]:
+def read_blind(
+    items: Sequence[TestItem], score: Callable[..., list[list[float]]]
+) -> dict[str, float]:
     """How many items a reader of the texts alone gets right, per cent, by subset.
 
     score gives every text of each item a number, without its image. At chance the texts give
@@ -2099,7 +1582,7 @@ def read_blind(items: Sequence[Item], score: Callable[..., list[list[float]]]) -
     return scores
 
 
-def score_ngrams(items: Sequence[Item]) -> list[list[float]]:
+def score_ngrams(items: Sequence[TestItem]) -> list[list[float]]:
     """Score texts by their words, pairs and triples of words, as learned from other images.
 
     The score is w x, x the counts in a text. For each of BLIND_FOLDS folds of images w lowers
@@ -2139,13 +1622,13 @@ def _grams(text: str, number: dict[str, int]) -> list[int]:
     return [number.setdefault(" ".join(span), len(number)) for span in spans]
 
 
-def score_masked(items: Sequence[Item], model: MaskedModel) -> list[list[float]]:
+def score_masked(items: Sequence[TestItem], model: MaskedModel) -> list[list[float]]:
     """Score texts by how likely a masked language model finds them."""
     scores = iter(model.score([text for item in items for text in item.texts]))
     return [[next(scores) for _ in item.texts] for item in items]
 
 
-# Averages, intervals, comparisons
+# Figures
 
 Value = TypeVar("Value", float, np.ndarray)
 
@@ -2190,13 +1673,16 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
     Verdicts of pairs (text, image, group) are averaged each for itself.
     """
     rows = list(rows)
-    trees = read_table("suites")[suite]["averages"]
+    trees = dict(suite_info(suite)["averages"])
+    if suite not in SUITES:
+        subsets = list(dict.fromkeys(counted_row(row, "subsets") for row in rows))
+        trees = {f"mean of {len(subsets)} subsets": subsets} if len(subsets) > 1 else {}
     named = {}
     for verdict in ("", *VERDICTS):
-        own = {row for row in rows if _verdict(row) == verdict}
+        own = {row for row in rows if verdict_of(row) == verdict}
         for name, tree in trees.items():
             grown = _rename(tree, f" {verdict}" if verdict else "")
-            if own and _leaves(grown) <= own:
+            if own and leaves(grown) <= own:
                 named[f"{verdict}: {name}" if verdict else name] = grown
     return named
 
@@ -2204,9 +1690,10 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
 VERDICTS = ("text", "image", "group", "original", "brittle", "Ipos2T", "Ineg2T", "Tpos2I", "Tneg2I")
 
 
-def _verdict(row: str) -> str:
-    last = row.rsplit(" ", 1)[-1]
-    return last if last in VERDICTS and not row.endswith((" to text", " to image")) else ""
+def verdict_of(row: str) -> str:
+    """The verdict that a row's name ends in, or ""."""
+    start, _, last = row.rpartition(" ")
+    return last if start and last in VERDICTS and not start.endswith(" to") else ""
 
 
 def _rename(tree: Any, end: str) -> Any:
@@ -2217,11 +1704,12 @@ def _rename(tree: Any, end: str) -> Any:
     return [_rename(member, end) for member in tree]
 
 
-def _leaves(tree: Any) -> set[str]:
+def leaves(tree: Any) -> set[str]:
+    """The subsets in a tree of averages."""
     if isinstance(tree, str):
         return {tree}
     members = tree["items"] if isinstance(tree, dict) else tree
-    return set().union(*(_leaves(member) for member in members))
+    return set().union(*(leaves(member) for member in members))
 
 
 def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> np.ndarray:
@@ -2253,7 +1741,7 @@ def wilson(value: float, n: float) -> tuple[float, float]:
     return (middle - half if value else 0.0), (middle + half if value < 1 else 1.0)
 
 
-def _cell(value: float, draws: np.ndarray, n: float, scored: int) -> dict[str, Any]:
+def cell_of(value: float, draws: np.ndarray, n: float, scored: int) -> dict[str, Any]:
     """A figure and its 95 % interval, in per cent: the middle of the bootstrap's draws.
 
     Where all draws are the same (every verdict of a part agrees, as with a single item) they say
@@ -2278,18 +1766,18 @@ def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
         figures = {row: figure_of(suite.name, row, parts) for row, parts in tally.items()}
         figures.update(scored.ranked if part == "costs" else {})
         for row, figure in figures.items():
-            cell = _cell(figure.value, figure.draws, figure.effective, figure.items)
-            expected = suite.expected.get(_stem(row, part), figure.items)
+            cell = cell_of(figure.value, figure.draws, figure.effective, figure.items)
+            expected = suite.expected.get(counted_row(row, part), figure.items)
             rows[row] = {**cell, "expected": expected, "ties": scored.ties[row]}
         for row in absent[part]:
-            known = {"scored": 0, "expected": suite.expected.get(_stem(row, part)), "ties": 0}
+            known = {"scored": 0, "expected": suite.expected.get(counted_row(row, part)), "ties": 0}
             rows[row] = {**NOTHING, **known}
         trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(figures)
         for name, tree in trees.items():
-            total = _total([rows[leaf] for leaf in _leaves(tree)])
+            total = total_cell([rows[leaf] for leaf in leaves(tree)])
             tables["averages"][name] = {**_average_cell(tree, figures), **total}
     if suite.name == "whatsup":
-        tables["averages"].update(pairs_and_sets(suite, scored.records))
+        tables["averages"].update(script("suites").pairs_and_sets(suite, scored.records))
     tags = tag_table(scored.records)
     return {**tables, **({"tags": tags} if tags else {}), "notes": suite.notes}
 
@@ -2311,7 +1799,7 @@ def _average_cell(tree: Any, figures: dict[str, Figure]) -> dict[str, Any]:
     if value is None or draws is None or weights is None:
         return NOTHING
     n = effective(weights, [figure.effective for figure in figures.values()])
-    return _cell(value, draws, n, 0)
+    return cell_of(value, draws, n, 0)
 
 
 def tag_table(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -2329,53 +1817,18 @@ def tag_table(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-OPPOSITES = (("left", "right"), ("on", "under"), ("in-front", "behind"))
-
-
-def pairs_and_sets(suite: Suite, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What'sUp's other figures: both opposite prepositions of two objects right, and all four.
-
-    A photo's name says what it shows: OBJECT_PREPOSITION[_of]_OBJECT.jpeg. A pair or set of which
-    a photo was not scored does not count.
-    """
-    sets: dict[tuple[str, str, str], dict[str, bool]] = defaultdict(dict)
-    for record in records:
-        if record["subset"].startswith("Controlled"):
-            words = Path(record["images"][0]).stem.split("_")
-            if len(words) > 2:
-                sets[record["subset"], words[0], words[-1]][words[1]] = record["correct"]
-    cells = {}
-    for subset in ("Controlled A", "Controlled B"):
-        found = [right for (name, _, _), right in sets.items() if name == subset]
-        verdicts = {
-            "pairs": [
-                right[one] and right[two]
-                for right in found
-                for one, two in OPPOSITES
-                if one in right and two in right
-            ],
-            "sets": [all(right.values()) for right in found if len(right) == 4],
-        }
-        for (kind, values), size in zip(verdicts.items(), (2, 4), strict=True):
-            row, n = f"{subset} {kind}", len(values)
-            cell = NOTHING
-            if n:
-                cell = _cell(float(np.mean(values)), resample("whatsup", row, {(): values}), n, n)
-            cells[row] = {**cell, "scored": n, "expected": suite.expected[subset] // size}
-    return cells
-
-
 NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}
 
 
-def _stem(row: str, part: str) -> str:
+def counted_row(row: str, part: str) -> str:
     """What counts the items of a row: verdicts and recalls share theirs."""
     if part == "costs":
         return re.sub(r" R@\d+$", "", row)
-    return row.rsplit(" ", 1)[0] if _verdict(row) else row
+    return row.rsplit(" ", 1)[0] if verdict_of(row) else row
 
 
-def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+def total_cell(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    """Items scored and expected of several cells, None where a number is not known."""
     expected = [cell["expected"] for cell in cells]
     known = None if None in expected else sum(expected)
     return {"scored": sum(cell["scored"] for cell in cells), "expected": known}
@@ -2384,7 +1837,7 @@ def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
     """Rows of subsets, and of retrieval, that should be there and of which nothing was scored."""
     absent: dict[str, list[str]] = {"subsets": [], "costs": []}
-    part, ends = "subsets", list(dict.fromkeys(_verdict(row) for row in scored.subsets))
+    part, ends = "subsets", list(dict.fromkeys(verdict_of(row) for row in scored.subsets))
     if suite.name == "retrieval":
         part, ends = "costs", [f"R@{k}" for k in RECALLS]
     rows = {**scored.subsets, **scored.costs}
@@ -2403,14 +1856,18 @@ def _mean_of_sets(rows: Iterable[str]) -> dict[str, list[str]]:
     return named
 
 
-def compare(suite: str, ours: Scored, theirs: Scored) -> dict[str, dict[str, float]]:
+# Comparison
+
+
+def compare(suite: str, ours: Scored, theirs: Scored) -> dict[str, dict[str, Any]]:
     """Paired test of two models on the same items, by row.
 
     The difference of the figures with its 95 % interval (bootstrap over items, both models on the
     same draw), how many items only one of them gets right, and the exact McNemar test: the
     probability of a split at least as uneven if each of those items fell to either by a fair coin.
+    Where all draws agree (a single item, or the same verdicts) low and high are None.
     """
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     both = {**theirs.subsets, **theirs.costs}
     for row, parts in {**ours.subsets, **ours.costs}.items():
         rng = np.random.default_rng([EVAL_SEED, zlib.crc32(f"{suite} {row} paired".encode())])
@@ -2421,10 +1878,16 @@ def compare(suite: str, ours: Scored, theirs: Scored) -> dict[str, dict[str, flo
             drawn = rng.multinomial(n, [up / n, down / n, (n - up - down) / n], RESAMPLES)
             means[key], draws[key] = (up - down) / n, (drawn[:, 0] - drawn[:, 1]) / n
             gained, lost = gained + up, lost + down
-        low, high = np.percentile(100 * mean_of(draws), [2.5, 97.5])
+        spread = mean_of(draws)
+        low, high = 100 * np.percentile(spread, [2.5, 97.5])
+        known = spread.min() < spread.max()
         table[row] = {
-            **{"difference": 100 * mean_of(means), "low": float(low), "high": float(high)},
-            **{"gained": gained, "lost": lost, "p": mcnemar(gained, lost)},
+            "difference": 100 * mean_of(means),
+            "low": float(low) if known else None,
+            "high": float(high) if known else None,
+            "gained": gained,
+            "lost": lost,
+            "p": mcnemar(gained, lost),
         }
     return table
 
@@ -2439,272 +1902,7 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
 
 
-# Tables
-
-REFERENCE = ("CE-CLIP", "paper")  # the row from which differences are shown
-SHORT = [("CLIP", "paper"), ("NegCLIP", "paper"), REFERENCE, ("CE-CLIP+", "paper")]
-SHORT += [(model, "vl_compo") for model in ("CLIP", "NegCLIP", "CE-CLIP")]
-
-
-def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
-    """Published figures by (model, source), with the averages that follow from them.
-
-    Where only the mean of some subsets is printed it stands for each of them in the averages.
-    """
-    info = read_table("suites")[suite]
-    rows = {}
-    for line in read_table("published").get(suite, []):
-        values = dict(line["values"])
-        merged = line.get("merged", {})
-        full = {x: value for name, value in merged.items() for x in _leaves(info["averages"][name])}
-        full.update(values)
-        for name, tree in named_averages(suite, full).items():
-            known = _known(tree, info["expected"])
-            value = average(tree, full, info["expected"]) if known else None
-            if value is not None:
-                values.setdefault(name, value)
-        rows[line["model"], line["source"]] = values
-    return rows
-
-
-def _known(tree: Any, counts: dict[str, int]) -> bool:
-    """Whether the numbers of items that the tree's weighted means need are known."""
-    if isinstance(tree, dict):
-        return all(name in counts for name in tree["items"])
-    return isinstance(tree, str) or all(_known(member, counts) for member in tree)
-
-
-def _shown(suite: str) -> dict[tuple[str, str], dict[str, float]]:
-    rows = published(suite)
-    short = {key: rows[key] for key in SHORT if key in rows}
-    return short or dict([x for x in rows.items() if x[0][0] in ("CLIP", "NegCLIP", "CE-CLIP")])
-
-
-def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """One table for each suite: subsets, averages and costs down, checkpoints across.
-
-    Beside ours: a reader of the texts alone, the difference of the last checkpoint from the
-    paper's CE-CLIP, and published figures with their source.
-    """
-    lines: list[str] = []
-    for suite in next(iter(results.values()))["suites"]:
-        scored = {label: result["suites"][suite] for label, result in results.items()}
-        first, last = next(iter(scored.values())), list(scored)[-1]
-        rows = {name for part in ("subsets", "averages", "costs") for name in first[part]}
-        others = {key: line for key, line in _shown(suite).items() if rows.intersection(line)}
-        blind = {key: first[key] for key in READERS if key in first}
-        best = [key for key in (REFERENCE, ("CE-CLIP", "vl_compo")) if key in others][:1]
-        reference = others[best[0]] if best else {}
-        head = ["", "items", *scored, *(READERS[key] for key in blind)]
-        head += [f"{last} - CE-CLIP ({best[0][1]})"] if best else []
-        head += [f"{model} ({source})" for model, source in others]
-        lines += ["", f"### {suite}: per cent correct [95 % interval]", "", *_row(head)]
-        lines += _row(["---", *["---:"] * (len(head) - 1)])
-        for part in ("subsets", "averages", "costs"):
-            if part == "costs" and first["costs"] and first["subsets"]:
-                lines += _row(["*costs*", *[""] * (len(head) - 1)])
-            for name, cell in first[part].items():
-                ours = [_cell_text(result[part][name]) for result in scored.values()]
-                line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
-                line += [_figure(reader.get(name)) for reader in blind.values()]
-                ours_last = scored[last][part][name]["accuracy"]
-                known = ours_last is not None and name in reference
-                gain = ours_last - reference[name] if known else None
-                line += [_figure(gain, "+")] if reference else []
-                lines += _row([*line, *(_figure(column.get(name)) for column in others.values())])
-        lines += _remarks(suite, scored)
-    for suite, why in _left_out(results).items():
-        lines += ["", f"Left out: {suite}: {why}"]
-    return "\n".join(lines).strip() + "\n"
-
-
-def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    return next(iter(results.values())).get("left_out", {})
-
-
-ABSENT = "--"  # nothing was scored
-
-
-def _row(cells: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |"]
-
-
-def _cell_text(score: dict[str, Any]) -> str:
-    if score["accuracy"] is None:
-        return ABSENT
-    seen = f", {score['seen']} seen" if score.get("seen") else ""
-    return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]{seen}"
-
-
-def _count(cell: dict[str, Any]) -> str:
-    expected = cell.get("expected", cell["scored"])
-    of = f" of {'?' if expected is None else expected}"
-    return str(cell["scored"]) + ("" if cell["scored"] == expected else of)
-
-
-def _figure(value: float | None, sign: str = "") -> str:
-    return "" if value is None or math.isnan(value) else f"{value:{sign}.1f}"
-
-
-def partly(suites: dict[str, Any]) -> str:
-    """Which suites of a model were scored in part only: "NAME N of M, ..."; or an empty string."""
-    found = []
-    for name, table in suites.items():
-        cells = {
-            _stem(row, part): cell
-            for part in ("subsets", "costs")
-            for row, cell in table[part].items()
-        }
-        total = _total(list(cells.values()))
-        if total["scored"] != total["expected"]:
-            found.append(f"{name} {_count(total)}")
-    return ", ".join(found)
-
-
-def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
-    """Below a table: ties, what was found out, overlap with training data, paired tests."""
-    info = read_table("suites")[suite]
-    rows = {name: {**s["subsets"], **s["costs"]} for name, s in scored.items()}
-    ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
-    rule = next(iter(scored.values())).get("tie_rule", "wrong")
-    lines = ["", f"Ties ({rule}): " + ", ".join(f"{name} {count}" for name, count in ties.items())]
-    for note in (*next(iter(scored.values()))["notes"], info.get("leak")):
-        lines += ["", f"Note: {note}"] if note else []
-    for name, result in scored.items():
-        lines += ["", f"{name}: {result['seen']}"] if "seen" in result else []
-    for name, result in scored.items():
-        for other, table in result.get("versus", {}).items():
-            title = ["", "difference [95 %]", f"only {name}", f"only {other}", "McNemar p"]
-            lines += ["", f"{name} - {other}, paired on the same items:", ""]
-            lines += [*_row(title), *_row(["---", *["---:"] * 4])]
-            for row, x in table.items():
-                change = f"{x['difference']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]"
-                lines += _row([row, change, str(x["gained"]), str(x["lost"]), f"{x['p']:.2g}"])
-    return lines
-
-
-TABLE_1 = ["aro", "valse"]  # of the paper: one table
-
-
-def latex(results: dict[str, dict[str, Any]]) -> str:
-    """Tables of booktabs in the papers' column order: published rows, then ours.
-
-    A star marks figures of part of the items; below the table it says of how many.
-    """
-    suites = list(next(iter(results.values()))["suites"])
-    one = [suite for suite in TABLE_1 if suite in suites]
-    tables = [[suite] for suite in suites if suite not in one] if one else [[x] for x in suites]
-    blocks = [_tabular(names, results) for names in ([one, *tables] if one else tables)]
-    blocks += [f"% left out: {suite}: {why}" for suite, why in _left_out(results).items()]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _tabular(suites: list[str], results: dict[str, dict[str, Any]]) -> str:
-    """One table; columns and published rows that would be empty are left out."""
-    theirs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    ours: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for suite in suites:
-        for key, values in published(suite).items():
-            theirs[key].update((f"{suite} {row}", _figure(x)) for row, x in values.items())
-        for label, result in results.items():
-            table = result["suites"][suite]
-            for row, cell in {**table["subsets"], **table["averages"], **table["costs"]}.items():
-                if cell["accuracy"] is not None:
-                    star = "" if cell["scored"] == cell["expected"] else "$^*$"
-                    ours[label, "ours"][f"{suite} {row}"] = _figure(cell["accuracy"]) + star
-    filled = set().union(*theirs.values(), *ours.values())
-    columns = [x for suite in suites for x in _columns(suite, results) if x[0] in filled]
-    rows = {key: [line.get(name, ABSENT) for name, _, _ in columns] for key, line in theirs.items()}
-    lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule", *_heads(columns)]
-    body = [[*key, *cells] for key, cells in rows.items() if set(cells) != {ABSENT}]
-    lines += [*map(_tex_row, body), *([r"\midrule"] if body else [])]
-    for label, result in results.items():
-        line = ours[label, "ours"]
-        lines += [_tex_row([label, "ours", *(line.get(name, ABSENT) for name, _, _ in columns)])]
-        part = partly({suite: result["suites"][suite] for suite in suites})
-        if part:
-            lines += [rf"\multicolumn{{{len(columns) + 2}}}{{l}}{{$^*$ {_tex(part)} items}} \\"]
-    return "\n".join([f"% {', '.join(suites)}", *lines, r"\bottomrule", r"\end{tabular}"])
-
-
-def _columns(suite: str, results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Name, head and group of each column, in the paper's order where it has a table."""
-    given = read_table("suites")[suite].get("columns")
-    if given:
-        return [(f"{suite} {row}", head, group) for row, head, group in given]
-    first = next(iter(results.values()))["suites"][suite]
-    rows = [*first["subsets"], *first["averages"], *first["costs"]]
-    verdicts = {row: _verdict(row) for row in rows}
-    return [
-        (f"{suite} {row}", verdicts[row] or row, _stem(row, "subsets") if verdicts[row] else "")
-        for row in rows
-    ]
-
-
-def _heads(columns: list[tuple[str, str, str]]) -> list[str]:
-    """The heads of the columns, under those of their groups."""
-    above, rules, start = ["", ""], "", 3
-    for group, members in itertools.groupby(columns, key=lambda column: column[2]):
-        end = start + len(list(members)) - 1
-        above.append(rf"\multicolumn{{{end - start + 1}}}{{c}}{{{_tex(group)}}}")
-        rules += rf"\cmidrule(lr){{{start}-{end}}}" if group else ""
-        start = end + 1
-    heads = [_tex_row(["Model", "Source", *(head for _, head, _ in columns)]), r"\midrule"]
-    return [" & ".join(above) + r" \\", rules, *heads] if rules else heads
-
-
-def _tex_row(cells: Sequence[str]) -> str:
-    return " & ".join(cell if cell.endswith("$^*$") else _tex(cell) for cell in cells) + r" \\"
-
-
-def _tex(text: str) -> str:
-    """Text with LaTeX's own characters escaped."""
-    marks = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
-    return re.sub(r"[_&%#${}\\^~]", lambda m: marks.get(m[0], "\\" + m[0]), text)
-
-
-def long_csv(results: dict[str, dict[str, Any]]) -> str:
-    """Every figure on a line of its own, ours and the published ones."""
-    out = io.StringIO()
-    keys = ["accuracy", "low", "high", "scored", "expected", "ties"]
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["suite", "model", "source", "part", "row", *keys])
-    for suite in next(iter(results.values()))["suites"]:
-        for label, result in results.items():
-            for part in ("subsets", "averages", "costs"):
-                for row, cell in result["suites"][suite][part].items():
-                    figures = [cell.get(key, "") for key in keys]
-                    writer.writerow([suite, label, "ours", part, row, *figures])
-        for (model, source), values in published(suite).items():
-            for row, value in values.items():
-                writer.writerow([suite, model, source, "published", row, round(value, 2)])
-    for suite in _left_out(results):
-        for label in results:
-            writer.writerow([suite, label, "ours", "left out", "", "", "", "", 0])
-    return out.getvalue()
-
-
-def show(table: str) -> str:
-    """The markdown with the columns of each table lined up for a terminal."""
-    shown: list[str] = []
-    block: list[list[str]] = []
-    for line in [*table.splitlines(), ""]:
-        if line.startswith("|"):
-            block.append([cell.strip() for cell in line.strip("|").split("|")])
-            continue
-        sizes = [max(map(len, column)) for column in zip(*block, strict=True)]
-        for cells in block:
-            if cells[0] == "---":
-                shown.append("  ".join("-" * size for size in sizes))
-                continue
-            rest = [cell.rjust(size) for cell, size in zip(cells[1:], sizes[1:], strict=True)]
-            shown.append("  ".join([cells[0].ljust(sizes[0]), *rest]).rstrip())
-        block = []
-        shown.append(line.rstrip())
-    return "\n".join(shown).rstrip()
-
-
-# The script
+# Command
 
 
 Build = Callable[[], Model]
@@ -2735,7 +1933,7 @@ def evaluate(
     blind = {
         name: {key: read_blind(suite.items, score) for key, score in readers.items()}
         for name, suite in suites.items()
-        if read_table("suites")[name].get("blind") and not args.no_blind
+        if suite_info(name).get("blind") and not args.no_blind
     }
     writes = args.out and rank_and_ranks()[0] == 0
     if writes:
@@ -2744,7 +1942,7 @@ def evaluate(
         encoder = None  # let the last model go first
         encoder = Encoder(build(), args)
         made = {"python": platform.python_version(), "torch": torch.__version__}
-        made |= {"open_clip": open_clip.__version__, "precision": args.precision}
+        made |= {"open_clip": version("open_clip_torch"), "precision": args.precision}
         about = {"weights_sha256": encoder.hash, "evaluated_with": made}
         photos = encoder.model.about.pop("train_images", None)
         known = encoder.model.about.items()
@@ -2796,8 +1994,8 @@ def mark_seen(
             seen[f"{cost.name} text to image"] = sum(flags[i] for i in cost.image_of)
     for part in ("subsets", "costs"):
         for row, cell in result[part].items():
-            cell["seen"] = seen[_stem(row, part)]
-    counted = {_stem(row, part) for part in ("subsets", "costs") for row in result[part]}
+            cell["seen"] = seen[counted_row(row, part)]
+    counted = {counted_row(row, part) for part in ("subsets", "costs") for row in result[part]}
     total = sum(seen[stem] for stem in counted)
     result["seen"] = f"{total} items show one of its {len(known)} training images"
 
@@ -2860,63 +2058,6 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    model = parser.add_argument_group("models").add_argument
-    model(
-        "--ckpt",
-        action="append",
-        default=[],
-        metavar="[LABEL=]WHAT",
-        help="checkpoint, folder, hf-hub:ORG/REPO or MODEL:TAG; repeat to compare with the first",
-    )
-    model("--model", help="open_clip model name or config .json (default: the checkpoint's)")
-    model("--pretrained", help="open_clip tag of --model, instead of --ckpt")
-    model(
-        "--activation",
-        choices=("gelu", "quickgelu"),
-        help="overrule the checkpoint's; gelu is what the published evaluation used",
-    )
-    suite = parser.add_argument_group("suites").add_argument
-    suite(
-        "--suite",
-        default="shapes",
-        help=f"comma list of {', '.join([*SUITES, *GROUPS])} (default shapes)",
-    )
-    suite("--root", type=Path, help="folder of the suites' official files and photos")
-    suite("--allow-missing", action="store_true", help="score what is there, as N of M")
-    suite("--list", action="store_true", help="say what each suite needs and what is there")
-    suite(
-        "--ties",
-        choices=("wrong", "official"),
-        default="wrong",
-        help="equal scores are wrong (default), or decided as the suite's own code does",
-    )
-    blind = parser.add_mutually_exclusive_group().add_argument
-    blind("--no-blind", action="store_true", help="leave out the reader of texts alone")
-    blind("--mlm", metavar="DIR", help="let a masked language model read the texts alone as well")
-    out = parser.add_argument_group("output").add_argument
-    out("--out", type=Path, help="folder for results.json, .md, .tex, .csv and items/")
-    out("--overwrite", action="store_true", help="replace the results and items in --out")
-    out("--cache", type=Path, help="folder that keeps features by the hash of their content")
-    run = parser.add_argument_group("run").add_argument
-    run("--batch-size", type=int, help="pictures encoded at once (default: GPU 128, CPU 24)")
-    run(
-        "--precision",
-        choices=list(PRECISIONS),
-        default="fp32",
-        help="of the towers (default fp32); scores are float32",
-    )
-    run("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
-    run("--workers", type=int, default=0, help="processes that decode pictures (default 0)")
-    return parser.parse_args(argv)
-
-
 def pick_device(device: str) -> str:
     """Resolve "auto"; refuse cuda where there is none."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -2924,29 +2065,11 @@ def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def list_suites(root: Path | None) -> None:
-    """Print for each suite: items found of those expected, files, where to get them, licence.
+def knows_model(name: str) -> bool:
+    """Whether open_clip, or a config file, has a model of this name."""
+    import open_clip
 
-    Raises:
-        DataError: the root is no folder, or may not be read.
-    """
-    check_root(root)
-    for name, info in read_table("suites").items():
-        expected, found, why = sum(info["expected"].values()), 0, ""
-        try:
-            suite = load_suite(name, root, True)
-            found = len(suite.items) + sum(
-                sum(_sizes(x).values()) or len(x.images) for x in suite.costs
-            )
-            expected = max(sum(suite.expected.values()), 0 if expected else found)
-        except DataError as error:
-            why = f" ({error})" if root else " (no --root)"
-        if name == "shapes":
-            found = expected
-        state = "ready" if found and found >= expected else "partly" if found else "missing"
-        of = f"{found} of {expected}" if expected else f"{found} of as many as the files hold"
-        print(f"{name}: {state}, {of} items{why}\n  files: {', '.join(info['files']) or 'none'}")
-        print(f"  where: {info['where']}\n  licence: {info['licence']}")
+    return open_clip.get_model_config(register(name)) is not None
 
 
 def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:
@@ -2967,7 +2090,7 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
             pair, short = (args.model, what), Path(what).resolve().parent.name
         elif what.startswith("hf-hub:"):
             pair, short = (what, None), what.split("/")[-1]
-        elif tag and open_clip.get_model_config(_register(name)):
+        elif tag and knows_model(name):
             pair, short = (name, tag), f"{name} {tag}"
         else:
             raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
@@ -2975,6 +2098,8 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
         if label in named:
             raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
         named[label] = pair
+    if args.baseline not in (None, *named):
+        raise DataError(f"--baseline {args.baseline}: is none of the labels {', '.join(named)}")
     return named
 
 
@@ -2986,27 +2111,44 @@ def _plain_label(label: str, flag: str) -> str:
     """Refuse labels that cannot be a folder and a table's heading."""
     if not re.fullmatch(r"\w[\w.+ -]*", label):
         raise DataError(
-            f"{flag}: the label {label!r} may hold letters, digits and .+-_; "
-            "write --ckpt LABEL=WHAT"
+            f"{flag}: the name {label!r} may hold letters, digits and .+-_ only; "
+            + ("rename the file" if flag.startswith("--suite") else "write --ckpt LABEL=WHAT")
         )
     return label
+
+
+def suite_name(given: str) -> str:
+    """The name of an entry of --suite; of a file or loader of the user's own, that of the file.
+
+    Raises:
+        DataError: no such suite, or a file with the name of one of the kit's.
+    """
+    if is_own(given):
+        name = _plain_label(Path(given.split(".py:")[0]).stem, f"--suite {given}")
+        if name in SUITES:
+            raise DataError(f"--suite {given}: {name} is a suite of the kit; rename the file")
+        return name
+    if given in SUITES:
+        return given
+    near = difflib.get_close_matches(given, [*SUITES, *GROUPS], 1)
+    hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(SUITES)}"
+    raise DataError(f"--suite {given}: no such suite; {hint}")
 
 
 def name_suites(text: str) -> list[str]:
     """The suites of a comma list, groups spelt out.
 
     Raises:
-        DataError: a name that is none.
+        DataError: a name that is none, or two files of one name.
     """
-    names: list[str] = []
-    for given in text.split(","):
-        name = given.strip()
-        if name not in SUITES and name not in GROUPS:
-            near = difflib.get_close_matches(name, [*SUITES, *GROUPS], 1)
-            hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(SUITES)}"
-            raise DataError(f"--suite {name}: no such suite; {hint}")
-        names += GROUPS.get(name, [name])
-    return list(dict.fromkeys(names))
+    given = [name.strip() for name in text.split(",")]
+    entries = list(dict.fromkeys(x for name in given for x in GROUPS.get(name, [name])))
+    names: dict[str, str] = {}
+    for entry in entries:
+        other = names.setdefault(suite_name(entry), entry)
+        if other != entry:
+            raise DataError(f"--suite: {other} and {entry} have one name; rename one")
+    return entries
 
 
 def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
@@ -3017,15 +2159,16 @@ def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, s
     """
     check_root(args.root)
     suites, left_out = {}, {}
-    for name in name_suites(args.suite):
+    group = {name.strip() for name in args.suite.split(",")} & GROUPS.keys()
+    for given in name_suites(args.suite):
         try:
-            suites[name] = load_suite(name, args.root, args.allow_missing)
+            suite = load_suite(given, args.root, args.allow_missing)
+            suites[suite.name] = suite
         except DataError as error:
-            given = {given.strip() for given in args.suite.split(",")}
-            if not (args.allow_missing and given & GROUPS.keys()):
+            if not (args.allow_missing and group):
                 raise
-            left_out[name] = str(error).removeprefix(f"{name}: ")
-            print(f"evaluate.py: left out: {name}: {left_out[name]}", file=sys.stderr)
+            left_out[given] = str(error).removeprefix(f"{given}: ")
+            print(f"evaluate.py: left out: {given}: {left_out[given]}", file=sys.stderr)
     if not suites:
         raise DataError(f"--suite {args.suite}: none of them is below --root {args.root}")
     return suites, left_out
@@ -3080,11 +2223,13 @@ def main(argv: list[str] | None = None) -> None:
     """Load, score, print, write."""
     args = parse_args(argv)
     if args.list:
-        list_suites(args.root)
+        script("suites").list_suites(args.root)
         return
     args.device = str(start_process(args.device).device)
     together(lambda: check_args(args))
     named = together(lambda: name_models(args))
+    first = args.baseline or next(iter(named))
+    named = {first: named[first], **named}
     load = functools.partial(load_model, activation=args.activation, device=args.device)
     builds: dict[str, Build] = {
         label: functools.partial(load, *what) for label, what in named.items()
@@ -3098,7 +2243,7 @@ def main(argv: list[str] | None = None) -> None:
         raise
     for result in results.values():
         result["left_out"] = left_out
-    together(lambda: report(results, args.out) if rank_and_ranks()[0] == 0 else None)
+    together(lambda: report(results, args) if rank_and_ranks()[0] == 0 else None)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -3112,28 +2257,24 @@ def load_once(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str
     return loaded[0]
 
 
-def report(results: dict[str, Any], out: Path | None) -> None:
+def report(results: dict[str, Any], args: argparse.Namespace) -> None:
     """Write the tables to --out as JSON, markdown, LaTeX and CSV, then print them."""
-    table = markdown(results)
+    tables, out = script("make_tables"), args.out
     if out:
-        write_results(results, table, out)
-    print(show(table))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_folder(out / ITEMS, out / "items")
+            write_text(out / "results.md", tables.markdown(results))
+            write_text(out / "results.tex", tables.latex(results))
+            write_text(out / "results.csv", tables.long_csv(results))
+            write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        except OSError as error:
+            raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(tables.show(tables.markdown(results, published_rows=args.published)))
     if out:
         print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
 
 
-def write_results(results: dict[str, Any], table: str, out: Path) -> None:
-    """Write everything below --out."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_folder(out / ITEMS, out / "items")
-        write_text(out / "results.md", table)
-        write_text(out / "results.tex", latex(results))
-        write_text(out / "results.csv", long_csv(results))
-        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
 if __name__ == "__main__":
+    sys.modules["evaluate"] = sys.modules["__main__"]  # scripts/make_tables.py imports it
     sys.exit(run_script(main, "evaluate.py"))

@@ -56,11 +56,11 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from math import inf
+from math import inf, isnan
 from multiprocessing import Pipe, Process
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 try:
     import numpy as np
@@ -103,9 +103,9 @@ class Words:
     dimensions: dict[str, str] = field(default_factory=dict)  # of a value, such as colour
     links: dict[str, list[tuple[list[str], list[str]]]] = field(default_factory=dict)
     free: list[tuple[list[str], dict[str, list[str]]]] = field(default_factory=list)
+    participles: list[tuple[list[str], dict[str, list[str]]]] = field(default_factory=list)
     done_to: list[tuple[list[str], list[str], list[str]]] = field(default_factory=list)
     together: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    participles: dict[str, list[str]] = field(default_factory=dict)
     compounds: dict[tuple[str, ...], list[tuple[list[str], str]]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)  # of compounds
     sexes: dict[str, set[str]] = field(default_factory=dict)  # of a noun: M or F
@@ -119,32 +119,34 @@ def _items(text: str, mark: str = ",") -> list[str]:
     return [item.strip() for item in text.split(mark) if item.strip()]
 
 
-def read_sections(path: Path = WORDS) -> Rows:
-    """The rows of each [section] as (key, value); indented lines continue a row."""
+def _tables(lines: list[tuple[str, str]]) -> list[tuple[list[str], dict[str, list[str]]]]:
+    """Rows "kinds: old old > new new | ..." as kinds and what may stand for each old word."""
+    tables = []
+    for kinds, line in lines:
+        groups = [group.partition(">") for group in line.split("|")]
+        table = {word: new.split() for old, _, new in groups for word in old.split()}
+        tables.append((kinds.split(), table))
+    return tables
+
+
+@functools.cache
+def words() -> Words:
+    """Read scripts/words.txt, once: [sections] of "key: value"; indented lines continue a row."""
     rows: Rows = {}
-    for line in re.sub(r"\n[ \t]+", " ", path.read_text(encoding="utf-8")).splitlines():
+    text = re.sub(r"\n[ \t]+", " ", WORDS.read_text(encoding="utf-8"))
+    for line in text.splitlines():
         if line.startswith("["):
             section = rows.setdefault(line[1 : line.index("]")], [])
         elif line and line[0] != "#":
             key, _, value = line.rpartition(": ")
             section.append((key, value))
-    return rows
-
-
-@functools.cache
-def words() -> Words:
-    """Read scripts/words.txt, once."""
-    rows = read_sections()
     lists = {name: " ".join(value for _, value in lines) for name, lines in rows.items()}
+    lists |= dict(rows["grammar"])
     known = Words({n: frozenset(w.replace("_", " ") for w in t.split()) for n, t in lists.items()})
-
     known.sexes |= {w: {sex} for sex, line in rows["sexes"] for w in line.split()}
     known.personal |= {sex: set(line.split()) for sex, line in rows["personal"]}
-    _read_things(rows, known)
-    _read_forms(rows, known)
-    _read_values(rows, known)
-    _read_links(rows, known)
-    _read_acts(rows, known)
+    for reader in (_read_things, _read_forms, _read_values, _read_links, _read_acts):
+        reader(rows, known)
     compounds = {word: tag for word, (_, tag) in known.nouns.items()}
     compounds |= dict.fromkeys(known.links, "P") | {w: tag for w, (_, tag) in known.verbs.items()}
     compounds |= {
@@ -244,12 +246,7 @@ def _read_links(rows: Rows, known: Words) -> None:
 
 
 def _read_acts(rows: Rows, known: Words) -> None:
-    for who, line in rows["free"]:
-        table: dict[str, list[str]] = {}
-        for group in line.split("|"):
-            old, _, new = group.partition(">")
-            table |= dict.fromkeys(old.split(), new.split())
-        known.free.append((who.split(), table))
+    known.free, known.participles = _tables(rows["free"]), _tables(rows["participles"])
     for left, line in rows["done to"]:
         who, _, what = left.rpartition(" > ")
         known.done_to.append((who.split() or ["person"], what.split(), line.split()))
@@ -257,15 +254,10 @@ def _read_acts(rows: Rows, known: Words) -> None:
         for group in line.split(";"):
             for act in group.split():
                 known.together[act].update(group.split())
-    known.participles |= {
-        word: _items(line) for left, line in rows["participles"] for word in _items(left)
-    }
-    known.sets["free acts"] = frozenset(a for _, table in known.free for a in table)
-    acts = {
-        *known.sets["acts"],
-        *known.together,
-        *(a for _, t in known.free for old, new in t.items() for a in (old, *new)),
-    }
+    free = [table for _, table in known.free]
+    known.sets["free acts"] = frozenset(act for table in free for act in table)
+    acts = {*known.sets["acts"], *known.together, *known.sets["free acts"]}
+    acts |= {act for table in free for new in table.values() for act in new}
     acts |= {act for _, _, line in known.done_to for act in line}
     for act in sorted(acts):
         for tag in "BZG":
@@ -438,20 +430,26 @@ COARSE |= {"SCONJ": "W", "ADV": "R", "PUNCT": ".", "SYM": ".", "PART": "R"}
 def find_phrases(s: Sentence) -> None:
     """Fill in noun phrases from left to right: determiners, modifiers, nouns."""
     known, tags = words(), s.tags
-    if "," in s.words or "and" in s.words:
-        marks = {",": ",", "and": "&"}
+    marks = {",": ",", **dict.fromkeys(known.sets["coordinators"], "&")}
+    if not marks.keys().isdisjoint(s.words):
         tags = "".join([marks.get(word, tag) for word, tag in zip(s.words, tags, strict=True)])
     found = s.chunks or [match.span() for match in NOUN_PHRASE.finditer(tags)]
     for first, stop in found:
         head = s.words[stop - 1]
         noun, tag = known.nouns.get(head, (head, s.tags[stop - 1]))
         if known.forms.get((noun, "N")) == head:  # one sheep, two sheep
-            tag = "N" if s.words[first] in ("a", "an") else s.tags[stop - 1]
+            tag = "N" if s.words[first] in known.sets["articles"] else s.tags[stop - 1]
         kind = known.kinds.get(noun, "")
         s.phrases.append(Phrase(first, stop, stop - 1, noun, kind, tag == "S"))
     for one, two in zip(s.phrases[-2::-1], s.phrases[:0:-1], strict=True):
-        if one.noun in known.sets["measures"] and s.words[one.stop : two.first] == ["of"]:
+        joint = s.words[one.stop : two.first]
+        if one.noun in known.sets["measures"] and len(joint) == 1 and _has(joint, "partitive"):
             one.kind = two.kind  # a group of dogs is an animal
+
+
+def _has(found: Iterable[str], section: str) -> bool:
+    """Whether one of some words is in a section of words.txt."""
+    return not words().sets[section].isdisjoint(found)
 
 
 Edit = tuple[int, int, str]  # start, end, new text
@@ -527,8 +525,8 @@ def group_phrases(s: Sentence) -> list[list[Phrase]]:
     """Noun phrases that move together: lists, and "a group of dogs"."""
     groups: list[list[Phrase]] = []
     for phrase in s.phrases:
-        joint = s.words[groups[-1][-1].stop : phrase.first] if groups else ["."]
-        if joint in (["of"], ["and"], [","], [",", "and"], ["or"]):
+        joint = s.words[groups[-1][-1].stop : phrase.first] if groups else []
+        if _has([" ".join(joint)], "joins"):
             groups[-1].append(phrase)
         else:
             groups.append([phrase])
@@ -540,26 +538,31 @@ def refuse_group(s: Sentence, group: list[Phrase]) -> str:
     known, first, stop = words(), group[0].first, group[-1].stop
     if OWNED.search(s.tags, max(first - 1, 0), stop):
         return "a noun phrase has an owner"
-    for p in group:
-        if p.noun in known.fixed and not (p is group[0] and is_measure(s, group)):
-            return "a noun phrase names a part, a place in the image or a measure"
-    around = s.words[max(first - 1, 0) : first] + s.words[stop : stop + 1]
-    if not LISTED.isdisjoint(around):
+    whole = group[:1] if is_measure(s, group) or (group[0].kind == "part" and _of(s, group)) else []
+    if any(p.noun in known.fixed for p in group[len(whole) :]):
+        return "a noun phrase names a part, a place in the image or a measure"
+    around = s.words[max(first - 1, 0) : first]
+    verb = s.tags[stop + 1 : stop + 2] in VERBAL and s.words[stop + 1] not in known.nouns
+    around += [] if verb else s.words[stop : stop + 1]
+    if _has(around, "listed"):
         return "a noun phrase is part of a list that is not understood"
     return ""
 
 
+def _of(s: Sentence, group: list[Phrase]) -> bool:
+    return len(group) > 1 and _has([s.words[group[0].stop]], "partitive")
+
+
 def is_measure(s: Sentence, group: list[Phrase]) -> bool:
     """Whether a group begins as "a group of" does."""
-    first = group[0]
-    return len(group) > 1 and first.noun in words().sets["measures"] and s.words[first.stop] == "of"
+    return group[0].noun in words().sets["measures"] and _of(s, group)
 
 
 def refuse_exchange(s: Sentence, ones: list[Phrase], twos: list[Phrase]) -> str:
     """Why two groups of noun phrases may not change places, "" if they may."""
     sets, one, two = words().sets, ones[0], twos[0]
     start, stop = ones[-1].stop, two.first
-    start += s.words[start] in ("that", "which")
+    start += s.words[start] in sets["relative"]
     between, tags = s.words[start:stop], s.tags[start:stop]
     if NO_LINK.search(tags) or not LINK.search(tags):
         return "what stands between the noun phrases is no simple link"
@@ -568,12 +571,15 @@ def refuse_exchange(s: Sentence, ones: list[Phrase], twos: list[Phrase]) -> str:
     links = [between[m.start()] for m in LINK.finditer(tags)]
     if links[-1] in sets["symmetric"]:
         return "the link between the noun phrases holds both ways or takes no exchange"
-    if between[-1] in sets["bound"] or s.words[max(one.first - 1, 0) : one.first] == ["with"]:
+    if between[-1] in sets["bound"] or _has(s.words[: one.first][-1:], "comitative"):
         return "the link before a noun phrase belongs to it"
-    if s.words[max(one.first - 2, 0)] == "there" and s.words[two.first] == "the":
+    there = s.words[max(one.first - 2, 0)] in sets["existential"]
+    if there and s.words[two.first] in sets["definite"]:
         return "there is no such thing as the other noun phrase"
     if FINITE.search(s.tags, start) or (one.first and s.tags[one.first - 1] == "I"):
-        many = [g[0].plural or s.words[g[-1].first - 1] == "and" for g in (ones, twos)]
+        many = [
+            g[0].plural or s.words[g[-1].first - 1] in sets["coordinators"] for g in (ones, twos)
+        ]
         if many[0] != many[1] or is_measure(s, ones) or is_measure(s, twos):
             return "the number of a noun phrase would not agree with its verb"
     if is_bare(s, one) != is_bare(s, two):
@@ -591,7 +597,8 @@ def is_bare(s: Sentence, p: Phrase) -> bool:
 def exchange_phrases(s: Sentence, *groups: list[Phrase]) -> Exchange:
     """The exchange of two groups; where both begin with the same article, these stay."""
     stay = groups[0][0].plural == groups[1][0].plural and len(groups[0]) == len(groups[1]) == 1
-    stay &= {s.words[g[0].first] for g in groups} in ({"a"}, {"an"}, {"a", "an"}, {"the"})
+    begin, sets = {s.words[g[0].first] for g in groups}, words().sets
+    stay &= begin <= sets["articles"] or begin <= sets["definite"]
     one, two = ((g[0].first + stay, g[-1].stop, g[0].head) for g in groups)
     return Exchange(one, two, (groups[1][0].first - 1, 0))
 
@@ -608,7 +615,7 @@ def swap_links(s: Sentence) -> list[Swap]:
             continue
         if verb and any(p.kind == "body" for p in s.phrases if p.first > i):
             continue  # holding a bat in his hands
-        if "it" in s.words[i:] or "them" in s.words[i:]:
+        if _has(s.words[i:], "anaphors"):
             continue  # a table with a lamp on it
         if verb and not known.sets["paths"].isdisjoint(s.words[phrase.stop : phrase.stop + 1]):
             continue  # pulling a cart past a tree
@@ -663,8 +670,14 @@ def propose_attribute(s: Sentence) -> Proposal:
                     not phrase.plural or s.words[phrase.stop : phrase.stop + 1] == [","]
                 ):
                     continue  # two children, a boy and a girl
+                verb = FINITE.search(s.tags, phrase.stop)
+                single = verb and (
+                    verb[0] == "Z" or s.words[verb.start()] in known.sets["singular"]
+                )
+                if s.tags[i] == "D" and single:
+                    continue  # a group of dogs is
                 if options:
-                    swaps.append(Swap(i, options, "n" if i + 1 < phrase.head else ""))
+                    swaps.append(Swap(i, options, "N" if i + 1 < phrase.head else ""))
                     sites.append((i, phrase))
     for (i, one), (j, two) in itertools.combinations(sites, 2):
         alike = known.dimensions[s.words[i]] == known.dimensions[s.words[j]]
@@ -678,6 +691,7 @@ def propose_attribute(s: Sentence) -> Proposal:
 def other_values(value: str, kind: str, noun: str) -> tuple[str, ...]:
     """Values that exclude one, of such a thing."""
     rows = words().values[value]
+    rows = [row for row in rows if kind != "picture" or row[0] != ["*"]]
     new = [w for kinds, values in rows if is_kind(kind, kinds, noun) for w in values]
     return tuple(dict.fromkeys(new))
 
@@ -695,8 +709,9 @@ def propose_object(s: Sentence) -> Proposal:
             options = tuple(w for w in options if known.sexes.get(w, sexes) == sexes)
         if options and sum(p.noun == other.noun for other in s.phrases) == 1:
             bare = not p.plural and s.tags[p.first] not in "DHM" and p.first == p.head
-            attest = "p" if bare or (p.head > p.first and s.tags[p.head - 1] in "NSGE") else ""
-            attest += "n" if s.words[p.stop : p.stop + 1] == ["of"] else ""
+            joined = p.head > p.first and s.tags[p.head - 1] in "NSGE"
+            attest = "p" if bare else "P" if joined else ""
+            attest += "n" if _has(s.words[p.stop : p.stop + 1], "partitive") else ""
             swaps.append(Swap(p.head, options, attest))
     return swaps, [], "no noun that words.txt knows"
 
@@ -717,18 +732,23 @@ def propose_action(s: Sentence) -> Proposal:
     for i, word in enumerate(s.words):
         if s.tags[i] not in "GZBE" or i in inside:
             continue
-        if s.tags[i] == "E" and word in known.participles:
-            swaps.append(Swap(i, tuple(known.participles[word])))
+        subjects = [p for p in reversed(s.phrases) if p.stop <= i]
+        for who, done in known.participles if subjects and s.tags[i] in "EG" else ():
+            if word in done and is_kind(subjects[0].kind, who, subjects[0].noun):
+                swaps.append(Swap(i, tuple(done[word])))
+                break
         verb, form = known.verbs.get(word, ("", ""))
         what = starts.get(i + 1)
         after = what.stop if what else i + 1
-        if form != s.tags[i] or s.tags[after : after + 1] == "L":
+        if form != s.tags[i] or s.tags[after : after + 1] in ("L", "Q", "T"):
             continue
         if form == "B" and i and s.tags[i - 1] == "T" and not what:
             continue  # about to swim
-        for subject in [p for p in reversed(s.phrases) if p.stop <= i]:
+        for subject in subjects:
             options = (
-                acts_done(verb, form, subject, what) if what else acts_free(verb, form, subject)
+                acts_done(verb, form, subject, what)
+                if what
+                else acts_free(verb, form, subject.kind, subject.noun)
             )
             if not known.sets["paths"].isdisjoint(s.words[after : after + 1]):
                 options = tuple(w for w in options if known.verbs[w][0] in known.sets["moving"])
@@ -744,15 +764,11 @@ def propose_action(s: Sentence) -> Proposal:
     return swaps, [], "no verb that words.txt knows with who does it and to what"
 
 
-def acts_free(verb: str, form: str, who: Phrase) -> tuple[str, ...]:
-    """What such a thing may do instead, without an object."""
-    return _inflected(form, *_acts_free(verb, who.kind, who.noun))
-
-
 @functools.cache
-def _acts_free(verb: str, kind: str, noun: str) -> tuple[str, ...]:
-    rows = (acts for who, acts in words().free if is_kind(kind, who, noun))
-    return tuple(next(rows, {}).get(verb, ()))
+def acts_free(verb: str, form: str, kind: str, noun: str) -> tuple[str, ...]:
+    """What such a thing may do instead, without an object."""
+    tables = (acts for who, acts in words().free if is_kind(kind, who, noun))
+    return inflected(form, *next(tables, {}).get(verb, ()))
 
 
 def acts_done(verb: str, form: str, who: Phrase, what: Phrase) -> tuple[str, ...]:
@@ -760,12 +776,13 @@ def acts_done(verb: str, form: str, who: Phrase, what: Phrase) -> tuple[str, ...
     together = words().together.get(verb, ())
     if not any(verb in words().done_to[i][2] for i in rows_of(0, who.kind, who.noun)):
         return ()
-    rows = acts_on(who, what)
-    return _inflected(form, *[v for row in rows for v in row if v != verb and v not in together])
+    acts = (v for row in acts_on(who, what) for v in row)
+    return inflected(form, *(v for v in acts if v != verb and v not in together))
 
 
 @functools.cache
-def _inflected(form: str, *acts: str) -> tuple[str, ...]:
+def inflected(form: str, *acts: str) -> tuple[str, ...]:
+    """Verbs in one form."""
     return tuple(inflect(act, form, words().sets["doubled"]) for act in dict.fromkeys(acts))
 
 
@@ -776,8 +793,8 @@ PROPOSE: dict[str, Callable[[Sentence], Proposal]] = {
     "action": propose_action,
 }
 OWNED, NO_LINK, FINITE, PRONOUN = (re.compile(x) for x in ("[HO]", "[WCQX.]|PG", "[IZB]", "[HQ]"))
-LINK = re.compile("P|[GZBE](?![GZBERLP])")  # the word that decides: a preposition, or else a verb
-LISTED = {"and", "or", ",", "of", "&", "/", "'", "-"}
+LINK = re.compile("P|[GZBE](?![GZBERP])|I$")  # the word that decides: a preposition, or else a verb
+VERBAL = ("G", "Z", "B", "I")
 
 
 # Writing
@@ -809,12 +826,12 @@ def edit_exchange(s: Sentence, exchange: Exchange) -> list[Edit]:
 def _with_article(s: Sentence, at: int, edit: Edit) -> Edit:
     """An edit whose "a" or "an" before it is made to fit."""
     start, end, new = edit
-    if not at or s.words[at - 1] not in ("a", "an"):
+    sets = words().sets
+    if not at or s.words[at - 1] not in sets["articles"]:
         return edit
-    sounds = new.lower().startswith(tuple("aeio")) or re.match(
-        "u(?!ni|s|r|t|k)|hour|hon", new.lower()
-    )
-    article = "an" if sounds and not new.lower().startswith(("one", "eu")) else "a"
+    vowel, consonant = (tuple(sets[name]) for name in ("sound of a vowel", "none of a vowel"))
+    sounds = new.lower().startswith(vowel) and not new.lower().startswith(consonant)
+    article = sorted(sets["articles"])[sounds]
     if article == s.words[at - 1]:
         return edit
     first, stop = s.spans[at - 1]
@@ -833,11 +850,6 @@ def apply_edits(text: str, edits: Iterable[Edit]) -> str:
 # Truth: what the captions of an image say of it
 
 
-def meanings(s: Sentence) -> list[str]:
-    """Of each word the name of all that means the same."""
-    return [meaning(word) for word in s.words]
-
-
 @functools.cache
 def meaning(word: str) -> str:
     """The name of all that means the same as a word in any of its forms."""
@@ -851,7 +863,7 @@ def meaning(word: str) -> str:
 
 def told(s: Sentence) -> set[tuple[str, ...]]:
     """Words of a caption, and pairs and triples of words that belong together."""
-    names = meanings(s)
+    names = [meaning(word) for word in s.words]
     heads = [i for i, tag in enumerate(s.tags) if tag in SKELETON and not NOUN_RUN.match(s.tags, i)]
     facts: set[tuple[str, ...]] = {(name,) for name in names}
     for i, name in enumerate(names):
@@ -881,7 +893,7 @@ def claims_swap(name: str, new: str, noun: str) -> set[tuple[str, ...]]:
 
 def claims_exchange(s: Sentence, name: str, exchange: Exchange) -> set[tuple[str, ...]]:
     """What an exchange says of the image that no caption of it may say."""
-    names, one, two = meanings(s), exchange.one[2], exchange.two[2]
+    names, one, two = [meaning(word) for word in s.words], exchange.one[2], exchange.two[2]
     if name == "relation":
         return {(names[two], names[exchange.ends[0]], names[one])}
     return {(names[one], names[exchange.ends[1]]), (names[two], names[exchange.ends[0]])}
@@ -993,9 +1005,10 @@ LEARNED = 200_000  # captions, the first of the file, that are counted
 FEWEST = 500  # captions that the game needs
 CHUNK = 512  # captions in a block
 FIT, HIDE = 1.0, 2.0  # weight of fit, and of hiding from the reader, in nats
-FLOW = (3.8, 3.5, 3.3, 3.2)  # how many times as often as it goes out a word may come in, by type
-SAMPLE = 10_000  # captions, the first of the file, that the game is played on
+FLOW = (4.5, 4.2, 4.0, 3.8)  # how many times as often as it goes out a word may come in, by type
+SAMPLE = 25_000  # captions, the first of the file, that the game is played on
 ROUNDS = 20
+FREE = 3  # two words seen together less often are no fixed expression
 MAX_OPTIONS = 12  # of one place that are weighed
 
 
@@ -1240,9 +1253,10 @@ def weigh(
         x[few] for x in (site, option, group, at, new, seed, key)
     )
     noun = vocabulary().hashes([x.noun for *_, x in swaps])[site]
-    attest = np.array([("p" in x.attest) + 2 * ("n" in x.attest) for *_, x in swaps], np.int64)[
-        site
-    ]
+    attest = np.array(
+        [sum(2**k for k, mark in enumerate("pnPN") if mark in x.attest) for *_, x in swaps],
+        np.int64,
+    )[site]
     # Exchanges: two parts, each of which goes where the other was.
     of, a, b, one, c, d, two, _, _ = moves.T
     b, d, swapped, moved = b - 1, d - 1, len(site), len(moves)
@@ -1258,19 +1272,20 @@ def weigh(
     single = part < swapped
 
     fit, counts = learned.fit(near, new_head, new_kind)
-    old, _ = learned.fit(near, word[head], kind[head])
+    old, often = learned.fit(near, word[head], kind[head])
     fit[~single, :2] = old[~single, :2] = 0  # of phrases the inner words touch the neighbours
     gain = ((np.minimum(fit, 3) - np.minimum(old, 3)) * SLOTS).sum(axis=1)
     size = swapped + moved
     rule = np.zeros(size, np.int8)
     rule[:swapped][fit[single].min(axis=1) < options.plausible] = IMPLAUSIBLE
-    unseen = ((counts[single, :2] < 2) | (fit[single, :2] < 0)) & (attest[:, None] & [1, 2] > 0)
+    often = np.where(often[single, :2] > FREE, attest[:, None] & [4, 8], 0)
+    asked = (attest[:, None] & [1, 2]) + often > 0
+    unseen = ((counts[single, :2] < 2) | (fit[single, :2] < 0)) & asked
     rule[:swapped][unseen.any(axis=1)] = UNSEEN
     group = np.concatenate([group, of])
-    claims = claims_of(block, group[:swapped], new[:, 3], noun, moves)
     alone = np.arange(len(images), dtype=np.uint32)
     own = np.sort(facts_of(block, alone))
-    for claim in claims:
+    for claim in claims_of(block, group[:swapped], new[:, 3], noun, moves):
         told = found(learned.facts, fact_keys(images[group // 4], claim))
         rule[told | found(own, fact_keys(alone[group // 4], claim))] = SAID
 
@@ -1650,12 +1665,12 @@ def why(error: Exception) -> str:
     return str(error).splitlines()[0][:160]
 
 
-def lock(out: Path) -> Any:
-    """Keep other runs out of the directory until this process ends, or the file is closed."""
-    try:
-        file = (out / "run.lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+def hold(file: IO[Any]) -> bool:
+    """Lock an open file for this process, and not for its workers; False if another holds it.
+
+    Raises:
+        OSError: the disk has no locks.
+    """
     try:
         if os.name == "nt":
             import msvcrt
@@ -1666,12 +1681,26 @@ def lock(out: Path) -> Any:
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by workers
     except OSError as error:
-        file.seek(0)
-        holder = file.read(200).strip() or "another process"
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise
+        return False
+    return True
+
+
+def lock(out: Path) -> Any:
+    """Keep other runs out of the directory until this process ends, or the file is closed."""
+    try:
+        file = (out / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
+    try:
+        if not hold(file):
+            file.seek(0)
             raise DataError(
-                f"--out {out}: {holder} trains into it; wait for its end, or choose another --out"
-            ) from None
+                f"--out {out}: {file.read(200).strip() or 'another process'} trains into it; "
+                "wait for its end, or choose another --out"
+            )
+    except OSError:
         print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
         return file
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
@@ -2110,13 +2139,11 @@ class Engine(NamedTuple):
 
 def _engine(args: argparse.Namespace) -> Engine:
     """Load the models that the engine needs."""
-    parse = masked = chat = None
-    if args.engine in ("spacy", "released"):
-        parse = load_spacy(args.spacy_model, tags_only=args.engine == "released")
-    if args.engine == "released":
-        masked = MaskedModel(args.mlm, args.device)
-    if args.engine == "llm":
-        chat = _server_chat(args)
+    released, parse = args.engine == "released", None
+    if released or args.engine == "spacy":
+        parse = load_spacy(args.spacy_model, tags_only=released)
+    masked = MaskedModel(args.mlm, args.device) if released else None
+    chat = _server_chat(args) if args.engine == "llm" else None
     tagger = functools.partial(tag_with_spacy, parse) if args.engine == "spacy" else None
     options = Options(args.types, args.seed, args.exchange, args.plausible, args.refine, tagger)
     more = (parse, masked, chat, args.llm_requests, args.fallback)
@@ -2125,23 +2152,33 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 def _taught(engine: Engine, rows: Iterable[dict[str, Any]]) -> Engine:
     """The engine with what it learns from the captions, if it does."""
-    if engine.name == "released" or (engine.chat and engine.fallback == "null"):
+    if engine.masked or (engine.chat and engine.fallback == "null"):
         return engine
-    texts, images = [], []
-    for number, row in enumerate(rows):
-        texts.append(row["caption"])
-        images += _images([row], [number])
+    pairs = [(row["caption"], _image_of(row) or f"caption {n}") for n, row in enumerate(rows)]
+    texts, images = [text for text, _ in pairs], [image for _, image in pairs]
     return engine._replace(learned=learn(texts, images, engine.options))
+
+
+def _made(engine: Engine, jobs: Sequence[Job], numbers: Sequence[int]) -> list[Made]:
+    """The negatives of captions that have these numbers in the file."""
+    texts = [row["caption"] for row, _ in jobs]
+    if engine.masked:
+        return _released(texts, [_image_of(row) for row, _ in jobs], engine)
+    images = [_image_of(row) or f"caption {n}" for (row, _), n in zip(jobs, numbers, strict=True)]
+    if engine.learned:
+        return rewrite(texts, images, engine.learned, engine.options)
+    keys = zip(texts, images, jobs, strict=True)
+    return [rewrite_one(text, image, engine.options, job[1]) for text, image, job in keys]
 
 
 def load_spacy(name: str, *, tags_only: bool) -> Callable[[str], Any]:
     """An English pipeline of spaCy."""
     try:
         import spacy
+
+        return spacy.load(name, exclude=["ner", "parser"] if tags_only else ["ner"])
     except ImportError:
         raise DataError("--engine: spaCy is missing; pip install spacy") from None
-    try:
-        return spacy.load(name, exclude=["ner", "parser"] if tags_only else ["ner"])
     except OSError:
         raise DataError(
             f"--spacy-model {name}: not installed; python -m spacy download {name}"
@@ -2158,10 +2195,10 @@ class MaskedModel:
             from transformers import AutoModelForMaskedLM, AutoTokenizer
         except ImportError:
             raise DataError("--mlm: transformers is missing; pip install transformers") from None
-        if device == "cuda" and not torch.cuda.is_available():
+        cuda = torch.cuda.is_available()
+        if device == "cuda" and not cuda:
             raise DataError("--device cuda: this machine has no CUDA device; use cpu or auto")
-        cuda = device != "cpu" and torch.cuda.is_available()
-        self.torch, self.device = torch, "cuda" if cuda else "cpu"
+        self.torch, self.device = torch, "cuda" if cuda and device != "cpu" else "cpu"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model, report = AutoModelForMaskedLM.from_pretrained(
@@ -2179,11 +2216,10 @@ class MaskedModel:
         """Texts with their first mask filled by the guess of this rank, 0 for the likeliest.
 
         The whole sequence is decoded, as transformers' fill-mask pipeline does, so that word
-        pieces join ("a wig" and "##gling" are "a wiggling").  A text whose mask was cut off is
+        pieces join ("a wig" and "##gling" are "a wiggling").  A text whose mask was truncated is
         left out.
         """
-        torch, mask = self.torch, self.tokenizer.mask_token_id
-        found: dict[str, str] = {}
+        torch, found = self.torch, dict[str, str]()
         texts = sorted(set(texts), key=lambda text: (len(text), text))
         for at in range(0, len(texts), batch):
             part = texts[at : at + batch]
@@ -2191,7 +2227,7 @@ class MaskedModel:
             with torch.inference_mode():
                 logits = self.model(**rows.to(self.device)).logits.float().cpu()
             for text, ids, scores in zip(part, rows["input_ids"].cpu(), logits, strict=True):
-                places = (ids == mask).nonzero().flatten()
+                places = (ids == self.tokenizer.mask_token_id).nonzero().flatten()
                 if len(places):
                     filled = ids.clone()
                     filled[places[0]] = scores[places[0]].topk(rank + 1).indices[rank]
@@ -2200,10 +2236,9 @@ class MaskedModel:
         return found
 
     def score(self, texts: Sequence[str], batch: int = 256) -> list[float]:
-        """Log probability of each text, in nats, each of its tokens being masked in turn.
+        """Pseudo-log-likelihood of each text in nats (Salazar et al., 2020): tokens masked in turn.
 
-        That is the pseudo-log-likelihood of Salazar et al. (2020); texts that differ in spaces
-        alone are equal.
+        Texts that differ in spaces alone are equal.
         """
         torch, head = self.torch, self.model.get_output_embeddings()
         total = dict.fromkeys((" ".join(text.split()) for text in texts), 0.0)
@@ -2241,7 +2276,6 @@ def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> l
     """
     assert engine.parse is not None
     assert engine.masked is not None
-    mask = engine.masked.tokenizer.mask_token
     classes = {"ADJ": "attribute", "NOUN": "object", "VERB": "action"}
     drawn: list[dict[str, str]] = []
     for doc, key in zip(map(engine.parse, captions), keys, strict=True):
@@ -2251,19 +2285,19 @@ def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> l
         if len(nouns) > 2:
             swapped = caption.replace(nouns[0], "temp1").replace(nouns[1], nouns[0])
             texts["relation"] = swapped.replace("temp1", nouns[1])
-        start = f"{engine.options.seed}:{key}:{caption}".encode("utf-8", "surrogatepass")
-        rng = random.Random(start)
+        rng = random.Random(
+            f"{engine.options.seed}:{key}:{caption}".encode("utf-8", "surrogatepass")
+        )
         for pos, name in classes.items():
             if words[pos]:
+                mask = engine.masked.tokenizer.mask_token
                 texts[name] = caption.replace(rng.choice(words[pos]), mask, 1)
         drawn.append(texts)
     filled = engine.masked.fill(t for texts in drawn for n, t in texts.items() if n != "relation")
     none = Negative(None, (), "no word of its class")
     made = []
     for texts in drawn:
-        found = {
-            name: Negative(filled[t], (), "replace") for name, t in texts.items() if t in filled
-        }
+        found = {n: Negative(filled[t], (), "replace") for n, t in texts.items() if t in filled}
         if "relation" in texts:
             found["relation"] = Negative(texts["relation"], (), "exchange")
         made.append({name: found.get(name, none) for name in engine.options.types})
@@ -2272,8 +2306,8 @@ def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> l
 
 # A language model as an engine
 #
-# It answers for all types of a caption at once.  What it says is measured by the same musts as the
-# lexicon's negatives: one changed span or an exchange, not true by another caption, not equal.
+# It answers for all types of a caption at once.  Its answers must pass what the lexicon's negatives
+# do: one changed span or an exchange, of the right type, not true by another caption, not equal.
 
 TASK = """\
 You write hard negatives: sentences that differ from the caption of an image at one place and are \
@@ -2293,15 +2327,13 @@ Caption: {caption}
 Other captions of the image: {others}"""
 AGAIN = "Not accepted: {reasons}. Answer again, with one JSON object that has the keys {types}."
 NONE_GIVEN = "the model gave none"
-ANSWER_WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
 TRIES = 6  # of a request
-PAUSE = 0.5  # seconds after the first try; doubled after each one
-LONGEST_PAUSE = 60.0
+PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds after the first try, doubled after each one
 ANSWER_TOKENS = 1024
 
 
-def _server_of(args: argparse.Namespace) -> tuple[urllib.parse.SplitResult, str]:
-    """The address of --llm, and the key, which no message shows."""
+def _server_chat(args: argparse.Namespace) -> Chat:
+    """What asks the server of --llm, in the OpenAI-compatible chat protocol."""
     try:
         parts = urllib.parse.urlsplit(args.llm)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -2315,15 +2347,8 @@ def _server_of(args: argparse.Namespace) -> tuple[urllib.parse.SplitResult, str]
             f"--llm-key-env {args.llm_key_env}: the environment has no such key, or one with "
             "spaces or other letters than ASCII; export it first"
         )
-    return parts, key
-
-
-def _server_chat(args: argparse.Namespace) -> Chat:
-    """What asks the server of --llm, in the OpenAI-compatible chat protocol."""
-    parts, key = _server_of(args)
     secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    path = parts.path.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     shape = {"model": args.llm_model, "temperature": 0, "seed": args.seed}
@@ -2333,18 +2358,18 @@ def _server_chat(args: argparse.Namespace) -> Chat:
         """Status, content, and seconds that the server wants us to wait."""
         connection = kind(parts.netloc, timeout=args.llm_timeout)
         try:
+            path = parts.path.rstrip("/") + "/chat/completions"
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
             wait = response.headers.get("Retry-After", "")
-            content = response.read()
-            return response.status, content, float(wait) if wait.isdecimal() else 0.0
+            return response.status, response.read(), float(wait) if wait.isdecimal() else 0.0
         except (OSError, http.client.HTTPException) as error:
             return 0, (str(error) or type(error).__name__).encode(), 0.0
         finally:
             connection.close()
 
     def ask(messages: list[dict[str, str]], stop: threading.Event) -> str:
-        """The text of one answer; who is busy or breaks off is asked again, ever later."""
+        """The text of one answer; a busy or broken server is asked again, ever later."""
         body = json.dumps({**shape, "messages": messages}).encode()
         for attempt in range(TRIES):
             status, content, wait = send(body)
@@ -2373,8 +2398,7 @@ def _server_chat(args: argparse.Namespace) -> Chat:
 def _asked(engine: Engine, number: int, job: Job, stop: threading.Event) -> Made:
     """The negatives of one caption: asked for, what is not accepted once again, then --fallback."""
     assert engine.chat is not None
-    row, others = job
-    caption, types = row["caption"], engine.options.types
+    caption, others, types = job[0]["caption"], job[1], engine.options.types
     task = TASK.format(types=", ".join(types), caption=caption, others=" | ".join(others) or "none")
     messages = [{"role": "user", "content": task}]
     made: Made = {}
@@ -2392,12 +2416,10 @@ def _asked(engine: Engine, number: int, job: Job, stop: threading.Event) -> Made
         again = AGAIN.format(reasons=reasons, types=", ".join(asked))
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
     if engine.fallback == "lexicon" and any(n.text is None for n in made.values()):
-        own = _lexicon(engine, [job], [number])[0]
-        for name in types:
+        for name, own in _made(engine, [job], [number])[0].items():
             same = [_plain_words(n.text) for n in made.values() if n.text]
-            text = own[name].text
-            if made[name].text is None and text and _plain_words(text) not in same:
-                made[name] = own[name]
+            if made[name].text is None and own.text and _plain_words(own.text) not in same:
+                made[name] = own
     return {name: made[name] for name in types}
 
 
@@ -2414,36 +2436,47 @@ def _parse_answer(answer: str, types: Sequence[str]) -> dict[str, Any] | str:
 
 
 def _accepted(
-    name: str,
-    caption: str,
-    given: dict[str, Any] | str,
-    others: Sequence[str],
-    taken: Sequence[str],
+    name: str, caption: str, given: dict[str, Any] | str, others: Sequence[str], taken: list[str]
 ) -> Negative:
     """The caption with the edits of an answer, or none, and why."""
+    text = given if isinstance(given, str) else given.get(name, "")
+    edits, how = edits_between(caption, text) if isinstance(text, str) else ((), "")
+    new = apply_edits(caption, edits)
+    why = ""
     if isinstance(given, str):
-        return Negative(None, (), given)
-    if (text := given.get(name, "")) is None:
-        return Negative(None, (), NONE_GIVEN)
-    if not isinstance(text, str) or not text.strip() or "\n" in text.strip():
-        return Negative(None, (), "no sentence was given")
-    if any(_plain_words(text) == _plain_words(other) for other in (caption, *others, *taken)):
-        return Negative(None, (), "it is a caption of the image, or another negative")
-    edits, how = edits_between(caption, text)
-    if not edits:
-        return Negative(None, (), "it changes more than one place, or only adds or drops words")
-    if how == "exchange" and name not in ("relation", "attribute"):
-        return Negative(None, (), f"an exchange is no {name} negative")
-    new = caption
-    for start, end, words in sorted(edits, reverse=True):
-        new = new[:start] + words + new[end:]
-    why = contradicted(caption, new, others)
+        why = given
+    elif text is None:
+        why = NONE_GIVEN
+    elif not isinstance(text, str) or not text.strip() or "\n" in text.strip():
+        why = "no sentence was given"
+    elif any(_plain_words(text) == _plain_words(other) for other in (caption, *others, *taken)):
+        why = "it is a caption of the image, or another negative"
+    elif not edits:
+        why = "it changes more than one place, or only adds or drops words"
+    elif how == "exchange" and name not in ("relation", "attribute"):
+        why = f"an exchange is no {name} negative"
+    elif not all(_is_of(name, how, read(caption), edit) for edit in edits):
+        why = f"it changes something else than the {name}"
+    why = why or contradicted(caption, new, others)
     return Negative(None, (), why) if why else Negative(new, edits, how)
+
+
+def _is_of(name: str, how: str, s: Sentence, edit: Edit) -> bool:
+    """Whether an edit of a caption touches what a type changes; articles may change in any."""
+    at = [i for i, (start, end) in enumerate(s.spans) if start < edit[1] and end > edit[0]]
+    heads = {p.head for p in s.phrases}.intersection(at)
+    tags = {s.tags[i] for i in at}
+    return tags <= {"D"} or {
+        "relation": bool(heads) if how == "exchange" else not tags.isdisjoint("PGZBEIL"),
+        "attribute": not heads and not tags.isdisjoint("AMNSGED"),
+        "object": bool(heads),
+        "action": not tags.isdisjoint("GZBEI"),
+    }.get(name, True)
 
 
 def _answer_words(text: str) -> list[re.Match[str]]:
     """Words and marks, without the marks at the end."""
-    found = list(ANSWER_WORD.finditer(text))
+    found = list(WORD.finditer(text))
     while found and not found[-1][0][0].isalnum():
         found.pop()
     return found
@@ -2451,8 +2484,8 @@ def _answer_words(text: str) -> list[re.Match[str]]:
 
 def _plain_words(text: str) -> list[str]:
     """Equal for sentences that differ in capitals, spaces, marks at the end, or "a" and "an"."""
-    words = [match[0].casefold() for match in _answer_words(text)]
-    return ["a" if word == "an" else word for word in words]
+    found, articles = [m[0].casefold() for m in _answer_words(text)], words().sets["articles"]
+    return [min(articles) if word in articles else word for word in found]
 
 
 def edits_between(caption: str, text: str) -> tuple[tuple[Edit, ...], str]:
@@ -2470,9 +2503,8 @@ def edits_between(caption: str, text: str) -> tuple[tuple[Edit, ...], str]:
             if one[0].casefold() != two[0].casefold():  # a or an
                 edits.append((one.start(), one.end(), two[0]))
         if b > a:
-            edits.append(
-                (old[a].start(), old[b - 1].end(), text[new[c].start() : new[d - 1].end()])
-            )
+            fresh = text[new[c].start() : new[d - 1].end()]
+            edits.append((old[a].start(), old[b - 1].end(), fresh))
         at, to = b, d
     return tuple(edits), "exchange" if len(spans) == 2 else "replace"
 
@@ -2504,9 +2536,16 @@ def _ask_all(jobs: Iterable[tuple[int, Job]], engine: Engine) -> Iterator[Line]:
     answers: queue.SimpleQueue[Line | BaseException] = queue.SimpleQueue()
     stop, todo, waiting = threading.Event(), iter(jobs), 0
 
+    def work() -> None:
+        while True:
+            number, job = tasks.get()
+            try:
+                answers.put(_line(engine, number, job, _asked(engine, number, job, stop)))
+            except Exception as error:  # raised again where the answers are read
+                answers.put(error)
+
     for task in itertools.islice(todo, engine.requests):
-        own = (engine, tasks, answers, stop)
-        threading.Thread(target=_answer, args=own, daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
         tasks.put(task)
         waiting += 1
     fault: BaseException | None = None
@@ -2529,16 +2568,6 @@ def _ask_all(jobs: Iterable[tuple[int, Job]], engine: Engine) -> Iterator[Line]:
             waiting += 1
     if fault:
         raise fault
-
-
-def _answer(engine: Engine, tasks: Any, answers: Any, stop: threading.Event) -> None:
-    """A thread that asks for one caption after the other."""
-    while True:
-        number, job = tasks.get()
-        try:
-            answers.put(_line(engine, number, job, _asked(engine, number, job, stop)))
-        except Exception as error:  # raised again where the answers are read
-            answers.put(error)
 
 
 # The command
@@ -2564,23 +2593,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     engines = ["lexicon", "spacy", "released", "llm"]
     add("--engine", choices=engines, default="lexicon", help="who rewrites")
     add("--types", type=split_types, default=NEGATIVE_TYPES, metavar="A,B", help="to make")
-    add("--exchange", type=float, default=0.6, metavar="SHARE", help="of relations and attributes "
-        "that could be exchanged or replaced, this share is exchanged, 0 to 1")  # fmt: skip
-    add(
-        "--plausible",
-        type=float,
-        default=-2.0,
-        metavar="NATS",
-        help="least fit of a new word with "
-        "each neighbour by the counts of the file; higher is more plausible, and makes fewer",
-    )
-    add(
-        "--refine",
-        type=float,
-        default=inf,
-        metavar="NATS",
-        help="most that the words of a negative may tell; lower hides better, and makes fewer",
-    )
+    text = "of captions that allow an exchange and a replacement, this share is exchanged, 0 to 1"
+    add("--exchange", type=float, default=0.6, metavar="SHARE", help=text)
+    text = "least fit of a new word with each neighbour by the counts of the file; higher makes "
+    add("--plausible", type=float, default=-2.0, metavar="NATS", help=text + "fewer")
+    text = "most that the words of a negative may tell; lower hides better, and makes fewer"
+    add("--refine", type=float, default=inf, metavar="NATS", help=text)
     add("--seed", type=int, default=0, metavar="N", help="another seed, other choices")
     add("--workers", type=int, default=1, metavar="N", help="processes of lexicon and spacy")
     add("--limit", type=int, metavar="N", help="read the first N captions only")
@@ -2600,16 +2618,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model("--llm-key-env", metavar="NAME", help="environment variable that holds the key")
     model("--llm-requests", type=int, default=16, metavar="N", help="at once")
     model("--llm-timeout", type=float, default=120.0, metavar="S", help="seconds for an answer")
-    model("--fallback", choices=["lexicon", "null"], default="lexicon",
-          help="where the language model's answers are not accepted")  # fmt: skip
+    text = "for what the language model gave no accepted answer"
+    model("--fallback", choices=["lexicon", "null"], default="lexicon", help=text)
     args = parser.parse_args(argv)
-    for fault in _faults(args):
-        parser.error(fault)
-    return args
-
-
-def _faults(args: argparse.Namespace) -> Iterator[str]:
-    """What cannot be meant."""
     shards = [name.endswith(".tar") for name in args.captions]
     unknown = [name for name in args.types if name not in NEGATIVE_TYPES]
     counts = (args.workers, args.llm_requests, 1 if args.limit is None else args.limit)
@@ -2624,13 +2635,14 @@ def _faults(args: argparse.Namespace) -> Iterator[str]:
         "--limit does not go with shards": any(shards) and args.limit,
         "--exchange must be from 0 to 1": not 0 <= args.exchange <= 1,
         "--llm-timeout must be above 0": args.llm_timeout <= 0,
-        "--refine and --plausible must be numbers": args.refine != args.refine
-        or args.plausible != args.plausible,
+        "--refine and --plausible must be numbers": isnan(args.refine + args.plausible),
         f"--types {','.join(unknown)}: want some of {','.join(NEGATIVE_TYPES)}": unknown,
         "--engine llm and --llm URL go together": (args.engine == "llm") != bool(args.llm),
         "--llm-model is missing, the server's name of the model": args.llm and not args.llm_model,
     }
-    return (rule for rule, broken in rules.items() if broken)
+    for rule in (rule for rule, broken in rules.items() if broken):
+        parser.error(rule)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2649,11 +2661,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_text(args: argparse.Namespace) -> None:
-    job: Job = ({"image": None, "image_id": None, "caption": args.text}, ())
+    job: Job = ({"caption": args.text}, ())
     engine = _engine(args)
-    made = (
-        _asked(engine, 0, job, threading.Event()) if engine.chat else _made(engine, [job], [0])[0]
-    )
+    stop = threading.Event()
+    made = _asked(engine, 0, job, stop) if engine.chat else _made(engine, [job], [0])[0]
     for name, negative in made.items():
         print(f"{name:<10}{negative.text or f'- ({negative.how})'}")
         for edit in _edits(args.text, negative) if args.explain else ():
@@ -2671,7 +2682,7 @@ def _rewrite_file(args: argparse.Namespace) -> None:
     out, source = args.out, args.captions[0]
     if out.is_dir() or not out.name:
         raise DataError(f"--out {out} is a folder; name a file in it")
-    if launcher()[1] > 1:
+    if launcher().world > 1:
         raise DataError(f"{source}: ranks share .tar shards; run one process with --workers")
     if out.exists() and not args.overwrite:
         raise DataError(f"--out {out} exists; name another file or add --overwrite")
@@ -2683,15 +2694,14 @@ def _rewrite_file(args: argparse.Namespace) -> None:
     if not rows:
         raise DataError(f"{source}: no captions in it; is it the right file?")
     types = _settle_types(rows, args.types)
-    jobs = _jobs(rows)
     engine = _engine(args)
-    with Journal(args, out, jobs, source) as journal:
+    with _journal(args, out, _jobs(rows), source) as journal:
         if -1 in journal.at:
             journal.fill(_taught(engine, rows))
         header = _header(args, journal, types, Path(source).name)
         with writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file:
             file.write(json_line(header))
-            file.writelines(map(journal.line, range(len(jobs))))
+            file.writelines(map(journal.line, range(len(rows))))
     _report(args, journal.counts)
 
 
@@ -2713,36 +2723,11 @@ def _jobs(rows: list[dict[str, Any]]) -> list[Job]:
     """Each row with the other captions of its image, which are true of it as well."""
     captions: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        if _image_of(row):
-            captions[_image_of(row)].append(row["caption"])
+        captions[_image_of(row)].append(row["caption"])
+    captions[""] = []
     return [
-        (row, tuple(c for c in captions.get(_image_of(row), ()) if c != row["caption"]))
-        for row in rows
+        (row, tuple(c for c in captions[_image_of(row)] if c != row["caption"])) for row in rows
     ]
-
-
-def _made(engine: Engine, jobs: Sequence[Job], numbers: Sequence[int]) -> list[Made]:
-    if engine.name == "released":
-        keys = [_image_of(row) for row, _ in jobs]
-        return _released([row["caption"] for row, _ in jobs], keys, engine)
-    return _lexicon(engine, jobs, numbers)
-
-
-def _lexicon(engine: Engine, jobs: Sequence[Job], numbers: Sequence[int]) -> list[Made]:
-    """What the tables make, of captions that have these numbers in the file."""
-    texts = [row["caption"] for row, _ in jobs]
-    images = _images((row for row, _ in jobs), numbers)
-    if engine.learned is None:
-        return [
-            rewrite_one(text, image, engine.options, others)
-            for text, image, (_, others) in zip(texts, images, jobs, strict=True)
-        ]
-    return rewrite(texts, images, engine.learned, engine.options)
-
-
-def _images(rows: Iterable[dict[str, Any]], numbers: Iterable[int]) -> list[str]:
-    """Names of images; a caption without one is alone."""
-    return [_image_of(row) or f"caption {n}" for row, n in zip(rows, numbers, strict=False)]
 
 
 def _line(engine: Engine, number: int, job: Job, made: Made) -> Line:
@@ -2760,13 +2745,11 @@ def _work(engine: Engine, block: Sequence[tuple[int, Job]]) -> list[Line]:
 
 def _results(jobs: list[tuple[int, Job]], engine: Engine, workers: int) -> Iterator[Line]:
     """The line of each job, from this process, from several, or from a language model."""
-    if engine.chat:
-        yield from _ask_all(jobs, engine)
-        return
     blocks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
     workers = 1 if engine.masked else min(workers, len(blocks))
-    if workers < 2:
-        for block in blocks:
+    if engine.chat or workers < 2:
+        yield from _ask_all(jobs, engine) if engine.chat else ()
+        for block in () if engine.chat else blocks:
             yield from _work(engine, block)
         return
     served: list[tuple[Process, Connection]] = []
@@ -2819,14 +2802,13 @@ def _header(
     for number in range(len(journal.at)):
         checksum.update(journal.line(number))
     tallies = {name: _tally(journal.counts, name) for name in args.types}
+    figures = ("negatives", "exchanges", "nulls")
     return {
         **header,
         "types": types,
         "source": source,
         "captions": len(journal.at),
-        "negatives": {name: made for name, (made, _, _) in tallies.items()},
-        "exchanges": {name: exchanged for name, (_, exchanged, _) in tallies.items()},
-        "nulls": {name: nulls for name, (_, _, nulls) in tallies.items()},
+        **{key: {name: x[k] for name, x in tallies.items()} for k, key in enumerate(figures)},
         "sha256": checksum.hexdigest(),
     }
 
@@ -2856,57 +2838,24 @@ class Journal:
     """What is finished of an output, in NAME.partial: the same command goes on from there.
 
     Each line has the number of a caption, how its types were made, and its line of the output, in
-    any order.  The file is locked while a run writes it, and removed when the output is there.
+    any order.
     """
 
-    def __init__(self, args: argparse.Namespace, out: Path, jobs: list[Job], source: str) -> None:
-        """Open the journal of ``out``, and read what a run that was stopped has left."""
-        self.path, self.args, self.jobs = out.with_name(out.name + ".partial"), args, jobs
+    def __init__(self, args: argparse.Namespace, jobs: list[Job], file: BinaryIO) -> None:
+        """An empty journal of these captions."""
+        self.args, self.jobs, self.file = args, jobs, file
         self.counts: Counts = Counter()
         self.at = array("q", [-1]) * len(jobs)  # where the line of each job begins
-        mark = json_line({"manifest": 1, "unfinished": _fingerprint(args, jobs, source)})
-        with self._writable():
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.file = os.fdopen(file, "r+b")
-            try:
-                self._claim()
-                self._read(mark)
-            except BaseException:
-                self.file.close()
-                raise
 
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"--out {self.path}: cannot be written ({error.strerror or error}); "
-                "check folder and disk, and start again"
-            ) from None
-
-    def _claim(self) -> None:
-        """Lock the file for this process, not for its workers, where the system can."""
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-            except (BlockingIOError, PermissionError, FileNotFoundError):
-                free = False
-            if not free:
-                raise DataError(
-                    f"{self.path}: another run is writing it; wait, or name another --out"
-                )
-
-    def _read(self, mark: bytes) -> None:
+    def resume(self, path: Path, mark: bytes) -> None:
+        """Read what a run that was stopped has left; ``mark`` is the first line of the file."""
+        self.file.seek(0)
         head, end = self.file.readline(), len(mark)
         if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
-            raise DataError(f"{self.path}: not of a run of this script; move it away")
+            raise DataError(f"{path}: not of a run of this script; move it away")
         if head not in (b"", mark) and not self.args.overwrite:
             raise DataError(
-                f"{self.path}: left by a run with other options, captions or another version "
+                f"{path}: left by a run with other options, captions or another version "
                 "of this script; go on with those, move it away or add --overwrite"
             )
         for number, line in enumerate(self.file if head == mark else (), 2):
@@ -2918,55 +2867,58 @@ class Journal:
                 if self.at[place] >= 0 or len(made) != len(self.args.types) or row[:1] != b"{":
                     raise ValueError
             except (ValueError, LookupError, TypeError):
-                raise DataError(
-                    f"{self.path}: line {number} is damaged; move the file away"
-                ) from None
+                raise DataError(f"{path}: line {number} is damaged; move the file away") from None
             self.at[place] = end
             self.counts.update(zip(self.args.types, made, strict=True))
             end += len(line)
-        self.file.seek(0)
-        self.file.write(mark)
-        self.file.seek(end)
-        self.file.truncate()
+        self.file.truncate(end if head == mark else 0)
+        self.file.write(mark if head != mark else b"")
 
     def fill(self, engine: Engine) -> None:
         """Make the lines that are missing."""
         left = [(n, job) for n, job in enumerate(self.jobs) if self.at[n] < 0]
-        with self._writable():
-            for number, hows, line in _results(left, engine, self.args.workers):
-                self.at[number] = self.file.tell()
-                self.file.write(b"%d\t%s\t%s" % (number, json.dumps(hows).encode(), line))
-                self.counts.update(zip(self.args.types, hows, strict=True))
-                if engine.chat:  # an answer costs more than a write
-                    self.file.flush()
+        end = self.file.seek(0, os.SEEK_END)
+        for number, hows, line in _results(left, engine, self.args.workers):
+            entry = b"%d\t%s\t%s" % (number, json.dumps(hows).encode(), line)
+            self.file.write(entry)
+            self.at[number], end = end, end + len(entry)
+            self.counts.update(zip(self.args.types, hows, strict=True))
+            if engine.chat:  # an answer costs more than a write
+                self.file.flush()
 
     def line(self, number: int) -> bytes:
         """The line of a caption."""
         self.file.seek(self.at[number])
         return self.file.readline().split(b"\t", 2)[2]
 
-    def __enter__(self) -> Journal:
-        """Nothing to do."""
-        return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Keep the file if something went wrong."""
-        with self._writable() if error is None else contextlib.suppress(OSError):
-            if error is None:
-                self.path.unlink()
-            self.file.close()
-
-
-def _fingerprint(args: argparse.Namespace, jobs: list[Job], source: str) -> str:
-    """Of all that shapes the lines: the options, the captions, this file and its words."""
-    digest = hashlib.sha256()
-    for path in (Path(__file__), WORDS, TAGGER):
-        digest.update(path.read_bytes())
+@contextlib.contextmanager
+def _journal(
+    args: argparse.Namespace, out: Path, jobs: list[Job], source: str
+) -> Iterator[Journal]:
+    """The journal of ``out``, locked while it is written, and removed when the output is there."""
+    path, digest = out.with_name(out.name + ".partial"), hashlib.sha256()
+    for made_by in (Path(__file__), WORDS, TAGGER):  # all that shapes the lines
+        digest.update(made_by.read_bytes())
     options = {k: v for k, v in vars(args).items() if k not in UNSHAPING}
     digest.update(json.dumps([options, source], default=str).encode())
-    for row, others in jobs:
-        digest.update(json.dumps([row, others]).encode())
-    return digest.hexdigest()
+    for job in jobs:
+        digest.update(json.dumps(job).encode())
+    try:
+        with path.open("a+b") as file:
+            if not hold(file) or not path.exists() or not os.path.samestat(
+                os.fstat(file.fileno()), path.stat()
+            ):  # fmt: skip
+                raise DataError(f"{path}: another run is writing it; wait, or name another --out")
+            journal = Journal(args, jobs, file)
+            journal.resume(path, json_line({"manifest": 1, "unfinished": digest.hexdigest()}))
+            yield journal
+            path.unlink()
+    except OSError as error:
+        raise DataError(
+            f"--out {path}: cannot be written ({why(error)}); check folder and disk, "
+            "and start again"
+        ) from None
 
 
 # Shards
@@ -2990,8 +2942,7 @@ def _rewrite_shards(args: argparse.Namespace) -> None:
     mine = [p for p in paths[rank::world] if args.overwrite or not (args.out / p.name).exists()]
     total: Counts = Counter()
     if mine:
-        rows = (row for path in paths for _, _, row in _samples(path))
-        engine = _taught(_engine(args), rows)
+        engine = _taught(_engine(args), (row for path in paths for _, _, row in _samples(path)))
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -3010,8 +2961,8 @@ def _rewrite_shard(path: Path, args: argparse.Namespace, engine: Engine) -> Coun
     types = _settle_types(rows, args.types)
     for row in rows if types != NEGATIVE_TYPES else ():
         row["types"] = types
-    jobs, out = _jobs(rows), args.out / path.name
-    with Journal(args, out, jobs, path.name) as journal:
+    out = args.out / path.name
+    with _journal(args, out, _jobs(rows), path.name) as journal:
         journal.fill(engine)
         with (
             writing(out, True, partial=out.with_name(out.name + ".partial.new")) as file,

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: MIT
-"""Time the training loader against bare JPEG decoding, and measure the index of a manifest.
+"""Time the loader against bare JPEG decoding and resizing, and measure what an index costs.
 
   python scripts/bench_data.py --images DIR --out scripts/results/data.json
   python scripts/bench_data.py                 # synthetic photos of 640 x 480
 
-Bare is the least that any loader does: open, decode, resize to 224 pixels.  The training loader
-also reads the caption's line, crops at random, tokenises and packs five texts an image, and stacks
-the batch; it is timed in this process, as one worker of --workers runs it.
+Bare is what no loader can do without: open, decode, resize to 224.  The loader adds reading the
+line, a random crop, tokenising and packing five captions an image, and stacking the batch; it runs
+in one process, as one worker of --workers does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,23 @@ import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--images", type=Path, help="folder of .jpg files to load (default: synthetic photos)")
+    add("--lines", type=int, default=1_000_000, help="lines of the manifest to index (default 1e6)")
+    add("--rounds", type=int, default=5, help="rounds of which the median counts (default 5)")
+    add("--out", type=Path, help="JSON file to write the result to (default: print it only)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
 
 import numpy as np
 from PIL import Image
@@ -79,7 +96,7 @@ def loader(mixture: Mixture, tokenizer: Any, steps: int) -> float:
 
 
 def index_cost(folder: Path, lines: int, transform: Any) -> dict[str, Any]:
-    """Memory and time of a manifest's index; 1,000 empty files stand for all images."""
+    """Memory and time of a manifest's index; one image file stands for all, under many names."""
     path = folder / "long.jsonl"
     shared = [f"{'./' * (i // 1000)}{i % 1000}.jpg" for i in range(5000)]
     write_manifest(path, shared, lines)
@@ -105,16 +122,7 @@ def index_cost(folder: Path, lines: int, transform: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=Path, help="Folder of .jpg files (default: synthetic).")
-    parser.add_argument(
-        "--lines", type=int, default=1_000_000, help="Lines to index (default: 1000000)."
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="Repetitions (default: 5).")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: none).")
-    args = parser.parse_args()
+    args = parse_args()
     model = load_model("ViT-B-32")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -20,6 +20,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint or folder to score (default: random weights of --model)")
+    add("--model", help="open_clip model name or config .json (default: the checkpoint's)")
+    add("--root", type=Path, required=True, help="folder of the suites' files, as for evaluate.py")
+    add("--suite", default="sugarcrepe", help="suite with one image an item (default sugarcrepe)")
+    add("--repeats", type=int, default=3, help="runs of which the median counts (default 3)")
+    add("--out", type=Path, help="JSON file to write the result to (default: print it only)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,16 +48,18 @@ from negatives import run_script
 
 
 @torch.no_grad()
-def one_at_a_time(model: evaluate.Model, items: list[evaluate.Item], transform: Any) -> list[bool]:
-    """Verdicts of a loop over items: picture and captions are encoded each time, one by one."""
+def one_at_a_time(
+    model: evaluate.Model, items: list[evaluate.TestItem], transform: Any
+) -> list[bool]:
+    """Verdicts of a loop over items: image and captions are encoded each time, one by one."""
     right = []
     for item in items:
         texts = [
             model.net.encode_text(model.tokenizer([text]), normalize=True) for text in item.texts
         ]
-        image = transform(evaluate.load_picture(item.images[0], 0))[None]
-        picture = model.net.encode_image(image, normalize=True)
-        scores = [float(text @ picture.T) for text in texts]
+        image = transform(evaluate.load_image(item.images[0], 0))[None]
+        image = model.net.encode_image(image, normalize=True)
+        scores = [float(text @ image.T) for text in texts]
         right.append(scores[0] > max(scores[1:]))
     return right
 
@@ -63,16 +84,7 @@ def median(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def main() -> None:
     """Time both, check that the verdicts agree, print and write the ratio."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ckpt", help="checkpoint or folder; without it random weights")
-    parser.add_argument("--model", help="open_clip model name or config .json")
-    parser.add_argument("--root", type=Path, required=True, help="as for evaluate.py")
-    parser.add_argument("--suite", default="sugarcrepe", help="suite of one picture an item")
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts (default 3)")
-    parser.add_argument("--out", type=Path, help="json to write")
-    own = parser.parse_args()
+    own = parse_args()
     if own.repeats < 1:
         raise DataError("--repeats must be 1 or more")
     if not own.ckpt and not own.model:
@@ -85,7 +97,7 @@ def main() -> None:
     args.device = "cpu"
     suite = evaluate.load_suite(own.suite, own.root, partial=True)
     if not suite.items or any(len(x.images) != 1 or x.true != 1 for x in suite.items):
-        raise DataError(f"--suite {own.suite}: want items of one picture and one true caption")
+        raise DataError(f"--suite {own.suite}: want items of one image and one true caption")
     model = evaluate.load_model(own.model, own.ckpt)
     model.net.eval()
     transform = evaluate.Encoder(model, args).transform
@@ -110,7 +122,7 @@ def main() -> None:
             "expected": sum(suite.expected.values()),
             "model": Path(own.model or own.ckpt).name,
         },
-        "pictures": len({image for item in suite.items for image in item.images}),
+        "images": len({image for item in suite.items for image in item.images}),
         "texts": len({text for item in suite.items for text in item.texts}),
         **{"threads": torch.get_num_threads(), "cpus": os.cpu_count()},
         **{"torch": torch.__version__, "python": platform.python_version()},

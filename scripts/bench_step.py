@@ -7,7 +7,7 @@
   python scripts/bench_step.py --ways tree parts --batch-size 128 --micro-batch 16
   torchrun --nproc_per_node=2 scripts/bench_step.py --ways tree
 
-ViT-B/32 with random weights and pictures; loading and tokenising are not timed.  "released" is the
+ViT-B/32 with random weights and images; loading and tokenising are not timed.  "released" is the
 step of the paper's code: caption and four negatives padded to 77 tokens each, all through
 model.encode_text, dense logits, stock AdamW.  "open_clip" is open_clip's own plain step, which
 knows no negatives: one caption padded to 77 tokens, ClipLoss, stock AdamW; "plain" is ours without
@@ -31,6 +31,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="manifest with negatives (default: synthetic)")
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model (default ViT-B-32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images of all ranks (default 32)"
+    )
+    parser.add_argument("--micro-batch", type=int, default=8, help="images of a part (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps (default 5)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto"
+    )
+    every = ["released", "packed", "tree", "open_clip", "plain", "parts"]
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=every,
+        default=every[:5],
+        help="what to time (default: all but parts)",
+    )
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # --help is answered before torch is imported
+    parse_args()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,8 +76,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_losses import Released
 
 import train
-from data import Batch, pack_texts, read_manifest
-from evaluate import PRECISIONS, Model, load_model
+from data import Batch, image_size, normalise, pack_texts, read_manifest
+from evaluate import PRECISIONS, Model, Rank, load_model, start_process
 from negatives import NEGATIVE_TYPES, run_script
 
 # Tokens of COCO's captions with the two ends, Karpathy's test split: 13.5 on average.
@@ -55,7 +89,7 @@ WORDS = (
 
 
 class Way(NamedTuple):
-    """A way to do a step, and how many text tokens of a picture it computes."""
+    """A way to do a step, and how many text tokens of an image it computes."""
 
     step: Callable[[], Any]
     tokens: float
@@ -103,7 +137,7 @@ def released_step(
     b = len(images)
     dtype = PRECISIONS[precision]
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        visual = F.normalize(net.encode_image(train.normalise(images, net)), dim=-1)
+        visual = F.normalize(net.encode_image(normalise(images, net)), dim=-1)
         texts = F.normalize(net.encode_text(tokens), dim=-1)
         negatives = texts[b:].view(b, len(NEGATIVE_TYPES), -1)
         valid = torch.ones(negatives.shape[:2], dtype=torch.bool, device=images.device)
@@ -121,7 +155,7 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
     adam = torch.optim.AdamW(model.net.parameters(), lr=1e-6, eps=1e-6)
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
     tokens = model.tokenizer(flat).to(device)
-    size = train.image_size(model.net)
+    size = image_size(model.net)
     images = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8).to(device)
     given = (model.net, Released(), adam, images, tokens, args.precision)
     step = functools.partial(released_step, *given)
@@ -134,13 +168,13 @@ def make_open_clip(model: Model, texts: list[list[str]], args: argparse.Namespac
     device = next(net.parameters()).device
     adam = torch.optim.AdamW(net.parameters(), lr=1e-6, eps=1e-6)
     tokens = model.tokenizer([text[0] for text in texts]).to(device)
-    shape = (len(texts), 3, *train.image_size(net))
+    shape = (len(texts), 3, *image_size(net))
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     dtype = PRECISIONS[args.precision]
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            value = loss(*net(train.normalise(images, net), tokens)[:3])
+            value = loss(*net(normalise(images, net), tokens)[:3])
         adam.zero_grad()
         value.backward()
         adam.step()
@@ -151,7 +185,7 @@ def make_open_clip(model: Model, texts: list[list[str]], args: argparse.Namespac
 
 
 def make_ours(
-    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: train.Rank, name: str
+    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: Rank, name: str
 ) -> Way:
     """The step of train.py: "packed", "tree", "parts" (a tree in parts) or "plain" captions."""
     kind = ["--recipe", "clip"] if name == "plain" else ["--imc", "repulsion"]
@@ -159,15 +193,15 @@ def make_ours(
     run = train.make_run(options, model, rank)
     run.towers.train()
     part = args.micro_batch if name == "parts" else len(texts)
-    size = train.image_size(model.net)
+    size = image_size(model.net)
     texts = [text[:1] for text in texts] if name == "plain" else texts
     chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
     parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
     tokens = sum(batch.texts.computed for batch in parts) / len(texts)
-    return Way(functools.partial(train.train_step, run, parts, 1e-6, options), tokens)
+    return Way(functools.partial(train.train_step, run, parts, 1e-6), tokens)
 
 
-def make_ways(args: argparse.Namespace, rank: train.Rank) -> dict[str, Way]:
+def make_ways(args: argparse.Namespace, rank: Rank) -> dict[str, Way]:
     """The ways that --ways names, each with a model of its own."""
     rng = random.Random(rank.number)
     count = args.batch_size // rank.world
@@ -193,7 +227,7 @@ def seconds(step: Callable[[], Any], device: torch.device) -> tuple[float, float
     return time.perf_counter() - start, time.process_time() - used
 
 
-def measure(args: argparse.Namespace, rank: train.Rank) -> dict[str, Any]:
+def measure(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
     """Take turns between the ways, and put their times side by side."""
     ways = make_ways(args, rank)
     for way in ways.values():
@@ -226,28 +260,10 @@ def measure(args: argparse.Namespace, rank: train.Rank) -> dict[str, Any]:
     return {"ways": result, "memory_mib_peak": round(train.memory(rank.device))}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="manifest with negatives (default: synthetic)")
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip model (default ViT-B-32)")
-    parser.add_argument("--batch-size", type=int, default=32, help="of all ranks (default 32)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="of 'parts' (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    every = ["released", "packed", "tree", "open_clip", "plain", "parts"]
-    parser.add_argument("--ways", nargs="+", choices=every, default=every[:5], help="what to time")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    return parser.parse_args(argv)
-
-
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
-    rank = train.start_process(args.device)
+    rank = start_process(args.device)
     found = measure(args, rank)
     about = {
         "model": args.model,

@@ -8,11 +8,16 @@ Runs open_clip_train's real main on a tiny csv for two epochs, with --accum-freq
 the csv's caption column is "caption | negative | negative | ...", empty where one is missing.
 """
 
+import argparse
 import csv
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # --help is answered before anything heavy is imported
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
 
 import open_clip
 import torch
@@ -41,10 +46,8 @@ def patch(accum: int, loss: CEClipLoss) -> None:
             made = net.encode_text(texts[:, 1:].flatten(0, 1), normalize=True)
             valid = (texts[:, 1:] != 0).sum(dim=2) > 2  # an empty text is begin and end alone
             negatives = made.view(*valid.shape, -1)
-            return {
-                **whole(images, texts[:, 0]),
-                **{"negative_features": negatives, "valid": valid},
-            }
+            out = whole(images, texts[:, 0])
+            return {**out, "negative_features": negatives, "valid": valid}
 
         net.forward = forward
         net.thresholds = loss.threshold  # so they are in the checkpoint, and back on --resume

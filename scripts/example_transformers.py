@@ -5,9 +5,14 @@ pip install transformers
 python scripts/example_transformers.py
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # --help is answered before anything heavy is imported
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
 
 import torch
 from torch.nn.functional import normalize
@@ -31,7 +36,7 @@ def step(model: Any, loss: CEClipLoss, images: Any, tokens: Any, valid: Any) -> 
 
 
 def main() -> None:
-    """Do one step of each with random weights, pictures and tokens."""
+    """Do one step of each with random weights, images and tokens."""
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
     tower: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -43,7 +48,7 @@ def main() -> None:
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
     siglip = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     for model in (clip, siglip):
-        loss = CEClipLoss("ce-clip", imc="repulsion")  # each picture has one caption here
+        loss = CEClipLoss("ce-clip", imc="repulsion")  # each image has one caption here
         print(type(model).__name__, step(model, loss, images, tokens, valid))
 
 

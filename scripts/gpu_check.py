@@ -9,6 +9,7 @@ Every part says "ok", what it measured, or why it did not run; exit code 1 if on
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # --help is answered before torch is imported
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
 
 import torch
 from torch import Tensor

@@ -3,12 +3,13 @@
 """Mix the weights of a model before and after tuning, and draw gain against cost.
 
   python scripts/interpolate.py before.pt after.pt --out mixed
-  python scripts/interpolate.py before.pt after.pt --out mixed --suite shapes [--root DIR]
+  python scripts/interpolate.py before.pt after.pt --out mixed --suite shapes [--root DIR ...]
 
 Writes mixed/alpha_A.pt with (1 - A) before + A after (WiSE-FT, Wortsman et al., arXiv 2109.01903).
 With --suite every mix is evaluated and sweep.png drawn: the gain is the mean of the suites'
 subsets, the cost the mean of their zero-shot and retrieval figures; what is absent under
 --allow-missing counts in neither. Everything is checked before the first mix is written.
+All other options are those of evaluate.py, such as --root, --cache and --allow-missing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,37 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: our options, and those that are passed to evaluate.py."""
+    parser = argparse.ArgumentParser(
+        prog="interpolate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("before", type=Path, help="checkpoint before tuning")
+    parser.add_argument("after", type=Path, help="checkpoint after tuning")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the mixes to")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        metavar="A",
+        help="shares of `after` in each mix, from 0 to 1 (default: 0 0.25 0.5 0.75 1)",
+    )
+    parser.add_argument(
+        "--suite",
+        metavar="NAMES",
+        help="suites to evaluate every mix on, as evaluate.py takes them, files of your own "
+        "included (default: none, the mixes are only written)",
+    )
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
 
 from torch import Tensor
 
@@ -85,22 +117,6 @@ def draw(points: list[tuple[float, float, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("before", type=Path, help="checkpoint before tuning")
-    parser.add_argument("after", type=Path, help="checkpoint after tuning")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    steps = [0.0, 0.25, 0.5, 0.75, 1.0]
-    parser.add_argument("--alpha", type=float, nargs="+", default=steps, help="default 0 to 1")
-    parser.add_argument("--suite", help="suites of evaluate.py, to evaluate and draw")
-    parser.add_argument("--root", type=Path, help="folder of the suites' files")
-    parser.add_argument("--allow-missing", action="store_true", help="as for evaluate.py")
-    return parser.parse_args(argv)
-
-
 def check_paths(args: argparse.Namespace) -> list[Path]:
     """The checkpoints to write, none of which is there.
 
@@ -131,11 +147,11 @@ def check_suites(options: list[str]) -> None:
     suites = evaluate.load_suites(args)[0].values()
     if not any(suite.items for suite in suites) or not any(suite.costs for suite in suites):
         raise DataError(
-            f"--suite {args.suite}: the picture needs a suite of items and one of costs "
+            f"--suite {args.suite}: the plot needs a suite of items and one of costs "
             "(retrieval, zeroshot, or shapes, which has both)"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise DataError("the picture needs matplotlib: pip install matplotlib")
+        raise DataError("the plot needs matplotlib: pip install matplotlib")
 
 
 def check_alike(was: dict[str, Any], about: dict[str, Any]) -> None:
@@ -156,11 +172,14 @@ def check_finite(state: dict[str, Tensor], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Mix, evaluate, draw."""
-    args = parse_args(argv)
+    args, options = parse_args(argv)
+    own = ("--ckpt", "--model", "--pretrained", "--baseline", "--list", "--overwrite")
+    taken = [x for x in options if x.split("=")[0] in own]
+    if taken or (options and not args.suite):
+        why = "is set by this script" if taken else "needs --suite"
+        raise DataError(f"{(taken or options)[0]}: {why}; leave it out")
     paths = check_paths(args)
-    options = ["--suite", str(args.suite), "--out", str(args.out / "results")]
-    options += ["--root", str(args.root)] if args.root else []
-    options += ["--allow-missing"] if args.allow_missing else []
+    options += ["--suite", str(args.suite), "--out", str(args.out / "results")]
     for path in paths:
         options += ["--ckpt", f"{path.stem}={path}"]
     before, was = evaluate.read_checkpoint(args.before)
@@ -182,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate.main(options)
         results = (args.out / "results/results.json").read_text(encoding="utf-8")
         draw(sweep(json.loads(results)), args.out / "sweep.png")
-        print(f"picture: {args.out / 'sweep.png'}")
+        print(f"plot: {args.out / 'sweep.png'}")
 
 
 if __name__ == "__main__":

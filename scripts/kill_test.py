@@ -23,6 +23,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=20, help="runs to kill (default 20)")
+    text = "seed of the moments at which runs are killed (default 0)"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -66,12 +81,7 @@ def clear(out: Path) -> None:
 
 def main() -> None:
     """Run the trials; exit code 1 if any differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--trials", type=int, default=20, help="default 20")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    args = parser.parse_args()
+    args = parse_args()
     rng = random.Random(args.seed)
     good = 0
     with tempfile.TemporaryDirectory() as folder:

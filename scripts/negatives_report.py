@@ -213,7 +213,7 @@ def told(pairs: Sequence[Pair], **reader: Any) -> float:
 
     The reader of n-grams, or a masked language model given as ``model``.
     """
-    items = [evaluate.Item((), "", (image,), (*both,)) for image, *both in pairs]
+    items = [evaluate.TestItem((), "", (image,), (*both,)) for image, *both in pairs]
     scores = (evaluate.score_masked if reader else evaluate.score_ngrams)(items, **reader)
     more = np.subtract(*np.transpose(scores))
     return float(100 * np.mean((more > 0) + 0.5 * (more == 0)))

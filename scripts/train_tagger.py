@@ -18,25 +18,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import negatives as kit
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("captions", nargs="+", help="files that negatives.py reads, or a caption a line (.txt)")
+    text = "spaCy model whose tags are learned (default en_core_web_sm)"
+    add("--spacy-model", default="en_core_web_sm", help=text)
+    add("--epochs", type=int, default=6, help="passes over the captions (default 6)")
+    add("--out", type=Path, default=kit.TAGGER, help="file to write (default scripts/tagger.bin)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
+
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, embedding_bag
 
-import negatives as kit
-
 
 def main(argv: list[str] | None = None) -> None:
     """Tag, train, measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "captions", nargs="+", help="files that negatives.py reads, or lines (.txt)"
-    )
-    parser.add_argument("--spacy-model", default="en_core_web_sm", help="spaCy model that tags")
-    parser.add_argument(
-        "--epochs", type=int, default=6, help="passes over the captions (default 6)"
-    )
-    parser.add_argument("--out", type=Path, default=kit.TAGGER, help="file to write")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     texts = sorted({text for path in args.captions for text in read_texts(Path(path))})
     np.random.default_rng(0).shuffle(texts)
     cut = len(texts) * 29 // 30

@@ -1,6 +1,6 @@
 """A python for shell scripts under test that has imported torch already: it forks at each call.
 
-  python tests/fork_python.py SOCKET     # serves until its standard input is closed
+  python tests/fork_python.py SOCKET [PRELUDE]   # serves until it is ended; PRELUDE is run first
 
 `client(SOCKET)` is the text of the executable that scripts are given as PYTHON.
 """
@@ -28,11 +28,13 @@ sys.exit(int.from_bytes(line.recv(1), "big"))
 """
 
 
-def serve(address: str) -> None:
+def serve(address: str, *prelude: str) -> None:
     import open_clip  # noqa: F401 - what costs seconds to import
 
     import train  # noqa: F401
 
+    for path in prelude:
+        runpy.run_path(path)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -78,4 +80,4 @@ def answer(line: socket.socket) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -386,7 +386,7 @@ def test_nothing_is_lost_or_overwritten(source, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         main([str(source), "--out", str(tmp_path / "no" / "out")])
     full = OSError(28, "No space left on device")
-    assert "No space left" in stop_early(monkeypatch, [*options, "--overwrite"], full)
+    assert "disk full" in stop_early(monkeypatch, [*options, "--overwrite"], full)
     assert out.read_text() == "precious"
     out.unlink()
     with pytest.raises(DataError, match=r"other options.*--overwrite"):

@@ -20,7 +20,7 @@ import torch
 import data
 import negatives
 import train
-from evaluate import load_model
+from evaluate import Rank, load_model
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--batch-size", "4", "--log-every", "1", "--save-every", "1", "--model", "shapes-tiny"]
@@ -33,7 +33,38 @@ def forked(tmp_path_factory):
     command = [sys.executable, str(Path(__file__).with_name("fork_runs.py")), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-    return json.loads((folder / "results.json").read_text())
+    return {"folder": folder, **json.loads((folder / "results.json").read_text())}
+
+
+def weights(run):
+    return torch.load(run / "latest.pt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(forked):
+    assert [one["code"] for one in forked["cut"]] == [-9, 143, 0], forked["cut"]
+    assert forked["whole"][0]["code"] == 0, forked["whole"]
+    cut = weights(forked["folder"] / "cut")
+    for key, value in weights(forked["folder"] / "whole").items():
+        assert torch.equal(value, cut[key]), key
+    lines = (forked["folder"] / "cut/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_photos_as_one(forked):
+    assert [one["code"] for one in forked["one rank"] + forked["two ranks"]] == [0, 0, 0], forked
+    two = weights(forked["folder"] / "own2")
+    for key, value in weights(forked["folder"] / "own1").items():
+        assert torch.allclose(value, two[key], atol=2e-4), key
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_one_cannot_go_on(forked):
+    assert [one["code"] for one in forked["torn"]] == [2, 2], forked["torn"]
+    said = [one["said"] for one in forked["torn"]]
+    assert any("train_0_000003.png: cannot be decoded" in text for text in said), said
+    assert not any(word in text for word in ("Traceback", "terminate called") for text in said)
 
 
 @pytest.mark.slow
@@ -199,7 +230,7 @@ def append(name, text):
 
 DAMAGE = {
     "manifest": (append("../m.jsonl", "\n"), r"m.jsonl: changed since the run in .* began \(\d+ b"),
-    "optimiser": (other_shape, r"latest.pt: .*optimiser does not fit a weight of \["),
+    "optimiser": (other_shape, r"latest.pt: .*optimizer does not fit a weight of \["),
     "negative step": (lambda out: change(out / "latest.pt", step=-1), "its step is -1, of 2"),
     "odd step": (lambda out: change(out / "latest.pt", step=3), "its step is 3, of 2"),
     "no step": (lambda out: change(out / "latest.pt", step=1.5), "its step is 1.5, of 2"),
@@ -332,8 +363,8 @@ def poison(monkeypatch, first):
     """Gradients that are NaN from call `first` on, of a loss that is finite."""
     whole, calls = train.gradients, []
 
-    def gradients(run, parts, args):
-        out = whole(run, parts, args)
+    def gradients(run, parts):
+        out = whole(run, parts)
         calls.append(1)
         if len(calls) >= first:
             run.net.logit_scale.grad.fill_(math.nan)
@@ -376,16 +407,14 @@ def test_logit_scale_is_held_at_100_or_where_it_began(start, bias, wanted):
     if bias:
         model.net.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     model.net.logit_scale.data.fill_(start)
-    rank = train.Rank(0, 1, torch.device("cpu"))
+    rank = Rank(0, 1, torch.device("cpu"))
     run = train.make_run(args, model, rank)
-    loader = train.make_loader(
-        args, train.make_data(args, model, run.loss), model, run.loss, rank, 0
-    )
+    loader = train.make_loader(run, train.make_source(args, model, run.loss, rank), 0)
     parts = next(loader)
     model.net.logit_scale.data.fill_(4.72)  # as if a step had moved it there
-    train.train_step(run, parts, 0.0, args)
+    train.train_step(run, parts, 0.0)
     assert model.net.logit_scale.item() == pytest.approx(wanted, abs=1e-6)
-    content = train.checkpoint(run, model.about, args, 1)
+    content = train.checkpoint(run, 1)
     assert content["train"]["limit"] == run.limit
 
 

@@ -27,9 +27,15 @@ from PIL import Image
 
 import data
 import evaluate
-from evaluate import Crop, Item
+from evaluate import Crop
+from evaluate import TestItem as Item
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import make_tables  # noqa: E402
+import suites  # noqa: E402
+
 VALSE = list(json.loads((ROOT / "scripts/suites.json").read_text())["valse"]["expected"])
 
 
@@ -524,7 +530,7 @@ def paper_rows(suite):
 def test_valse_averages_of_the_paper():
     """Most rows print the mean of the 11 files, two the mean of the 9 columns, one neither."""
     rule = {"CE-CLIP+": "mean9 (printed columns)", "MiniGPT-4": "mean9 (printed columns)"}
-    ours = evaluate.published("valse")
+    ours = make_tables.published("valse")
     for line in paper_rows("valse"):
         values = ours[line["model"], "paper"]
         wanted = values[rule.get(line["model"], "mean11 (files)")]
@@ -539,7 +545,7 @@ def test_valse_averages_of_the_paper():
 def test_printed_averages_of_the_paper(suite):
     checked = 0
     for line in paper_rows(suite):
-        values = evaluate.published(suite)[line["model"], "paper"]
+        values = make_tables.published(suite)[line["model"], "paper"]
         for key, printed in line.get("printed", {}).items():
             name = PRINTED[suite][key]
             if name not in values:
@@ -551,21 +557,21 @@ def test_printed_averages_of_the_paper(suite):
 
 
 def test_averages_of_others_follow_from_their_columns():
-    sugarcrepe = evaluate.published("sugarcrepe")
+    sugarcrepe = make_tables.published("sugarcrepe")
     assert sugarcrepe["CE-CLIP+", "paper"]["mean of 7 subsets"] == pytest.approx(87.51, abs=0.006)
     micro_then_groups = sugarcrepe["CE-CLIP", "vl_compo"]["mean of 3 groups' items"]
     assert micro_then_groups == pytest.approx(85.67, abs=0.01)
-    checklist = evaluate.published("vl_checklist")
+    checklist = make_tables.published("vl_checklist")
     for model, mean in {"CLIP": 70.1, "NegCLIP": 74.6, "CE-CLIP": 76.3, "CE-CLIP+": 79.2}.items():
         aspects = checklist[model, "paper"]["mean of 3 aspects"]
         assert aspects == pytest.approx(mean, abs=0.06)
-    whatsup = evaluate.published("whatsup")["CLIP", "vl_compo"]
+    whatsup = make_tables.published("whatsup")["CLIP", "vl_compo"]
     assert whatsup["mean of 6 subsets"] == pytest.approx(41.46, abs=0.01)
-    eqben = evaluate.published("eqben")["CLIP", "vl_compo"]
+    eqben = make_tables.published("eqben")["CLIP", "vl_compo"]
     assert eqben["group: mean of 5 sources"] == pytest.approx(26.5, abs=0.06)
-    mmvp = evaluate.published("mmvp")["CE-CLIP", "vl_compo"]
+    mmvp = make_tables.published("mmvp")["CE-CLIP", "vl_compo"]
     assert mmvp["group: mean of 9 patterns"] == pytest.approx(14.8, abs=0.06)
-    crepe = evaluate.published("crepe")["CLIP", "vl_compo"]
+    crepe = make_tables.published("crepe")["CLIP", "vl_compo"]
     assert crepe["mean of 3 subsets"] == pytest.approx(23.7, abs=0.06)
 
 
@@ -850,7 +856,7 @@ def test_every_suite_reads_its_official_format(name, root):
     assert len({(item.path, item.id) for item in suite.items}) == len(suite.items)
     assert suite.items or suite.costs
     for item in suite.items[:20]:
-        picture = evaluate.load_picture(item.images[0], 32) if item.images else None
+        picture = evaluate.load_image(item.images[0], 32) if item.images else None
         assert picture is None or picture.mode == "RGB"
     rows = {item.path[0] for item in suite.items}
     known = json.loads((ROOT / "scripts/suites.json").read_text())[name]
@@ -877,7 +883,7 @@ def test_special_rules_of_the_loaders(root):
     assert load["spec"].items[0].place == 1
     relation = load["aro"].items[0]
     assert relation.images == (Crop(str(root / "aro/images/2.jpg"), (3, 4, 13, 9)),)
-    assert evaluate.load_picture(relation.images[0], 0).size == (10, 5)
+    assert evaluate.load_image(relation.images[0], 0).size == (10, 5)
     assert {item.path for item in load["aro"].items[:2]} == {("VG-Relation", "on")}
     assert load["aro"].expected["VG-Attribution"] == 25 + 28748 - 26  # 26 rows, 25 count
     assert load["negbench"].items[0].texts == ("r", "p", "q", "s")
@@ -885,7 +891,7 @@ def test_special_rules_of_the_loaders(root):
     deer = load["imagecode"].items[0]
     assert deer.images[0].endswith("img5.jpg")
     assert len(deer.images) == 10
-    frame = evaluate.load_picture(str(root / "eqben/images/a.npy"), 0)
+    frame = evaluate.load_image(str(root / "eqben/images/a.npy"), 0)
     assert frame.getpixel((0, 0)) == (0, 0, 255)
 
 
@@ -898,7 +904,7 @@ def test_vl_checklist_takes_the_first_thousand_that_are_there(root, tmp_path):
     spatial = [item for item in suite.items if item.path[0] == "Relation spatial"]
     assert [item.id for item in spatial] == [str(i) for i in range(3, 1003)]
     assert "1110 of the 1113 items" in suite.notes[-1]
-    with pytest.raises(data.DataError, match=r"1 of \d pictures are missing"):
+    with pytest.raises(data.DataError, match=r"1 of \d images are missing"):
         evaluate.load_suite("vl_checklist", tmp_path, partial=False)
 
 
@@ -910,7 +916,7 @@ def test_sets_of_torchvision_and_unknown_folders(tmp_path):
     (cost,) = suite.costs
     assert cost.labels == list(cost.train_labels) == [0, 1]
     assert cost.prompts[1] == ["a positive review of a movie."]
-    assert evaluate.load_picture(cost.images[1], 0).size == (40, 30)
+    assert evaluate.load_image(cost.images[1], 0).size == (40, 30)
     photo(tmp_path / "zeroshot/eurosat/test/Forrest/1.png")
     with pytest.raises(data.DataError, match="Forrest: is no class of this set; is it 'forest'"):
         evaluate.load_suite("zeroshot", tmp_path, False)
@@ -934,7 +940,7 @@ def test_imagenet_folders_are_wordnet_numbers_in_order(tmp_path):
 
 
 def test_a_coco_photo_is_found_in_any_pool(tmp_path):
-    source = evaluate.Source("valse", tmp_path, False, {}, [])
+    source = suites.Source("valse", tmp_path, False, {}, [])
     photo(tmp_path / "train2014/COCO_train2014_000000000025.jpg")
     for name in ("000000000025.jpg", "val2014/COCO_val2014_000000000025.jpg"):
         assert source.coco(name).endswith("train2014/COCO_train2014_000000000025.jpg")
@@ -957,7 +963,7 @@ def test_parquet_is_taken_apart_at_first_use(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     items = evaluate.load_suite("vismin", tmp_path, True).items
     assert [item.path for item in items] == [("object",), ("relation",)]
-    assert evaluate.load_picture(items[1].images[1], 0).size == (8, 6)
+    assert evaluate.load_image(items[1].images[1], 0).size == (8, 6)
 
 
 def test_order_uses_the_tags_of_spacy_where_it_is(monkeypatch):
@@ -969,21 +975,21 @@ def test_order_uses_the_tags_of_spacy_where_it_is(monkeypatch):
 
     fake = SimpleNamespace(__version__="0", load=lambda *a, **k: SimpleNamespace(pipe=pipe))
     monkeypatch.setitem(sys.modules, "spacy", fake)
-    ((one,), name) = evaluate.tag_words(["big dogs in bigger Rome"])
+    ((one,), name) = suites.tag_words(["big dogs in bigger Rome"])
     assert [kind for _, kind in one] == ["adjective", "noun", "", "adjective", "noun"]
     assert name == "spaCy 0 en_core_web_sm"
     for seed in range(20):  # nouns change places with nouns, adjectives with adjectives
-        words = evaluate.shuffle_words(one, random.Random(seed))[0].split()
+        words = suites.shuffle_words(one, random.Random(seed))[0].split()
         assert {words[0], words[3]} == {"big", "bigger"}
         assert {words[1], words[4]} == {"dogs", "Rome"}
     monkeypatch.setitem(sys.modules, "spacy", None)
-    assert "no spaCy" in evaluate.tag_words(["big dogs"])[1]
+    assert "no spaCy" in suites.tag_words(["big dogs"])[1]
 
 
 def test_order_shuffles_are_seeded_and_keep_the_words():
     caption = "A small dog bites a big old man near the red bus"
-    tagged = evaluate._guess_tags(caption)
-    one, two = (evaluate.shuffle_words(tagged, random.Random("0:x")) for _ in range(2))
+    tagged = suites.guess_tags(caption)
+    one, two = (suites.shuffle_words(tagged, random.Random("0:x")) for _ in range(2))
     assert one == two
     assert len(one) == 4
     for text in one:
@@ -1000,8 +1006,8 @@ def test_order_shuffles_are_seeded_and_keep_the_words():
 
 
 def test_captions_are_cleaned_as_aro_does():
-    assert evaluate.pre_caption('A "Dog" (big)! #1: ran; ~ *') == "a dog big 1 ran"
-    assert evaluate.pre_caption("w " * 40) == " ".join(["w"] * 30)
+    assert suites.pre_caption('A "Dog" (big)! #1: ran; ~ *') == "a dog big 1 ran"
+    assert suites.pre_caption("w " * 40) == " ".join(["w"] * 30)
 
 
 # Features
@@ -1009,7 +1015,7 @@ def test_captions_are_cleaned_as_aro_does():
 
 def tiny(path, seed=0, **extra):
     torch.manual_seed(seed)
-    open_clip.add_model_config(evaluate.TINY_CONFIG)
+    open_clip.add_model_config(evaluate.SHAPES_CONFIGS["shapes-tiny"])
     net = open_clip.create_model("shapes-tiny")
     kit = {"model": "shapes-tiny", "activation": "gelu"}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1158,7 +1164,7 @@ def test_two_ranks_give_the_same_results_as_one(tmp_path, root):
 
 
 def state():
-    open_clip.add_model_config(evaluate.TINY_CONFIG)
+    open_clip.add_model_config(evaluate.SHAPES_CONFIGS["shapes-tiny"])
     return open_clip.create_model("shapes-tiny").state_dict()
 
 
@@ -1210,7 +1216,7 @@ def test_a_state_dict_of_foreign_objects_is_refused(tmp_path):
 def test_open_clip_folders_load_with_their_preprocessing(tmp_path):
     from safetensors.torch import save_file
 
-    config = json.loads(evaluate.TINY_CONFIG.read_text())
+    config = json.loads(evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text())
     mean = [0.1, 0.2, 0.3]
     folder = tmp_path / "mine"
     write(
@@ -1364,7 +1370,7 @@ def check_tables(tex):
 
 def test_latex_has_the_papers_tables_with_stars_for_parts(monkeypatch):
     published = {("CLIP", "paper"): {"replace_obj": 90.9}, ("LSS", "x"): {"elsewhere": 1.0}}
-    monkeypatch.setattr(evaluate, "published", lambda suite: published)
+    monkeypatch.setattr(make_tables, "published", lambda suite: published)
     cell = {"accuracy": 50.0, "scored": 5, "expected": 5}
     cells = {
         **{"replace_obj": cell, "swap_obj": {**cell, "scored": 3}, "add_obj": cell},
@@ -1373,7 +1379,7 @@ def test_latex_has_the_papers_tables_with_stars_for_parts(monkeypatch):
     table = {"subsets": cells, "averages": {"mean of items": {**cell, "scored": 13}}, "costs": {}}
     pair = {"subsets": {"cola text": cell, "cola image": cell}, "averages": {}, "costs": {}}
     suites = {"sugarcrepe": table, "cola": pair}
-    tex = evaluate.latex({"a_b": {"suites": suites, "left_out": {"winoground": "is missing"}}})
+    tex = make_tables.latex({"a_b": {"suites": suites, "left_out": {"winoground": "is missing"}}})
     assert "% left out: winoground: is missing" in tex
     tables = check_tables(tex)
     assert tables["sugarcrepe"] == [
@@ -1457,10 +1463,10 @@ def test_a_file_that_is_no_checkpoint_is_said_in_words(content, tmp_path):
 
 
 def test_reasons_are_cut_between_words():
-    line = evaluate._line(ValueError("many words " * 50))
+    line = evaluate.error_line(ValueError("many words " * 50))
     assert len(line) <= 240
     assert line.endswith((" many ...", " words ..."))
-    assert evaluate._line(KeyError(174812789)) == "KeyError 174812789"
+    assert evaluate.error_line(KeyError(174812789)) == "KeyError 174812789"
 
 
 @pytest.mark.parametrize("flag", ["--list", "--suite"])
@@ -1561,7 +1567,7 @@ def test_missing_pictures_are_refused_or_counted(tmp_path, capsys, monkeypatch):
     row = {"filename": "000000000404.jpg", "caption": "a", "negative_caption": "b"}
     good = {"filename": "000000000009.jpg", "caption": "a", "negative_caption": "b"}
     write(tmp_path / "sugarcrepe/swap_obj.json", {"0": row, "1": good})
-    with pytest.raises(data.DataError, match=r"1 of 2 pictures are missing, .*--allow-missing"):
+    with pytest.raises(data.DataError, match=r"1 of 2 images are missing, .*--allow-missing"):
         evaluate.load_suite("sugarcrepe", tmp_path, False)
     suite = evaluate.load_suite("sugarcrepe", tmp_path, True)
     assert [item.id for item in suite.items if item.path == ("swap_obj",)] == ["1"]
@@ -1766,53 +1772,11 @@ def test_tables_of_a_readme_follow_the_results(tmp_path, root, capsys):
     assert "holds no results of valse" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    assert script("plot_tradeoff.py", "--out", tmp_path / "a.png") == 0
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-    cell = {"accuracy": 50.0, "scored": 3, "expected": 3}
-    table = {"subsets": {}, "averages": {"mean of 7 subsets": cell}, "costs": {}}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"a": {"suites": {"sugarcrepe": table}}}))
-    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 2
-    assert "no compositional suite with a cost" in capsys.readouterr().err
-    zero_shot = {"subsets": {}, "averages": {}, "costs": {"zero-shot cifar10": cell}}
-    suites = {"sugarcrepe": table, "zeroshot": zero_shot}
-    path.write_text(json.dumps({"a": {"suites": suites}}))
-    assert script("plot_tradeoff.py", path, "--out", tmp_path / "b.png") == 0
-    titles = drawn_titles(path, tmp_path / "c.svg")
-    assert "retrieval (per cent)" not in titles  # an empty panel
-    assert "zero-shot (per cent)" in titles
-    assert "* a" not in titles
-    table["subsets"]["swap_obj"] = {"accuracy": None, "scored": 0, "expected": 245}
-    table["subsets"]["add_obj"] = {"accuracy": 50.0, "scored": 3, "expected": 5}
-    unused = {"subsets": {"cola text": {**cell, "scored": 1}}, "averages": {}, "costs": {}}
-    path.write_text(json.dumps({"a": {"suites": {**suites, "cola": unused}}}))
-    titles = drawn_titles(path, tmp_path / "d.svg")
-    assert "* a: sugarcrepe 3 of 250<" in titles
-    assert script("plot_tradeoff.py", path, path, "--out", tmp_path / "d.svg") == 2
-    assert "the label a is taken" in capsys.readouterr().err
-
-
-def drawn_titles(path, out):
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        assert script("plot_tradeoff.py", path, "--out", out) == 0
-    return out.read_text()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["plot_tradeoff.py", "--out", "a.bmpp"], "a.bmpp: ends in none of ."),
-        (["plot_tradeoff.py", "--out", "a"], "a: ends in none of ."),
-        (["plot_tradeoff.py", "--out", "none/a.png"], "there is no folder none; make it"),
-        (["plot_tradeoff.py", "--out", "/proc/a.png"], "cannot be written"),
         (["make_tables.py", "--check", "--file", "page.md"], "page.md: holds no table between"),
         (["make_tables.py", "--file", "none.md"], "none.md: cannot be read"),
-        (["plot_run.py", "none"], "none: holds neither"),
     ],
 )
 def test_scripts_tell_mistakes_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
@@ -1824,17 +1788,6 @@ def test_scripts_tell_mistakes_in_one_sentence(options, message, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
-def test_plot_run_has_help_and_leaves_out_what_is_absent(tmp_path, capsys):
-    assert script("plot_run.py", "--help") == 0
-    assert "plot_run.py runs/NAME" in capsys.readouterr().out
-    pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    cell = {"accuracy": 50.0, "low": 40.0, "high": 60.0}
-    table = {"subsets": {"a": cell, "b": {"accuracy": None}}}
-    (tmp_path / "results.json").write_text(json.dumps({"m": {"suites": {"cola": table}}}))
-    assert script("plot_run.py", tmp_path) == 0
-    assert (tmp_path / "cola.png").stat().st_size > 1000
-
-
 @pytest.mark.slow
 def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
     out = tmp_path / "speed.json"
@@ -1844,7 +1797,7 @@ def test_the_speed_comparison_compares_the_same_verdicts(tmp_path, root):
     )
     result = json.loads(out.read_text())
     assert result["same verdicts"] == result["items"] == 14
-    assert result["pictures"] == 1
+    assert result["images"] == 1
 
 
 @pytest.mark.parametrize(
@@ -1864,7 +1817,7 @@ def test_labels_of_models_and_tags_are_plain_words_too(options):
 
 def test_labels_are_plain_words():
     for label in ("a|b", "..", "a/b"):
-        args = evaluate.parse_args(["--ckpt", f"{label}={evaluate.TINY_CONFIG}"])
+        args = evaluate.parse_args(["--ckpt", f"{label}={evaluate.SHAPES_CONFIGS['shapes-tiny']}"])
         with pytest.raises(data.DataError, match="may hold letters"):
             evaluate.name_models(args)
 
@@ -1886,10 +1839,10 @@ def test_splits_must_have_the_same_classes(tmp_path):
             (tmp_path / split / name / "1.png").touch()
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     with pytest.raises(data.DataError, match="the class c is not in every split"):
-        evaluate._class_split(tmp_path, {}, "test")
+        suites.class_split(tmp_path, {}, "test")
     (tmp_path / "test/c/1.png").unlink()
     (tmp_path / "test/c").rmdir()
-    assert evaluate._class_split(tmp_path, {}, "train")[1] == ["a", "b"]
+    assert suites.class_split(tmp_path, {}, "train")[1] == ["a", "b"]
 
 
 def test_texts_that_begin_alike_share_a_batch_and_keep_their_places(tmp_path, monkeypatch):
@@ -1967,7 +1920,7 @@ def test_a_failed_run_leaves_nothing_and_says_whose_it_was(tmp_path):
 
 
 def test_latex_escapes_its_own_characters():
-    assert evaluate._tex("a_b {c}^2 ~") == r"a\_b \{c\}\textasciicircum{}2 \textasciitilde{}"
+    assert make_tables._tex("a_b {c}^2 ~") == r"a\_b \{c\}\textasciicircum{}2 \textasciitilde{}"
 
 
 def test_odd_folders_of_zero_shot_sets(tmp_path):
@@ -1982,4 +1935,4 @@ def test_odd_folders_of_zero_shot_sets(tmp_path):
 def test_an_empty_box_is_told(tmp_path):
     photo(tmp_path / "a.png")
     with pytest.raises(evaluate.DataError, match="is empty"):
-        evaluate.load_picture(evaluate.Crop(str(tmp_path / "a.png"), (1, 1, 1, 5)), 8)
+        evaluate.load_image(evaluate.Crop(str(tmp_path / "a.png"), (1, 1, 1, 5)), 8)

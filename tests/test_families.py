@@ -153,8 +153,8 @@ def test_a_family_trains_resumes_and_evaluates(family, here, tmp_path, capsys, m
         texts = data.encode_text(net, data.pack_texts(list(CAPTIONS), model.tokenizer))
         wanted = plain.encode_text(model.tokenizer(list(CAPTIONS)))
         torch.testing.assert_close(texts, wanted, rtol=1e-5, atol=1e-5)
-        pictures = data.encode_image(net, images)
-        torch.testing.assert_close(pictures, plain.encode_image(images), rtol=1e-5, atol=1e-5)
+        found = data.encode_image(net, images)
+        torch.testing.assert_close(found, plain.encode_image(images), rtol=1e-5, atol=1e-5)
 
     evaluate.main(["--ckpt", str(checkpoint), "--suite", "sugarcrepe", "--root", str(here),
                    "--allow-missing", "--no-blind", "--device", "cpu"])  # fmt: skip
@@ -168,15 +168,15 @@ def test_cocas_captioning_loss_is_open_clips(here, tmp_path, part):
     given += ["--batch-size", 4, "--steps", 2, "--caption-weight", 2, "--out", tmp_path / "run"]
     given += ["--micro-batch", part] if part else []
     args = train.parse_args([str(option) for option in given])
-    rank = train.Rank(0, 1, torch.device("cpu"))
+    rank = evaluate.Rank(0, 1, torch.device("cpu"))
     train.check_args(args, rank)
     torch.manual_seed(0)
     model = evaluate.load_model(str(config))
     run = train.make_run(args, model, rank)
-    source = train.make_data(args, model, run.loss)
+    source = train.make_source(args, model, run.loss, rank)
     args.steps_per_epoch = source.steps[0]
-    parts = next(train.make_loader(args, source, model, run.loss, rank, 0))
-    out = train.gradients(run, parts, args)
+    parts = next(train.make_loader(run, source, 0))
+    out = train.gradients(run, parts)
     grads = {name: p.grad.clone() for name, p in run.net.named_parameters() if p.grad is not None}
     # the oracle: open_clip's forward and loss on the captions, ours on the features
     run.net.zero_grad()

@@ -164,7 +164,7 @@ def test_options_that_cannot_be_meant(options, message, tmp_path, monkeypatch):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "extra.json").write_text(
-        evaluate.TINY_CONFIG.read_text().replace("{", '{"extra": 1,', 1)
+        evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text().replace("{", '{"extra": 1,', 1)
     )
     before = sorted(tmp_path.iterdir())
     with pytest.raises(data.DataError, match=message) as told:
@@ -238,7 +238,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
     for caption, negative in ((long + "red", long + "blue"), ("A dog", "a  DOG")):
         record = {"image": "a.png", "caption": caption, "negatives": {"object": negative}}
         (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
-        for model in (str(evaluate.TINY_CONFIG), "shapes-tiny"):  # of 32 tokens
+        for model in (str(evaluate.SHAPES_CONFIGS["shapes-tiny"]), "shapes-tiny"):  # of 32 tokens
             data.main([*command, model])
             assert "1 negatives are their caption to" in capsys.readouterr().out
     for model in ("nonsense", "suites", str(tmp_path / "none.json")):

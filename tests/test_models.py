@@ -13,7 +13,7 @@ import evaluate
 import train
 from evaluate import load_model, read_checkpoint
 
-TINY = json.loads(evaluate.TINY_CONFIG.read_text())
+TINY = json.loads(evaluate.SHAPES_CONFIGS["shapes-tiny"].read_text())
 TINY["vision_cfg"].pop("pos_embed_type", None)  # learned, as most models have it
 SHORT = ["--steps", "2", "--batch-size", "4", "--log-every", "1", "--save-every", "1"]
 PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear"}

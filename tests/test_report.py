@@ -64,7 +64,7 @@ def test_the_reader_of_ngrams_finds_what_is_planted_and_nothing_else():
 
 
 def test_the_reader_of_ngrams_minimises_what_it_says():
-    items = [evaluate.Item((), "", (f"i{k}",), ("x", "y")) for k in range(100)]
+    items = [evaluate.TestItem((), "", (f"i{k}",), ("x", "y")) for k in range(100)]
     folds = [zlib.crc32(str(item.images).encode()) % 5 for item in items]
     w = np.linspace(0, 2, 200_001)
     for fold, (true, false) in zip(folds, evaluate.score_ngrams(items), strict=True):

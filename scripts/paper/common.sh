@@ -1,17 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share; sourced, never run. A user may set (paths that do not begin
-# with / are from the top of the repository):
-#   WORLD=shapes      the world that the kit draws, with three seeds, in place of COCO
-#   ROOT, OUT         folder of the data (data), of runs and tables (runs/paper, runs/shapes)
-#   SPLIT             images to train on: train2014 (default, the paper's), karpathy, train2017
-#   MODEL, PRETRAINED open_clip's name and tag, or a checkpoint; PRETRAINED= trains a base first
-#   RECIPES           in place of those that a table has, "clip ce-clip"
-#   ENGINE            negatives.py's, if not its default; released: the published negatives
-#   SEEDS, GPUS       seeds of the runs; processes of a run (default: all GPUs)
-#   RELEASED          the authors' checkpoint, to be scored beside ours
-#   ALLOW_MISSING=1   score what is there, as N of M
-#   TRAIN_OPTIONS, EVAL_OPTIONS, NEGATIVES_OPTIONS   more options of the three programs
-#   PYTHON            with the packages of requirements.txt (default: .venv, else python3)
+# What the scripts of this folder share; sourced, never run. README.md lists what a user may set.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
@@ -74,16 +62,16 @@ train() {
   fi
 }
 
-# base SEED OPTIONS...: set `shared`, options of all runs of a seed, and `start`, the weights that
-# they start from: PRETRAINED, or else a base that is trained on the data that OPTIONS name.
-base() {
-  local seed=$1; shift
-  shared=(${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}") start=$PRETRAINED
+# share SEED: set `shared`, options of all runs of a seed, and `start`, the weights that they start
+# from: PRETRAINED, or else the base of train.sh.
+share() {
+  shared=(${MODEL:+--model "$MODEL"} --seed "$1" "${train_options[@]}")
   [ "$GPUS" = 0 ] || shared+=(--precision bf16)
-  [ -z "$start" ] || return 0
-  start=$(folder base "$seed")/latest.pt
-  train "${start%/*}" --recipe clip "$@" "${shared[@]}"
+  start=${PRETRAINED:-$(folder base "$1")/latest.pt}
 }
+
+# The options of a recipe; those of RECIPE-WORLD come on top.
+row() { awk -F'\t' -v r="$1" '$1 == r {print $3}' "$here/recipes.tsv"; }
 
 # The recipes of a table of the paper, in the order of recipes.tsv.
 recipes() {
@@ -110,6 +98,9 @@ checkpoints() {
   done; done
 }
 
+# The JSON of record of a table.
+record() { if [ -n "${RECORDS:-}" ]; then echo "$RECORDS/$1-$WORLD.json"; else echo "$OUT/$1/record.json"; fi; }
+
 # score NAME OPTIONS...: evaluate the checkpoints among the options on the suites of the group
 # NAME, unless that was done with these very weights; then compare with what is published.
 score() {
@@ -130,7 +121,7 @@ score() {
     echo "$given" > "$out/given"
   fi
   alone scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
-    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$out/record.json"
+    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$(record "$name")"
 }
 
 # table NAME: train what is missing of its recipes, score them, compare them.

@@ -5,12 +5,13 @@
 . "$(dirname "$0")/common.sh"
 mapfile -t names < <(recipes figure5)
 pass bash "$here/train.sh" "${names[@]}"
-options=()
+options=() folders=()
 for seed in $SEEDS; do for recipe in "${names[@]}"; do
+  folders+=("$(folder "$recipe" "$seed")")
   for epoch in "$(folder "$recipe" "$seed")"/epoch_*.pt; do
     name=${epoch##*_}
     options+=(--ckpt "$(label "$recipe epoch ${name%.pt}" "$seed")=$epoch")
   done
-  alone scripts/plot_run.py "$(folder "$recipe" "$seed")" || echo "figure5: no images of $recipe"
 done; done
+alone scripts/plot.py "${folders[@]}" --out "$OUT/figure5" || echo "figure5: no figures"
 score figure5 "${options[@]}"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # What it costs: retrieval, zero-shot, linear probe; the rows of the project page.
-# Needs data.sh coco karpathy flickr30k zeroshot probe, or WORLD=shapes. Trains what is missing.
-# Prints the paper's figures, independent ones, ours, and whether ours are within tolerance.
+# Needs data.sh coco karpathy flickr30k zeroshot probe, or WORLD=shapes.
 . "$(dirname "$0")/common.sh"
 table general
