@@ -689,8 +689,8 @@ def test_runs_have_names_of_their_own(engine, seeds, folder, label, manifest):
         ("table1.sh", {"WORLD": "mars"}, "WORLD=mars: is neither coco nor shapes"),
         ("table1.sh", {"SPLIT": "test"}, "SPLIT=test: is none of train2014"),
         ("train.sh", {}, "name recipes: clip negclip"),
-        ("train.sh recip", {}, "recip: is not in scripts/paper/recipes.tsv"),
-        ("train.sh c.*", {}, "c.*: is not in scripts/paper/recipes.tsv, which has clip negclip"),
+        ("train.sh recip", {}, "recip: is not in recipes.tsv"),
+        ("train.sh c.*", {}, "c.*: is not in recipes.tsv, which has clip negclip"),
         ("table3.sh", {"GPUS": "all"}, "GPUS=all: is no number of processes"),
         ("table3.sh", {"RELEASED": "no.pt"}, "RELEASED=no.pt: no such checkpoint"),
         ("table4.sh", {"WORLD": "shapes", "ENGINE": "released"}, "leave ENGINE out"),
@@ -757,6 +757,7 @@ def test_a_signal_to_the_script_alone_stops_what_it_started(script, tmp_path):
     python.write_text(f"#!/bin/bash\necho $$ > {tmp_path}/started\nexec sleep 600\n")
     python.chmod(0o755)
     keep = {"PATH": os.environ["PATH"], "WORLD": "shapes", "OUT": tmp_path / "out", "GPUS": "0"}
+    keep["SEEDS"] = "0"  # else runs start side by side
     command = ["bash", str(PAPER / script.split()[0]), *script.split()[1:]]
     with subprocess.Popen(command, env={**keep, "PYTHON": python}) as run:
         child = int((tmp_path / "started").read_text())

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Everything: bash scripts/paper/all.sh; needs data.sh coco karpathy flickr30k vg suites.
-# Prints every table, then for each how many figures are within tolerance, outside, only shown,
-# scored in part, not run. ALLOW_MISSING=1 skips what is not there; a second call continues.
+# Prints every table, then a line for each. ALLOW_MISSING=1 skips what is not there. Resumes.
 . "$(dirname "$0")/common.sh"
 worst=0 summary=() scripts=(table1 table2 table3 table4 figure5 general newer ce-clip-plus)
 mkdir -p "$OUT"

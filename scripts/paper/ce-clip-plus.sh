@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# CE-CLIP+: COCO, CC3M and Visual Genome, each with its share of a batch.
-# Needs data.sh coco vg cc3m, and the suites of tables 1 to 3. WEIGHTS are the shares of COCO, CC3M,
-# VG (default: by size). The paper's data and weights are not public, so rows are only shown.
+# CE-CLIP+: COCO, CC3M and Visual Genome with shares of a batch by WEIGHTS (default: by size).
+# Needs data.sh coco vg cc3m and the suites of tables 1 to 3. Only shown: its data is not public.
 . "$(dirname "$0")/common.sh"
 [ "$WORLD" = coco ] || fail "needs photos; WORLD=$WORLD has one source only"
 read -ra weights <<< "${WEIGHTS:-}"

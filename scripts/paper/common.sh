@@ -55,11 +55,10 @@ alone() { pass env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$
 train() {
   local out=$1; shift
   if [ -f "$out/latest.pt" ] && [ "$*" = "$(cat "$out.done" 2>/dev/null)" ]; then
-    echo "$out is done"
-  else
-    launch train.py "$@" --out "$out"
-    echo "$*" > "$out.done"
+    echo "$out is done"; return
   fi
+  launch train.py "$@" --out "$out"
+  echo "$*" > "$out.done"
 }
 
 # share SEED: set `shared`, options of all runs of a seed, and `start`, the weights that they start
@@ -104,8 +103,8 @@ record() { if [ -n "${RECORDS:-}" ]; then echo "$RECORDS/$1-$WORLD.json"; else e
 # score NAME OPTIONS...: evaluate the checkpoints among the options on the suites of the group
 # NAME, unless that was done with these very weights; then compare with what is published.
 score() {
-  local out=$OUT/$1 name=$1 suite=(--suite "$1" --root "$ROOT") given new code; shift
-  local results=$out/results.json x
+  local out=$OUT/$1 results=$OUT/$1/results.json name=$1 given new code x
+  local suite=(--suite "$1" --root "$ROOT"); shift
   [ "$WORLD" = coco ] || suite=(--suite shapes)
   given=$(printf '%s\n' "$@" "${eval_options[@]}" "${ALLOW_MISSING:-}")
   new=$(for x in "$@"; do [ ! "${x#*=}" -nt "$results" ] || echo "$x"; done)

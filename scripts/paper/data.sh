@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
 # Download data into ROOT, in the layout of evaluate.py --list:
 #   bash scripts/paper/data.sh [--dry-run] coco|coco2017|karpathy|flickr30k|vg|cc3m|SUITE|suites...
-# Needs curl, unzip, tar and twice the printed disk space. Prints licence and GB before it starts,
-# and exact steps where a form or a shared drive stands before a file. Goes on where it was cut off,
-# compares size and checksum where they are published, fetches nothing that is there.
+# Needs curl, unzip, tar and twice the printed disk space. Prints licence and GB before it starts, and
+# steps where a form must be signed. Resumes; checks published sizes and checksums; skips what is there.
 # BASE_URL=URL takes every file from URL/HOST/PATH; DOWNLOADS=FILE is another table of files.
 . "$(dirname "$0")/common.sh"
 dry=; [ "${1:-}" != --dry-run ] || { dry=1; shift; }
 table=${DOWNLOADS:-$here/downloads.tsv}
 suites=" $("$PYTHON" -c 'import json; print(*json.load(open("scripts/suites.json")))') "
-for tool in curl unzip tar; do
-  [ -n "$dry" ] || command -v "$tool" > /dev/null || fail "$tool is not there: install it (apt-get install $tool)"
-done
+[ -n "$dry" ] || type curl unzip tar > /dev/null || fail "install it (apt-get install curl unzip tar)"
 groups=" $(grep -v '^#' "$table" | cut -f1 | tr ',' '\n' | sort -u | paste -sd' ') "
 known=$(xargs -n1 <<< "$groups $suites" | sort -u | paste -sd' ')" suites"
 [ $# -gt 0 ] || fail "name what to fetch, some of: $known"

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Figure 5: ARO over epochs by threshold (a) and cap (c), thresholds (b) and loss parts (d) over steps.
-# Needs data.sh coco karpathy aro, or WORLD=shapes. Prints one row for each epoch of each run and
-# where the images are (with matplotlib), then the comparison.
+# Needs data.sh coco karpathy aro, or WORLD=shapes. Prints a row for each epoch of each run.
 . "$(dirname "$0")/common.sh"
 mapfile -t names < <(recipes figure5)
 pass bash "$here/train.sh" "${names[@]}"

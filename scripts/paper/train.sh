@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
 # Fine-tune CLIP by recipes of recipes.tsv: bash scripts/paper/train.sh RECIPE...
-# Needs the data of data.sh coco, nothing with WORLD=shapes. Prints train.py's progress; runs are
-# in $OUT/RECIPE.SEED. A run that was cut off goes on, one that is done is left alone.
+# Needs data.sh coco, or WORLD=shapes. Runs are in $OUT/RECIPE.SEED, and resume; skips what is done.
 . "$(dirname "$0")/common.sh"
 known=$(grep -v '^#' "$here/recipes.tsv" | cut -f1 | paste -sd' ')
 [ $# -gt 0 ] || fail "name recipes: $known"
 for recipe in "$@"; do
-  [[ " $known " == *" $recipe "* ]] ||
-    fail "$recipe: is not in scripts/paper/recipes.tsv, which has $known"
+  [[ " $known " == *" $recipe "* ]] || fail "$recipe: is not in recipes.tsv, which has $known"
 done
 data=()
 if [ "$WORLD" = coco ]; then
@@ -20,9 +18,7 @@ cores=1 running=0
 stop() { jobs -p | xargs -r kill 2> /dev/null || true; wait; exit "$1"; }
 trap 'stop 143' TERM INT HUP
 # Wait until fewer than N runs go on; a run that fails stops the others.
-until_fewer() {
-  for ((; running >= $1; running--)); do wait -n || stop $?; done
-}
+until_fewer() { for ((; running >= $1; running--)); do wait -n || stop $?; done; }
 for recipe in base "$@"; do
   [ "$recipe" != base ] || [ -z "$PRETRAINED" ] || continue
   read -ra options <<< "$(row "$recipe") $(row "$recipe-$WORLD")"
