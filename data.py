@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""From captions and pictures to batches: manifests, the shapes world, packed captions.
+"""From captions and images to batches, and through packed text towers.
 
 A manifest is JSON lines, one caption a line, written by negatives.py:
 
   {"image": "a.jpg", "image_id": 9, "caption": "...", "negatives": {"relation": "...", ...}}
 
-A negative is a sentence, null, or a list of sentences of which training draws one an epoch.  The
+A negative is a sentence, null, or a list of sentences of which training draws one each epoch.  The
 types are NEGATIVE_TYPES, or those that a first line {"manifest": 1, "types": [...]} names.
-
-The shapes world is the embedded data set: scenes of one to three coloured shapes, drawn on demand
-from (split, seed, index) alone, whose captions, paraphrases and hard negatives are known exactly.
 
   python data.py coco captions_train2014.json --out captions.jsonl
   python data.py shapes --out shapes/train.jsonl --images shapes --limit 1000
   python data.py karpathy dataset_coco.json --out captions.jsonl      # train and restval only
-  python data.py vg vg --out regions.jsonl; python data.py cc3m cc3m --out cc3m.jsonl
   python data.py check negatives.jsonl --images coco
+
+Chapters: the command line; manifests and images; the shapes world (scenes of one to three coloured
+shapes, drawn on demand, whose captions and hard negatives are known exactly); data sets (shapes,
+manifest, mixture, shards); batches; packed captions and towers; overlap with test images;
+converters; the command.
 """
 
 from __future__ import annotations
@@ -40,26 +41,16 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-import torch.utils.checkpoint
-from PIL import Image, ImageDraw, UnidentifiedImageError
-from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from negatives import (
     NEGATIVE_TYPES,
     DataError,
     Record,
-    Wording,
     add_sample,
     header_types,
     launcher,
+    make_negatives,
     parse_record,
     read_captions,
     read_records,
@@ -71,7 +62,205 @@ from negatives import (
     writing,
 )
 
-Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow warns of more, and refuses twice as many
+# The command line
+
+SOURCES = {
+    "coco": "a COCO captions .json",
+    "karpathy": "a Karpathy .json (COCO, Flickr8k, Flickr30k)",
+    "flickr30k": "Flickr30k's Karpathy .json, dataset_flickr30k.json",
+    "csv": "a .csv or .tsv with a header",
+    "vg": "a folder with Visual Genome's region_descriptions.json and image_data.json",
+    "cc3m": "a folder of images, each with its caption in a .txt beside it (img2dataset)",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    about = {
+        name: f"Turn {text} into a manifest without negatives." for name, text in SOURCES.items()
+    }
+    about["shapes"] = "Draw the shapes world as PNG files with a manifest."
+    about["shards"] = "Write a manifest and its images as webdataset shards (.tar)."
+    about["check"] = "Decode every image of a manifest, count negatives, find test images."
+    parser = argparse.ArgumentParser(prog="data.py", description="Make and check manifests.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    subs = {name: commands.add_parser(name, help=x, description=x) for name, x in about.items()}
+
+    def add(names: Iterable[str], flag: str, text: str, **options: Any) -> None:
+        for name in names:
+            subs[name].add_argument(flag, help=text, **options)
+
+    path: dict[str, Any] = {"type": Path}
+    makers = [*SOURCES, "shapes"]
+    for name, text in SOURCES.items():
+        add([name], "captions", f"What to read: {text}.", **path)
+    add(makers, "--out", "Manifest to write (.jsonl).", **path, required=True)
+    add(makers, "--overwrite", "Replace --out (default: refuse).", action="store_true")
+    text = "Splits to take: train, restval, val or test (default: train and restval)."
+    add(["karpathy", "flickr30k"], "--splits", text, nargs="+")
+    add(["csv"], "--image-column", "Column of file names (default: filepath or image).")
+    add(["csv"], "--caption-column", "Column of captions (default: title or caption).")
+    text = "Columns of negatives (default: neg_caption, where there is one)."
+    add(["csv"], "--negative", text, nargs="+", default=(), metavar="COLUMN[:TYPE]")
+    add(
+        ["shapes"], "--split", "Split (default: train).", choices=("train", "test"), default="train"
+    )
+    add(["shapes"], "--limit", "Number of scenes (default: 1000).", type=int, default=1000)
+    add(["shapes"], "--seed", "Seed of the scenes (default: 0).", type=int, default=0)
+    add(["shards", "check"], "manifest", "Manifest to read (.jsonl).", **path)
+    add(["shapes", "shards", "check"], "--images", "Folder of the images.", **path, required=True)
+    add(["shards"], "--out", "Folder to write the shards into.", **path, required=True)
+    add(["shards"], "--size", "Examples in a shard (default: 10000).", type=int, default=10_000)
+    text = "open_clip model, shapes-tiny or config .json that will train on it (default: ViT-B-32)."
+    add(["check"], "--model", text, default="ViT-B-32")
+    add_types(subs["shards"])
+    add_types(subs["check"])
+    return parser.parse_args(argv)
+
+
+def add_types(parser: argparse.ArgumentParser) -> None:
+    """The option --types, which train.py has too."""
+    text = (
+        "Types of negatives to read, as counting,negation (default: all that the manifest names)."
+    )
+    parser.add_argument("--types", type=split_types, default=(), metavar="A,B", help=text)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes come before the slow imports
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms.functional import pil_to_tensor
+
+# Manifests and images
+
+Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow warns above this, and refuses twice as many
+Transform = Callable[..., Tensor]  # of an image and rng to uint8 [3, H, W]; it decodes the image
+TURNS = {2 + i: Image.Transpose(turn) for i, turn in enumerate((0, 3, 1, 5, 4, 6, 2))}  # by EXIF
+
+
+def read_manifest(path: str | Path, types: Sequence[str] = ()) -> Iterator[Record]:
+    """Read the records of a manifest, each with its image; see `negatives.read_records`."""
+    for offset, record in read_records(Path(path), types, need_image=True):
+        yield _encodable(record, f"{path}, byte {offset}")
+
+
+def _encodable(record: Record, place: str) -> Record:
+    """Refuse lone surrogates, which no tokenizer and no file name can hold."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: holds half a character (a lone surrogate); mend it") from None
+    return record
+
+
+def draw_negatives(record: Record, rng: random.Random) -> tuple[str | None, ...]:
+    """One negative of each type, or None."""
+    given = record.negatives.values()
+    return tuple(rng.choice(texts) if isinstance(texts, list) else texts for texts in given)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image as 8-bit RGB; a ValueError if its values are no colours."""
+    image.load()
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() >= 2**16:
+            raise ValueError("its values are no colours; save it with 8 or 16 bits a channel")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))  # Pillow would leave it white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(file: Any, name: str = "", use: Callable[..., Any] = to_rgb) -> Any:
+    """Open an image, a path or a stream, and return what `use` makes of it.
+
+    Messages call it `name`, by default the path. A DataError if the file is missing, or is no image
+    that can be used.
+    """
+    name = name or str(file)
+    try:
+        with Image.open(file) as image:
+            return use(image)
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "no kind of image that Pillow knows" if unknown else error
+        raise DataError(f"{name}: cannot be decoded ({why})") from None
+
+
+def train_transform(
+    model: Any, least: float = 0.9, *, exif: bool = True, reduce: bool = True
+) -> Transform:
+    """Crop a random part of an image, `least` to all of its area, and resize it for the model.
+
+    The crop is that of torchvision's RandomResizedCrop, drawn from the caller's generator. `exif`
+    turns photos upright, or "left of" may become false; `reduce` decodes JPEGs at 1/2, 1/4 or 1/8
+    where the crop stays at least as large as the result.
+    """
+    size = image_size(model)
+    mode = Image.Resampling[model.visual.preprocess_cfg.get("interpolation", "bicubic").upper()]
+    return functools.partial(_crop, size=size, least=least, mode=mode, exif=exif, reduce=reduce)
+
+
+def _crop(
+    image: Image.Image,
+    rng: random.Random,
+    size: tuple[int, int],
+    least: float,
+    mode: Image.Resampling,
+    exif: bool,
+    reduce: bool,
+) -> Tensor:
+    """Return uint8 [3, *size]."""
+    held = 1  # EXIF's number of how the camera was held; from 5 on it lay on its side
+    with contextlib.suppress(Exception):  # Pillow raises many kinds for broken EXIF
+        held = int(image.getexif().get(0x0112, 1)) if exif else 1
+    width, height = image.size[::-1] if 5 <= held <= 8 else image.size
+    # Where no crop fits: the largest one of the nearest ratio, from the middle.
+    w = round(height * 4 / 3) if width / height > 4 / 3 else width
+    h = round(width * 4 / 3) if width / height < 3 / 4 else height
+    x, y = (width - w) // 2, (height - h) // 2
+    for _ in range(10):
+        area = width * height * rng.uniform(least, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            w, h = across, down
+            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    part = next(n for n in (8, 4, 2, 1) if n == 1 or (n * size[1] <= w and n * size[0] <= h))
+    if part > 1 and reduce and image.format == "JPEG":
+        image.draft(None, (image.width // part, image.height // part))
+    image = to_rgb(image)
+    image = image.transpose(TURNS[held]) if held in TURNS else image
+    if image.size == (width, height):
+        return pil_to_tensor(image.crop((x, y, x + w, y + h)).resize(size[::-1], mode))
+    fx, fy = image.width / width, image.height / height
+    box = (x * fx, y * fy, (x + w) * fx, (y + h) * fy)
+    return pil_to_tensor(image.resize(size[::-1], mode, box))
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that the model reads."""
+    size = model.visual.preprocess_cfg["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def normalise(images: Tensor, model: Any) -> Tensor:
+    """Turn uint8 images [B, 3, H, W] into the model's input, on their device."""
+    cfg = model.visual.preprocess_cfg
+    mean, std = (images.new_tensor(cfg[key], dtype=torch.float32) for key in ("mean", "std"))
+    return (images.contiguous().float() / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+# The shapes world
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -84,7 +273,7 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 BACKGROUND = (128, 128, 128)
-SIZES = {"small": 0.12, "large": 0.2}  # radius; the picture is 1 wide and 1 high
+SIZES = {"small": 0.15, "large": 0.21}  # radius; the picture is 1 wide and 1 high
 POINTS = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
 ARM = 0.33  # half the width of a cross's arm
 # Corners of each shape in a circle of radius 1, y downwards; circle and ring have none.
@@ -107,7 +296,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
 
 
 class Relation(NamedTuple):
-    """Where the first thing lies from the second, and both as places in the picture."""
+    """Where the first thing lies from the second, and both as places in the image."""
 
     dx: int
     dy: int
@@ -139,14 +328,14 @@ ACTIONS = {
     "surrounding": Action("surrounded by", ("covering", "touching")),
     "pointing at": Action("pointed at by", ("covering", "touching")),
 }
-KINDS = {"place": 0.15, "relation": 0.7, "action": 0.15}  # of scenes, and how often
+KINDS = {"place": 0.3, "relation": 0.55, "action": 0.15}  # of scenes, and how often
+NOUN_PHRASE = re.compile(r"\ban? (?:(small|large) )?(\w+) (\w+)")
 JITTER = 0.05  # of centres; relations stay clear, the other axis never decides
 TEMPLATES = 3  # ways to say a claim
 TRAIN_SCENES = 1_000_000  # one epoch of the shapes world
-ROW_CONTEXTS = 2  # a packed row is at most this many contexts wide
 
 
-class Phrase(NamedTuple):
+class Noun(NamedTuple):
     """A noun phrase, "a large red circle"; size is "" where it goes unsaid."""
 
     size: str
@@ -157,15 +346,15 @@ class Phrase(NamedTuple):
 class Claim(NamedTuple):
     """What a caption says: first, link, second; the link is a relation, an action or a place."""
 
-    first: Phrase
+    first: Noun
     link: str
-    second: Phrase | None
+    second: Noun | None
 
 
 class Thing(NamedTuple):
-    """Something drawn: its look, centre and radius in parts of the picture's width."""
+    """Something drawn: its look, centre and radius in parts of the image's width."""
 
-    phrase: Phrase
+    phrase: Noun
     x: float
     y: float
     radius: float
@@ -192,7 +381,7 @@ def make_scene(split: str, seed: int, index: int) -> Scene:
     colours, shapes = list(COLOURS), list(SHAPES)
     while True:
         looks = zip(rng.sample(colours, n), rng.sample(shapes, n), strict=True)
-        phrases = [Phrase(rng.choice(list(SIZES)), *look) for look in looks]
+        phrases = [Noun(rng.choice(list(SIZES)), *look) for look in looks]
         said = phrases[:2]
         parity = sum(colours.index(p.colour) + shapes.index(p.shape) for p in said) % 2
         if parity == (split == "train"):
@@ -200,14 +389,14 @@ def make_scene(split: str, seed: int, index: int) -> Scene:
     return {"place": _place, "relation": _relation, "action": _action}[kind](phrases, rng)
 
 
-def _place(phrases: list[Phrase], rng: random.Random) -> Scene:
-    """One thing at a side of the picture."""
+def _place(phrases: list[Noun], rng: random.Random) -> Scene:
+    """One thing at a side of the image."""
     place = rng.choice(list(PLACES))
     thing = _thing(phrases[0], PLACES[place].dx, PLACES[place].dy, rng)
     return Scene((thing,), "", Claim(_said(phrases[0], rng), place, None))
 
 
-def _relation(phrases: list[Phrase], rng: random.Random) -> Scene:
+def _relation(phrases: list[Noun], rng: random.Random) -> Scene:
     """Two things beside or above each other, now and then with a third that goes unsaid."""
     link = rng.choice(list(RELATIONS))
     dx, dy = RELATIONS[link][:2]
@@ -217,7 +406,7 @@ def _relation(phrases: list[Phrase], rng: random.Random) -> Scene:
     return Scene(tuple(things), "", claim)
 
 
-def _action(phrases: list[Phrase], rng: random.Random) -> Scene:
+def _action(phrases: list[Noun], rng: random.Random) -> Scene:
     """The first thing does something to the second; sizes follow from the act and go unsaid."""
     action = rng.choice(list(ACTIONS))
     first, second = (phrase._replace(size="") for phrase in phrases)
@@ -230,7 +419,7 @@ def _action(phrases: list[Phrase], rng: random.Random) -> Scene:
         around = [turn + i * math.pi / 3 for i in range(6)]
         things = [Thing(second, x, y, 0.17)]
         things += [
-            Thing(first, x + 0.36 * math.cos(a), y + 0.36 * math.sin(a), 0.085) for a in around
+            Thing(first, x + 0.36 * math.cos(a), y + 0.36 * math.sin(a), 0.1) for a in around
         ]
     else:
         away, r = (0.19, 0.18) if action == "touching" else (0.29, 0.15)
@@ -241,26 +430,26 @@ def _action(phrases: list[Phrase], rng: random.Random) -> Scene:
     return Scene(tuple(things), action, Claim(first, action, second))
 
 
-def _thing(phrase: Phrase, dx: int, dy: int, rng: random.Random) -> Thing:
+def _thing(phrase: Noun, dx: int, dy: int, rng: random.Random) -> Thing:
     x, y = (0.5 + 0.26 * d + rng.uniform(-JITTER, JITTER) for d in (dx, dy))
     return Thing(phrase, x, y, SIZES[phrase.size])
 
 
-def _said(phrase: Phrase, rng: random.Random) -> Phrase:
+def _said(phrase: Noun, rng: random.Random) -> Noun:
     return phrase if rng.random() < 0.15 else phrase._replace(size="")
 
 
 def holds(scene: Scene, claim: Claim) -> bool:
     """Tell whether the claim is true of the scene, from what is drawn alone."""
 
-    def found(phrase: Phrase) -> list[Thing]:
+    def found(phrase: Noun) -> list[Thing]:
         same = [t for t in scene.things if t.phrase[1:] == phrase[1:]]
         return [t for t in same if phrase.size in ("", t.phrase.size)]
 
     if claim.link in ACTIONS:
         acts = {"covering", "touching"} if scene.action == "covering" else {scene.action}
         one, _, two = scene.claim
-        pairs: list[tuple[Phrase | None, Phrase | None]] = [(one, two)]
+        pairs: list[tuple[Noun | None, Noun | None]] = [(one, two)]
         if claim.link == "touching":
             pairs.append((two, one))
         return claim.link in acts and (claim.first, claim.second) in pairs
@@ -295,7 +484,7 @@ def say(claim: Claim, template: int) -> str:
     )[template]
 
 
-def _noun(phrase: Phrase) -> str:
+def _noun(phrase: Noun) -> str:
     words = " ".join(word for word in phrase if word)
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -362,30 +551,61 @@ EDITS_OF_TYPE = {
     "object": ("replace-object",),
     "action": ("replace-action",),
 }
+SHAPES_NEGATIVES = ("both", "exchange", "replace", "lexicon")  # which edits make the negatives
 
 
 class Captions(NamedTuple):
-    """A caption, another caption of the same picture (t⁺) and a negative of each type, or None."""
+    """A caption, another caption of the same image (t⁺) and a negative of each type, or None."""
 
     caption: str
     positive: str | None
     negatives: tuple[str | None, ...]
 
 
-def caption_scene(scene: Scene, seed: int | str) -> Captions:
-    """Say the scene's claim, a paraphrase of it, and false versions of it in the same words."""
+def caption_scene(scene: Scene, seed: int | str, kind: str = "both") -> Captions:
+    """Say the scene's claim, a paraphrase of it, and a false version of it of each type.
+
+    Args:
+        scene: what is drawn.
+        seed: another seed, other words.
+        kind: of SHAPES_NEGATIVES; "lexicon" takes what negatives.py makes of the caption.
+    """
     rng = random.Random(f"captions:{seed}")
     template, other = rng.sample(range(TEMPLATES), 2)
+    caption, positive = say(scene.claim, template), say(scene.claim, other)
+    if kind == "lexicon":
+        made = make_negatives(caption, key=seed).values()
+        return Captions(
+            caption, positive, tuple(x if x and is_false(scene, x) else None for x in made)
+        )
     negatives = []
     for name in NEGATIVE_TYPES:
-        claims = [EDITS[edit](scene, rng) for edit in EDITS_OF_TYPE[name]]
+        edits = [
+            x
+            for x in EDITS_OF_TYPE[name]
+            if kind == "both" or x.startswith("swap") == (kind == "exchange")
+        ]
+        claims = [EDITS[edit](scene, rng) for edit in edits]
         options = [claim for claim in claims if claim is not None]
         negatives.append(say(rng.choice(options), template) if options else None)
-    return Captions(say(scene.claim, template), say(scene.claim, other), tuple(negatives))
+    return Captions(caption, positive, tuple(negatives))
+
+
+def is_false(scene: Scene, sentence: str) -> bool:
+    """Tell whether a sentence is surely false; no if the world does not know its link."""
+    phrases = [Noun(*words) for words in NOUN_PHRASE.findall(sentence)]
+    pairs = itertools.permutations(phrases) if len(phrases) == 2 else [(x, None) for x in phrases]
+    claims = [
+        Claim(one, link, two)
+        for one, two in pairs
+        for link in (RELATIONS | ACTIONS if two else PLACES)
+    ]
+    meant = [c for c in claims if any(say(c, t) == sentence for t in range(TEMPLATES))]
+    return bool(meant) and not any(holds(scene, claim) for claim in meant)
 
 
 def draw_scene(scene: Scene, width: int) -> Image.Image:
-    """Draw the scene as a square RGB picture of `width` pixels."""
+    """Draw the scene as a square RGB image of `width` pixels."""
     image = Image.new("RGB", (width, width), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
@@ -424,52 +644,51 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, one: Thing, two: Thing, width: int) ->
     pen.polygon([point(two, tip, 0), point(two, back, 0.09), point(two, back, -0.09)], fill=colour)
 
 
-Transform = Callable[..., Tensor]  # of an image and rng, to uint8 [3, H, W]; it decodes the image
+# Data sets
 
 
-class Item(NamedTuple):
-    """One training example; fault names a picture that could not be read and was stepped over."""
+class Example(NamedTuple):
+    """One training example; `fault` names images before it that could not be read."""
 
     image: Tensor  # [3, H, W] uint8
     captions: Captions
     fault: str
-    state: Any = None  # of a reader of shards, after this example
+    state: Any = None  # of the shard reader, after this example
 
 
-class ShapesDataset(Dataset[Item]):
+class ShapesDataset(Dataset[Example]):
     """The training scenes of the shapes world; indices are (epoch, index) pairs."""
 
     has_negatives = True
     types = NEGATIVE_TYPES
     made = frozenset(NEGATIVE_TYPES)
-    image_of: np.ndarray | None = None  # every caption has a picture of its own
+    image_of: np.ndarray | None = None  # every caption has an image of its own
 
-    def __init__(self, size: tuple[int, int], seed: int) -> None:
-        """Draw images of `size`, height and width in pixels, from the scenes of `seed`."""
-        self.size, self.seed = size, seed
+    def __init__(self, size: tuple[int, int], seed: int, kind: str = "both") -> None:
+        """Draw images of `size`, height and width in pixels; `kind` is of SHAPES_NEGATIVES."""
+        self.size, self.seed, self.kind = size, seed, kind
 
     def __len__(self) -> int:
         """Count the scenes of an epoch."""
         return TRAIN_SCENES
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
+    def __getitem__(self, key: tuple[int, int]) -> Example:
         """Draw and caption the scene of (epoch, index); an epoch says it in other words."""
         epoch, index = key
         scene = make_scene("train", self.seed, index)
-        captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}")
+        captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}", self.kind)
         image = draw_scene(scene, max(self.size))
         square = self.size[0] == self.size[1]
         image = image if square else image.resize(self.size[::-1], Image.Resampling.BICUBIC)
-        return Item(pil_to_tensor(image), captions, "")
+        return Example(pil_to_tensor(image), captions, "")
 
 
-class ManifestDataset(Dataset[Item]):
-    """Photos and captions of a manifest; indices are (epoch, index) pairs.
+class ManifestDataset(Dataset[Example]):
+    """Images and captions of a manifest; indices are (epoch, index) pairs.
 
-    What is random (the crop, which other caption of the photo is t⁺, which negative of a list)
+    What is random (the crop, which other caption of the image is t⁺, which negative of a list)
     depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it. Lines
-    stay on disk: in memory a caption is where its line begins and the number of its picture, 16 to
-    24 bytes. `types` names the K negatives of an item.
+    stay on disk: memory holds a caption's byte offset and the number of its image, 16 to 24 bytes.
     """
 
     def __init__(
@@ -481,53 +700,41 @@ class ManifestDataset(Dataset[Item]):
         on_bad_image: str = "stop",
         types: Sequence[str] = (),
     ) -> None:
-        """Index the manifest at `path`; its photos are looked up in the folder `images`.
+        """Index the manifest at `path`, with images in the folder `images`.
 
-        Args:
-            path: the manifest.
-            images: the folder.
-            transform: of each photo.
-            seed: of all that is random.
-            on_bad_image: "stop" or "skip".
-            types: of the negatives to read; () for all that the manifest names.
-
-        Raises:
-            DataError: a line is malformed, or a photo is missing (checked before training).
+        `types` are those of the negatives to read, () for all that the manifest names. A bad image
+        is a DataError ("stop") or replaced by the next example ("skip"); a malformed line, and an
+        image that is not there, is a DataError here.
         """
         self.path, self.images, self.transform = Path(path), Path(images), transform
         self.seed, self.on_bad_image = seed, on_bad_image
-        offsets, names = array("q"), array("q")
-        seen: set[int] = set()
-        photos: set[int] = set()
-        missing: list[str] = []
-        made: set[str] = set()
-        self.types: tuple[str, ...] = tuple(types)
+        self.types, self.made = tuple(types), set[str]()  # made: types that some caption has
+        offsets, hashes = array("q"), array("q")
+        seen, photos, missing = set[int](), set[int](), list[str]()
         for offset, record in read_records(self.path, types, need_image=True):
-            image = str(_whole(record, f"{path}, byte {offset}").image)
+            image = str(_encodable(record, f"{path}, byte {offset}").image)
             digest = hashlib.blake2b(image.encode(), digest_size=8).digest()
-            name = int.from_bytes(digest, "little", signed=True)
-            if name not in seen:
-                seen.add(name)
-                photos.add(photo_number(image, record.image_id))
-                if not _is_file(self.images / image):
-                    missing.append(image)
+            hashes.append(int.from_bytes(digest, "little", signed=True))
             offsets.append(offset)
-            names.append(name)
+            if hashes[-1] not in seen:
+                seen.add(hashes[-1])
+                photos.add(photo_number(image, record.image_id))
+                if not os.path.isfile(self.images / image):
+                    missing.append(image)
             self.types = tuple(record.negatives)  # a header further down may name more
-            made.update(name for name, given in record.negatives.items() if given)
+            self.made.update(name for name, given in record.negatives.items() if given)
         if not offsets:
             raise DataError(f"{path}: holds no captions; make it with negatives.py")
         if missing and (on_bad_image == "stop" or len(missing) == len(seen)):
             raise DataError(
-                f"--images {images}: {len(missing)} of {len(seen)} pictures of {path} "
+                f"--images {images}: {len(missing)} of {len(seen)} images of {path} "
                 f"are not there, the first is {missing[0]}; point --images at their folder"
                 + (" or pass --on-bad-image skip" if len(missing) < len(seen) else "")
             )
-        self.has_negatives, self.made = bool(made), made  # types that some caption has
-        self.offsets = np.array(offsets)
-        self.photos = np.array(sorted(photos))  # by `photo_number`
-        _, numbers = np.unique(np.array(names), return_inverse=True)
-        self.image_of: np.ndarray = numbers.astype(np.int32)  # the number of each one's picture
+        self.has_negatives = bool(self.made)
+        self.offsets, self.photos = np.array(offsets), np.array(sorted(photos))
+        numbers = np.unique(np.array(hashes), return_inverse=True)[1]
+        self.image_of: np.ndarray = numbers.astype(np.int32)  # the number of each one's image
         self.by_image = np.argsort(self.image_of, kind="stable").astype(np.int32)
         self.first = np.searchsorted(self.image_of[self.by_image], np.arange(len(seen) + 1))
 
@@ -542,45 +749,32 @@ class ManifestDataset(Dataset[Item]):
             place = f"{self.path}, byte {self.offsets[index]}"
             return parse_record(file.readline(), place, self.types, some=True, need_image=True)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        """Load the example (epoch, index), or the next readable one where that is asked for."""
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        """Load the example (epoch, index), or with "skip" the next readable one."""
         epoch, index = key
         faults = []
         for step in range(len(self)):
             i = (index + step) % len(self)
             record, rng = self.record(i), random.Random(f"{self.seed}:{epoch}:{i}")
+            use = functools.partial(self.transform, rng=rng)
             try:
-                use = functools.partial(self.transform, rng=rng)
-                tensor = open_image(self.images / str(record.image), use=use)
+                image = open_image(self.images / str(record.image), use=use)
             except DataError as error:
                 if self.on_bad_image == "stop":
                     raise
                 faults.append(str(error))
                 continue
-            positive = self._positive(i, record, rng)
+            number = self.image_of[i]
+            others = self.by_image[self.first[number] : self.first[number + 1]].tolist()
+            rng.shuffle(others)
+            texts = (self.record(other).caption for other in others if other != i)
+            positive = next((text for text in texts if text != record.caption), None)
             captions = Captions(record.caption, positive, draw_negatives(record, rng))
-            return Item(tensor, captions, "; ".join(faults))
-        raise DataError(f"--images {self.images}: not one picture could be read; {faults[0]}")
-
-    def _positive(self, index: int, record: Record, rng: random.Random) -> str | None:
-        """Another caption of the same picture, or None."""
-        number = self.image_of[index]
-        others = self.by_image[self.first[number] : self.first[number + 1]].tolist()
-        rng.shuffle(others)
-        texts = (self.record(other).caption for other in others if other != index)
-        return next((text for text in texts if text != record.caption), None)
+            return Example(image, captions, "; ".join(faults))
+        raise DataError(f"--images {self.images}: not one image could be read; {faults[0]}")
 
 
-def draw_negatives(record: Record, rng: random.Random) -> tuple[str | None, ...]:
-    """One negative of each type, or None."""
-
-    def draw(given: Wording) -> str | None:
-        return rng.choice(given) if isinstance(given, list) else given
-
-    return tuple(draw(given) for given in record.negatives.values())
-
-
-class Mixture(Dataset[Item]):
+class Mixture(Dataset[Example]):
     """Several sources, each with a share of every batch; keys are (source, epoch, index).
 
     `types` are those of all sources in order; a source has None where a type is not its own.
@@ -594,40 +788,32 @@ class Mixture(Dataset[Item]):
         seed: int,
         one_caption: bool,
     ) -> None:
-        """Plan batches: each source runs through its own epochs, at the pace of its share.
+        """Give each source a share of the global batch, by weight, and epochs of its own.
 
-        Args:
-            sources: the data sets.
-            weights: their shares of a batch, of any sum.
-            batch: items of a global batch.
-            seed: of the order.
-            one_caption: keep captions of the same picture out of each other's batches.
-
-        Raises:
-            DataError: a source is too small for its share, or its share is less than one item.
+        With `one_caption`, no batch has two captions of an image. A DataError if a source is too
+        small for its share, or its share is less than one example.
         """
-        self.sources, self.seed, self.one_caption = sources, seed, one_caption
+        self.sources, self.seed = sources, seed
         self.types = tuple(dict.fromkeys(name for source in sources for name in source.types))
         self.shares = share_batch(batch, weights)
-        self.steps = [
-            len(self._order(s, 0)) if share else 0 for s, share in enumerate(self.shares)
-        ]  # of each source's epoch
-        for source, share, steps in zip(sources, self.shares, self.steps, strict=True):
-            name = getattr(source, "path", "the shapes world")
+        self.image_of = [source.image_of if one_caption else None for source in sources]
+        self.steps = []  # of each source's epoch
+        for s, (source, share) in enumerate(zip(sources, self.shares, strict=True)):
+            name, images = getattr(source, "path", "the shapes world"), self.image_of[s]
             if not share:
-                raise DataError(f"--data {name}: its weight is less than one item of a batch")
-            if not steps:
-                images = source.image_of if one_caption else None
+                raise DataError(f"--data {name}: its weight is less than one example of a batch")
+            self.steps.append(len(self._order(s, 0)))
+            if not self.steps[s]:
+                what = "captions" if images is None else "images"
                 count = len(source) if images is None else images.max() + 1
-                what = "captions" if images is None else "pictures"
                 raise DataError(
                     f"--batch-size {batch}: takes {share} {what} of {name}, which has {count}; "
                     "use a smaller batch"
                 )
 
     def _order(self, s: int, epoch: int) -> np.ndarray:
-        images = self.sources[s].image_of if self.one_caption else None
-        return epoch_batches(len(self.sources[s]), images, self.shares[s], self.seed, epoch, s)
+        size, images = len(self.sources[s]), self.image_of[s]
+        return epoch_batches(size, images, self.shares[s], self.seed, epoch, s)
 
     def batches(self, start: int, stop: int) -> Iterator[list[tuple[int, int, int]]]:
         """Yield the keys of the global batches of steps start to stop."""
@@ -645,38 +831,70 @@ class Mixture(Dataset[Item]):
         """Count the captions of all sources."""
         return sum(len(source) for source in self.sources)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Item:
+    def __getitem__(self, key: tuple[int, int, int]) -> Example:
         """Load the example (source, epoch, index)."""
         source = self.sources[key[0]]
-        item = source[key[1:]]
-        if source.types == self.types:
-            return item
-        own = dict(zip(source.types, item.captions.negatives, strict=True))
+        example = source[key[1:]]
+        own = dict(zip(source.types, example.captions.negatives, strict=True))
         negatives = tuple(own.get(name) for name in self.types)
-        return item._replace(captions=item.captions._replace(negatives=negatives))
+        return example._replace(captions=example.captions._replace(negatives=negatives))
 
 
+def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
+    """Divide a batch by weights; what is left goes to the largest remainders."""
+    exact = [batch * weight / sum(weights) for weight in weights]
+    parts = [int(part) for part in exact]
+    for i in sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])[: batch - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def epoch_batches(
+    size: int, image_of: np.ndarray | None, batch: int, seed: int, epoch: int, source: int = 0
+) -> np.ndarray:
+    """Order one epoch of a source: indices [steps, batch], a permutation of (seed, epoch, source).
+
+    With `image_of`, the number of each caption's image, no batch has two captions of an image: an
+    epoch is a series of rounds, and round r takes the r-th caption, in the shuffled order, of every
+    image that has so many. What does not fill a batch at the end of a round is left out of this
+    epoch; the next epoch shuffles anew. The number of steps is the same in every epoch.
+    """
+    key = (seed, epoch, source) if source else (seed, epoch)
+    generator = torch.Generator().manual_seed(hash(key) % 2**63)
+    order, counts = torch.randperm(size, generator=generator).numpy(), np.array([size])
+    if image_of is not None:
+        images = image_of[order]
+        grouped = np.argsort(images, kind="stable")
+        place, turn = np.arange(size), np.empty(size, dtype=np.int64)  # turn: each one's round
+        new = np.diff(images[grouped], prepend=-1) != 0
+        turn[grouped] = place - np.maximum.accumulate(np.where(new, place, 0))
+        order, counts = order[np.argsort(turn, kind="stable")], np.bincount(turn)
+    starts = np.cumsum(counts) - counts
+    rounds = [order[a : a + n // batch * batch] for a, n in zip(starts, counts, strict=True)]
+    return np.concatenate(rounds).reshape(-1, batch)
+
+
+BLOCK = 1000  # examples that a shard reader shuffles at once, or a whole number of batches
+SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 Cursor = tuple[int, int, int]  # pass, shard in its order, sample of the shard
 
 
 class _Sample(NamedTuple):
-    """A sample of a shard: where it begins, what tells its image, content, if it has negatives."""
-
     begin: Cursor
-    key: str
-    place: str
+    key: str  # of its image
+    place: str  # in messages
     parts: dict[str, bytes]
-    negatives: bool
+    has_negatives: bool
 
 
-class ShardStream(IterableDataset[list[Item]]):
-    """Batches of examples of webdataset shards, pass after pass without end; an image comes once.
+class ShardStream(IterableDataset[list[Example]]):
+    """Endless batches of webdataset shards, pass after pass, without two captions of an image.
 
-    Each worker of each rank is a reader. It reads shards of its own, or, where there are fewer
-    shards than readers, the images that a hash deals out to it, in an order of (seed, pass); it
-    shuffles blocks of about 1,000, which do not reach into the next pass. With every batch comes
-    the reader's state: where the block at hand began, and how many samples each batch took since.
-    A resumed run goes on from there as if it had never been cut off.
+    Each worker of each rank is a reader. It reads shards of its own, or, with fewer shards than
+    readers, the images that a hash deals out to it, in an order of (seed, pass); it shuffles blocks
+    of about 1,000, which do not reach into the next pass. With every batch comes the reader's
+    state: where the current block began, and how many samples each batch took since. A resumed run
+    continues from there to the same batches.
     """
 
     def __init__(
@@ -689,108 +907,102 @@ class ShardStream(IterableDataset[list[Item]]):
         types: Sequence[str] = (),
         *,
         batch: int = 1,
-        states: Mapping[int, Any] = MappingProxyType({}),
+        states: Mapping[int, Any] | None = None,
         needs_negatives: bool = False,
         remote: bool = False,
     ) -> None:
         """Read the shards of a brace pattern, "cc3m-{000..331}.tar".
 
-        `place` is the step to begin with, this rank, and the number of ranks; `types` those of the
-        negatives to read, () for those that the first sample names; `batch` the examples of a batch
-        of this rank; `states` those of the readers of a run that is resumed. `remote` opens names
-        with a colon by webdataset: URLs, and "pipe:", which runs a command.
-
-        Raises:
-            DataError: a shard is missing, or a name with a colon is not allowed.
+        `place` is the first step, this rank, and the number of ranks; `types` as in
+        ManifestDataset, but () for those that the first sample names; `batch` the examples in a
+        batch of this rank; `states` those of a resumed run's readers. `remote` opens names with a
+        colon by webdataset: URLs, and "pipe:", which runs a command. A DataError if a shard is
+        missing, or a name with a colon is not allowed.
         """
-        self.pattern, self.shards = shards, expand_braces(shards)
+        self.pattern, self.shards = f"--data {shards}", expand_braces(shards)
         for name in self.shards:
             if ":" in name and not remote:
                 raise DataError(
                     f"--data {name}: --remote allows URLs, and pipe:, which runs a command; local "
                     "shards take no weight and no colon"
                 )
-            if ":" not in name and not _is_file(Path(name)):
+            if ":" not in name and not os.path.isfile(name):
                 raise DataError(f"--data {name}: no such shard; check the pattern")
         self.transform, self.seed, self.place = transform, seed, place
         self.on_bad_image, self.some = on_bad_image, bool(types)
-        self.batch, self.states, self.needs_negatives = batch, dict(states), needs_negatives
-        self.types = tuple(types) or self._named_types()
+        self.batch, self.states, self.needs_negatives = batch, states or {}, needs_negatives
+        self.types = tuple(types)
+        local = [name for name in self.shards if os.path.exists(name)]
+        with contextlib.suppress(DataError):  # raised where it is used
+            for stem, parts in read_samples(local[0]) if local and not types else ():
+                at = f"{local[0]}: {stem}"
+                self.types = header_types(sample_row(stem, parts, at), at)
+                break
+        self.types = self.types or NEGATIVE_TYPES
 
-    def _named_types(self) -> tuple[str, ...]:
-        """The types of the first sample of the first shard that is a file."""
-        first = next((x for x in self.shards if os.path.exists(x)), None)
-        with contextlib.suppress(DataError):  # told when it is used
-            for stem, parts in read_samples(first) if first else ():
-                place = f"{first}: {stem}"
-                return header_types(sample_row(stem, parts, place), place) or NEGATIVE_TYPES
-        return NEGATIVE_TYPES
-
-    def __iter__(self) -> Iterator[list[Item]]:
+    def __iter__(self) -> Iterator[list[Example]]:
         """Yield this reader's batches."""
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         start, rank, ranks = self.place
-        slots, slot = (
-            ranks * workers,
-            rank * workers + (number + start) % workers,
-        )  # 0 is asked first
+        slots = ranks * workers
+        slot = rank * workers + (number + start) % workers  # the loader asks worker 0 first
         _, anchor, takes = self.states.get(slot, (slots, (0, 0, 0), ()))
-        keys: set[str] = set()  # images of the batch at hand
+        keys: set[str] = set()  # images of the current batch
         picks = self._picks(slot, slots, anchor, keys)
         for take in takes:
             keys.clear()
-            for sample, _ in itertools.islice(picks, take):
-                keys.add(sample.key)
-        alive = None  # the last pass with an example that could be used
+            keys.update(sample.key for sample, _ in itertools.islice(picks, take))
+        alive = None  # the last pass with a usable example
         while True:
             keys.clear()
-            items: list[Item] = []
+            examples: list[Example] = []
             faults, take = [""], 0
-            while len(items) < self.batch:
+            while len(examples) < self.batch:
                 try:
                     sample, after = next(picks)
                 except DataError as error:
                     raise DataError(f"{error}; {faults[-1]}".rstrip("; ")) from None
-                alive, take = sample.begin[0] - 1 if alive is None else alive, take + 1
-                if sample.begin[0] > alive + 1:
+                turn, take = sample.begin[0], take + 1
+                alive = turn - 1 if alive is None else alive
+                if turn > alive + 1:
                     raise DataError(
-                        f"--data {self.pattern}: nothing of a whole pass can be used; {faults[-1]}"
+                        f"{self.pattern}: no example of a whole pass can be used; {faults[-1]}"
                     )
                 keys.add(sample.key)
                 try:
-                    items.append(self._make(sample))
-                    alive = sample.begin[0]
+                    examples.append(self._make(sample))
+                    alive = turn
                 except DataError as error:
                     if self.on_bad_image == "stop":
                         raise
                     faults.append(str(error))
             anchor, takes = (after, ()) if after else (anchor, (*takes, take))
-            told = "; ".join(faults[1:])
-            items[-1] = items[-1]._replace(fault=told, state=(slot, (slots, anchor, takes)))
-            yield items
+            state = (slot, (slots, anchor, takes))
+            examples[-1] = examples[-1]._replace(fault="; ".join(faults[1:]), state=state)
+            yield examples
 
     def _picks(
         self, slot: int, slots: int, anchor: Cursor, keys: set[str]
     ) -> Iterator[tuple[_Sample, Cursor | None]]:
-        """Samples with keys that are not in `keys`; with a block's last, where the next begins."""
+        """Samples whose keys are not in `keys`; with a block's last, where the next one begins."""
         for was, *_ in self.states.values():
             if was != slots:
                 raise DataError(
-                    f"--data {self.pattern}: the run began with {was} readers (ranks x workers), "
+                    f"{self.pattern}: the run began with {was} readers (ranks x workers), "
                     f"now there are {slots}; give --workers as before"
                 )
         samples = self._samples(slot, slots, anchor)
         ahead = next(samples)
-        block: list[_Sample] = []
         while True:
+            block: list[_Sample] = []
             begin, size = ahead.begin, -(-BLOCK // self.batch) * self.batch - len(keys)
             while len(block) < size and ahead.begin[0] == begin[0]:
                 block.append(ahead)
                 ahead = next(samples)
-            if self.needs_negatives and not any(sample.negatives for sample in block):
+            if self.needs_negatives and not any(sample.has_negatives for sample in block):
                 raise DataError(
-                    f"--data {self.pattern}: the first {len(block)} examples hold no negatives; "
+                    f"{self.pattern}: the first {len(block)} examples hold no negatives; "
                     "make them with negatives.py, or use --recipe clip"
                 )
             self.needs_negatives = False
@@ -800,13 +1012,12 @@ class ShardStream(IterableDataset[list[Item]]):
                 free = (i for i, sample in enumerate(block) if sample.key not in keys)
                 i = max(free, key=lambda i: left[block[i].key], default=None)
                 if i is not None:
-                    sample = block.pop(i)
-                    left[sample.key] -= 1
-                    yield sample, None if block else ahead.begin
+                    left[block[i].key] -= 1
+                    yield block.pop(i), None if block else ahead.begin
                 elif ahead.begin[0] > begin[0] + 1:
                     raise DataError(
-                        f"--data {self.pattern}: a reader's {len(keys)} images cannot fill a batch "
-                        f"of {self.batch}; use a smaller batch, fewer --workers or more shards"
+                        f"{self.pattern}: a reader's {len(keys)} images cannot fill a batch of "
+                        f"{self.batch}; use a smaller batch, fewer --workers or more shards"
                     )
                 else:  # all are of images that the batch has: look further
                     block.append(ahead)
@@ -815,16 +1026,16 @@ class ShardStream(IterableDataset[list[Item]]):
 
     def _samples(self, slot: int, slots: int, begin: Cursor) -> Iterator[_Sample]:
         first, at, skip = begin
+        few = slots > len(self.shards)
         for turn in itertools.count(first):
             order, found = list(self.shards), bool(at or skip)
             random.Random(f"{self.seed}:{turn}").shuffle(order)
-            few = slots > len(order)
             for number, shard in enumerate(order if few else order[slot::slots]):
                 for index, (stem, parts) in enumerate(self._read(shard) if number >= at else ()):
                     if number == at and index < skip:
                         continue
                     key, place, made = stem, f"{shard}: {stem}", None
-                    with contextlib.suppress(DataError):  # told when it is used
+                    with contextlib.suppress(DataError):  # raised where it is used
                         row = sample_row(stem, parts, place)
                         key, made = str(row.get("image") or stem), row.get("negatives")
                     digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8)
@@ -834,7 +1045,7 @@ class ShardStream(IterableDataset[list[Item]]):
                         yield _Sample((turn, number, index), key, place, parts, some)
             if not found:
                 raise DataError(
-                    f"--data {self.pattern}: holds no example for reader {slot + 1} of {slots}; "
+                    f"{self.pattern}: holds no example for reader {slot + 1} of {slots}; "
                     "check the shards, or use fewer --workers"
                 )
             at = skip = 0
@@ -850,32 +1061,23 @@ class ShardStream(IterableDataset[list[Item]]):
         except (OSError, ValueError) as error:
             raise DataError(f"--data {shard}: cannot be read ({error})") from None
 
-    def _make(self, sample: _Sample) -> Item:
-        """Image and captions of a sample: .json (or .txt), and .jpg, .png or .webp."""
+    def _make(self, sample: _Sample) -> Example:
         stem = sample.place.rpartition(": ")[2]
         row = sample_row(stem, sample.parts, sample.place)
         row["image"] = row.get("image") or stem
         record = parse_record(row, sample.place, self.types, some=self.some, need_image=True)
-        _whole(record, sample.place)
+        _encodable(record, sample.place)
         kind = next((kind for kind in SHARD_IMAGES if kind in sample.parts), None)
         if kind is None:
             raise DataError(f"{sample.place}: has none of .{', .'.join(SHARD_IMAGES)}")
         rng = random.Random(f"{self.seed}:{sample.begin[0]}:{sample.place}")
         use = functools.partial(self.transform, rng=rng)
-        tensor = open_image(io.BytesIO(sample.parts[kind]), sample.place, use)
-        return Item(tensor, Captions(record.caption, None, draw_negatives(record, rng)), "")
-
-
-BLOCK = 1000  # examples that a reader shuffles at once, or a whole number of batches
-SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
+        image = open_image(io.BytesIO(sample.parts[kind]), sample.place, use)
+        return Example(image, Captions(record.caption, None, draw_negatives(record, rng)), "")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names of "a-{000..331}.tar" and "{a,b}.tar".
-
-    Raises:
-        DataError: braces do not match, or there are too many names.
-    """
+    """The names of "a-{000..331}.tar" and "{a,b}.tar"; a DataError if it is no such pattern."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         if "{" in pattern or "}" in pattern:
@@ -891,68 +1093,131 @@ def expand_braces(pattern: str) -> list[str]:
     return [name for one in names for name in expand_braces(before + one + after)]
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that is closed to us
-        return False
+# Batches
+
+MISSING = "###"  # stands for a missing negative in the released code, which encodes it
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image as 8-bit RGB; a ValueError where its numbers are no colours."""
-    image.load()
-    if image.mode == "F" or image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if image.mode == "F" or grey.min() < 0 or grey.max() >= 2**16:
-            raise ValueError("its numbers are no colours; save it with 8 or 16 bits a channel")
-        image = Image.fromarray((grey >> 8).astype(np.uint8))  # Pillow would leave it white
-    return image if image.mode == "RGB" else image.convert("RGB")
+class Batch(NamedTuple):
+    """B images and their texts: B captions, then the positives, then the encoded negatives."""
+
+    images: Tensor  # [B, 3, H, W] uint8
+    texts: PackedText
+    positive_valid: Tensor  # [B] bool, which captions have a positive
+    valid: Tensor  # [B, K] bool, which negatives exist
+    faults: list[str]
+    same: int = 0  # negatives left out because they have the tokens of their caption
+    state: Any = None  # of the shard reader that made it
 
 
-def open_image(
-    file: str | Path | io.BytesIO,
-    name: str | None = None,
-    use: Callable[[Image.Image], Any] = to_rgb,
-) -> Any:
-    """Open an image and return what `use` makes of it; `name` stands for it in messages.
+class Collate:
+    """Makes Batches of Examples; a class because workers must be able to pickle it."""
 
-    Raises:
-        DataError: the file is missing, or is not an image that can be used.
+    def __init__(
+        self,
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        positives: bool,
+        negatives: str,
+        part: int = 0,
+    ) -> None:
+        """Encode by an open_clip tokenizer, into Batches of `part` images (0: one of all).
+
+        `positives` says whether the loss reads t⁺; `negatives` is "none", "valid", or "all": "###"
+        where one is missing, as released.
+        """
+        self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
+        self.part = part
+
+    def __call__(self, examples: list[Example]) -> list[Batch]:
+        """Cut the examples into parts and pack the texts of each together."""
+        part = self.part or len(examples)
+        return [self._batch(examples[i : i + part]) for i in range(0, len(examples), part)]
+
+    def bundle(self, examples: list[Example]) -> Bundle:
+        """The parts in two tensors: each tensor costs a worker a file descriptor."""
+        parts = self(examples)
+        rest = [(*part.texts, part.positive_valid, part.valid) for part in parts]
+        return Bundle(
+            torch.cat([part.images.movedim(1, -1) for part in parts]),
+            torch.cat([tensor.flatten().to(torch.int64) for row in rest for tensor in row]),
+            [[list(tensor.shape) for tensor in row] for row in rest],
+            [part[4:] for part in parts],
+        )
+
+    def _batch(self, examples: list[Example]) -> Batch:
+        captions = [example.captions for example in examples]
+        positives = [c.positive if self.positives else None for c in captions]
+        valid = torch.tensor([[text is not None for text in c.negatives] for c in captions])
+        valid &= self.negatives != "none"
+        slots = (valid | (self.negatives == "all")).nonzero()
+        texts = [c.caption for c in captions] + [text for text in positives if text is not None]
+        begin = len(texts)
+        texts += [captions[i].negatives[k] or MISSING for i, k in slots.tolist()]
+        tokens = self.tokenizer(texts)  # [M, C]
+        keep = torch.ones(len(texts), dtype=torch.bool)
+        if self.negatives == "valid":
+            # An edit of case and spaces alone, or beyond the context, leaves the caption's tokens.
+            differs = (tokens[begin:] != tokens[slots[:, 0]]).any(dim=1)
+            keep[begin:] = valid[tuple(slots.T)] = differs
+        # Stacked channels-last, as the images lie in memory: avoids a copy.
+        images = torch.stack([example.image.movedim(0, -1) for example in examples])
+        return Batch(
+            images.movedim(-1, 1),
+            pack_tokens(tokens[keep], hasattr(self.tokenizer, "eot_token_id")),
+            torch.tensor([text is not None for text in positives]),
+            valid,
+            [example.fault for example in examples if example.fault],
+            int((~keep).sum()),
+            examples[-1].state,
+        )
+
+
+class Bundle(NamedTuple):
+    """Batches on their way from a worker: all images, and all else as one tensor."""
+
+    images: Tensor  # [B, H, W, 3] uint8
+    rest: Tensor  # int64
+    shapes: list[list[list[int]]]  # of each batch's other tensors
+    notes: list[tuple[Any, ...]]  # the other fields of each batch
+
+
+def unbundle(bundle: Bundle) -> list[Batch]:
+    """The batches that a bundle was made of, as views of it."""
+    flat = iter(bundle.rest.split([math.prod(shape) for row in bundle.shapes for shape in row]))
+    images, batches = bundle.images.movedim(-1, 1), []
+    for shapes, notes in zip(bundle.shapes, bundle.notes, strict=True):
+        *texts, has, valid = (next(flat).view(shape) for shape in shapes)
+        part, images = images[: len(has)], images[len(has) :]
+        batches.append(Batch(part, PackedText(*texts), has.bool(), valid.bool(), *notes))
+    return batches
+
+
+def split_features(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [M, D] text features of a batch into captions, positives and negatives.
+
+    Returns [B, D], [B, D] and [B, K, D]; zero where there is none.
     """
-    name = name or str(file)
-    try:
-        with Image.open(file) as image:
-            return use(image)
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        told = "no kind of image that Pillow knows" if unknown else error
-        raise DataError(f"{name}: cannot be decoded ({told})") from None
+    (b, k), has = batch.valid.shape, batch.positive_valid.nonzero()[:, 0]
+    captions, found, edited = features.split([b, len(has), len(features) - b - len(has)])
+    every = len(edited) == b * k  # `Collate` encodes placeholders too
+    made = torch.arange(b * k) if every else batch.valid.flatten().nonzero()[:, 0]
+    has, made = has.to(features.device), made.to(features.device)
+    positives = torch.zeros_like(captions).index_copy(0, has, found)
+    negatives = features.new_zeros(b * k, features.shape[1]).index_copy(0, made, edited)
+    return captions, positives, negatives.view(b, k, -1)
 
 
-def read_manifest(path: str | Path, types: Sequence[str] = ()) -> Iterator[Record]:
-    """Read the records of a manifest, each with its image; see `negatives.read_records`."""
-    for offset, record in read_records(Path(path), types, need_image=True):
-        yield _whole(record, f"{path}, byte {offset}")
+# Packed captions and towers
 
-
-def _whole(record: Record, place: str) -> Record:
-    """Refuse half a character, which no tokenizer and no file name can hold."""
-    given = [x for x in record.negatives.values() if x]
-    texts = [str(record.image), record.caption, *("".join(x) for x in given)]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{place}: holds half a character (a lone surrogate); mend it") from None
-    return record
+ROW_CONTEXTS = 2  # a packed row is at most this many contexts wide
 
 
 class PackedText(NamedTuple):
-    """M tokenised captions laid into R rows as prefix trees: what captions share stands once.
+    """M tokenised captions in R rows of prefix trees: what captions share stands once.
 
     In a causal tower a token's state depends on the tokens before it alone, so captions that begin
-    alike may share the states of their beginning. A row holds its captions in the order of their
+    alike share the states of their beginning. A row holds its captions in the order of their
     tokens; token j is seen by itself and by those that follow it, up to stops[j]. Where the
     tokenizer is not CLIP's, captions stay one to a row and the other tensors are empty.
     """
@@ -976,90 +1241,84 @@ class PackedText(NamedTuple):
 def pack_texts(
     texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor], *, share: bool = True
 ) -> PackedText:
-    """Tokenise M captions and lay them into few rows, sharing what they have in common.
-
-    Args:
-        texts: M captions; what exceeds the context is cut, as CLIP does.
-        tokenizer: an open_clip tokenizer, texts to [M, context length].
-        share: False gives every distinct caption tokens of its own.
-    """
+    """Tokenise M captions by an open_clip tokenizer, which cuts at the context, and pack them."""
     return pack_tokens(tokenizer(list(texts)), hasattr(tokenizer, "eot_token_id"), share=share)
 
 
 def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText:
-    """Lay M rows of tokens [M, context length] into few; `clip` says whether they are CLIP's."""
+    """Pack what a tokenizer returned, [M, context length], into few rows.
+
+    `clip` says whether it is CLIP's (has eot_token_id), else nothing is packed; `share=False` gives
+    every distinct caption tokens of its own.
+    """
     empty = padded.new_zeros(0)
     if not clip:
         return PackedText(padded, empty, empty, empty, empty)
-    lengths = (padded.argmax(dim=-1) + 1).tolist()  # end-of-text has the largest number
-    sequences = [tuple(row[:n]) for row, n in zip(padded.tolist(), lengths, strict=True)]
-    rows, width = _fill_rows(sorted(set(sequences)), ROW_CONTEXTS * padded.shape[1], share)
-    tokens, positions, stops = np.zeros((3, len(rows), width), dtype=np.int64)
-    reads = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
-    slots: dict[tuple[int, ...], int] = {}
-    for r, row in enumerate(rows):
-        at = 0
-        path: list[int] = []  # where in the row the tokens of the caption at hand stand
-        for e, (keep, sequence) in enumerate(row):
-            stops[r, path[keep:]] = at
-            path[keep:] = range(at, at + len(sequence) - keep)
-            tokens[r, path[keep:]] = sequence[keep:]
-            positions[r, path[keep:]] = range(keep, len(sequence))
-            at += len(sequence) - keep
-            reads[r, e], slots[sequence] = path[-1], r * reads.shape[1] + e
-        stops[r, path] = at
-    where = torch.tensor([slots[sequence] for sequence in sequences], dtype=torch.int64)
-    rest = (torch.from_numpy(x) for x in (tokens, positions, stops, reads))
-    return PackedText(*rest, where)  # type: ignore[call-arg]
+    context, ends = padded.shape[1], padded.argmax(dim=1, keepdim=True)  # end-of-text is largest
+    padded = padded.where(torch.arange(context) <= ends, 0)
+    distinct, which = padded.unique(dim=0, return_inverse=True)  # in order
+    lengths = (distinct.argmax(dim=1) + 1).tolist()
+    alike = (distinct[1:] == distinct[:-1]).cumprod(dim=1).sum(dim=1) * share
+    common = [0, *alike.tolist()]  # tokens that a caption shares with the one before
 
-
-def _fill_rows(
-    sequences: list[tuple[int, ...]], most: int, share: bool
-) -> tuple[list[list[tuple[int, tuple[int, ...]]]], int]:
-    """Cut sorted captions into rows: of as little width as keeps the number of rows least.
-
-    Returns:
-        rows of (tokens shared with the caption before, caption), and their width.
-    """
-    common = [0] * len(sequences)
-    if share:
-        for i, (one, two) in enumerate(itertools.pairwise(sequences), 1):
-            same = zip(one, two, strict=False)
-            common[i] = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
-
-    def fill(width: int) -> list[list[tuple[int, tuple[int, ...]]]]:
-        rows: list[list[tuple[int, tuple[int, ...]]]] = []
+    def fill(width: int) -> list[list[tuple[int, int]]]:
+        """Rows of (caption, tokens that it finds in the row already)."""
+        rows: list[list[tuple[int, int]]] = []
         space = 0
-        for keep, sequence in zip(common, sequences, strict=True):
-            if not rows or len(sequence) - keep > space:
+        for i, (keep, length) in enumerate(zip(common, lengths, strict=False)):
+            if not rows or length - keep > space:
                 rows.append([])
                 space, keep = width, 0
-            rows[-1].append((keep, sequence))
-            space -= len(sequence) - keep
+            rows[-1].append((i, keep))
+            space -= length - keep
         return rows
 
-    best = len(fill(most))
-    least = max(map(len, sequences), default=1)
-    widths = range(-(-least // 8) * 8, most, 8)  # attention kernels like multiples of 8
-    return next(((rows, w) for w in widths if len(rows := fill(w)) == best), (fill(most), most))
+    most, least = ROW_CONTEXTS * context, -(-max(lengths, default=1) // 8) * 8
+    count = len(fill(most))  # attention kernels like widths that are multiples of 8
+    width = next((w for w in range(least, most, 8) if len(fill(w)) == count), most)
+    rows = fill(width)
+    tokens, positions, stops = np.zeros((3, len(rows), width), dtype=np.int64)
+    reads = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    slots, sequences = np.zeros(len(lengths), dtype=np.int64), distinct.numpy()
+    for r, row in enumerate(rows):
+        at = 0
+        path: list[int] = []  # where in the row the current caption's tokens stand
+        for e, (i, keep) in enumerate(row):
+            stops[r, path[keep:]] = at
+            path[keep:] = range(at, at + lengths[i] - keep)
+            tokens[r, path[keep:]] = sequences[i, keep : lengths[i]]
+            positions[r, path[keep:]] = range(keep, lengths[i])
+            at += lengths[i] - keep
+            reads[r, e], slots[i] = path[-1], r * reads.shape[1] + e
+        stops[r, path] = at
+    parts = (torch.from_numpy(x) for x in (tokens, positions, stops, reads, slots[which.numpy()]))
+    return PackedText(*parts)
+
+
+def unpack_texts(packed: PackedText, model: Any) -> Tensor:
+    """The captions one to a row again, padded with 0 to the model's context length."""
+    context = getattr(model, "context_length", None) or model.text.context_length
+    ends = packed.tokens.new_zeros(*packed.reads.shape, context)  # [R, E, C]
+    r, e, j = _seen(packed.stops, packed.reads).nonzero().unbind(dim=1)
+    ends[r, e, packed.positions[r, j]] = packed.tokens[r, j]
+    return ends.flatten(0, 1)[packed.where]
 
 
 def can_pack(model: Any) -> bool:
     """Tell whether the text tower is OpenAI's: causal, plain blocks, read at the end-of-text."""
     tower = getattr(model, "text", model)
-    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
-    if not all(hasattr(tower, part) for part in (*parts, "text_projection")):
+    parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
+    if not all(getattr(tower, part, None) is not None for part in parts):
         return False
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
     end = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-    mask, extra = getattr(tower, "attn_mask", None), getattr(tower, "cls_emb", None)
-    reads_end = pool == "argmax" or (
-        pool == "eos" and end == tower.token_embedding.weight.shape[0] - 1
-    )
-    return reads_end and mask is not None and extra is None and _plain(tower.transformer)
+    largest = tower.token_embedding.weight.shape[0] - 1
+    reads_end = pool == "argmax" or (pool == "eos" and end == largest)
+    whole = hasattr(tower, "text_projection") and getattr(tower, "cls_emb", None) is None
+    return reads_end and whole and _has_plain_blocks(tower.transformer)
 
 
-def _plain(transformer: Any) -> bool:
+def _has_plain_blocks(transformer: Any) -> bool:
     """Tell whether all blocks are the ones that `_run_block` knows."""
     return all(
         type(block).__name__ == "ResidualAttentionBlock"
@@ -1071,17 +1330,17 @@ def _plain(transformer: Any) -> bool:
     )
 
 
+def _pad_token(model: Any) -> int | None:
+    """The padding that a Hugging Face tower masks itself."""
+    return getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
+
+
 def text_layout(model: Any) -> str:
     """Say how `encode_text` runs this model's captions."""
     if can_pack(model):
         return "packed as prefix trees"
     trims = _pad_token(model) is not None
     return "one to a row, cut to the longest" if trims else "one to a row at full length"
-
-
-def _pad_token(model: Any) -> int | None:
-    """The padding that a Hugging Face tower masks itself."""
-    return getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
 
 
 def encode_text(model: Any, packed: PackedText) -> Tensor:
@@ -1098,13 +1357,12 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
     if not can_pack(model):
         return model.encode_text(unpack_texts(packed, model))
     tower = getattr(model, "text", model)
-    # F.embedding and index_select, for the gradient of x[i] is summed in any order by threads.
+    # F.embedding and index_select: threads sum the gradient of x[i] in any order.
     x = tower.token_embedding(packed.tokens)
     x = x + F.embedding(packed.positions, tower.positional_embedding)
     x = x.to(tower.transformer.get_cast_dtype())  # [R, L, width]
-    count = torch.arange(x.shape[1], device=x.device)
-    seen = _seen(packed.stops, count.expand(packed.stops.shape))  # [R, L, L]
-    x = _run_blocks(tower.transformer, x, packed.reads, seen)  # [R, E, width]
+    every = torch.arange(x.shape[1], device=x.device).expand(packed.stops.shape)
+    x = _run_blocks(tower.transformer, x, packed.reads, _seen(packed.stops, every))  # [R, E, width]
     x = tower.ln_final(x.flatten(0, 1).index_select(0, packed.where))  # [M, width]
     project = tower.text_projection
     if project is None:
@@ -1120,16 +1378,15 @@ def _seen(stops: Tensor, rows: Tensor) -> Tensor:
 
 
 def encode_image(model: Any, images: Tensor) -> Tensor:
-    """Encode pictures to [B, D]: not normalised, equal to `model.encode_image`.
+    """Encode images to [B, D]: not normalised, equal to `model.encode_image`.
 
-    Where the tower is a plain ViT that is read at its class token, the last block computes that
-    token alone.
+    In a plain ViT that is read at its class token, the last block computes that token alone.
     """
     tower = model.visual
     known = type(tower).__name__ == "VisionTransformer" and hasattr(tower, "_embeds")
     if not (known and tower.pool_type == "tok" and tower.attn_pool is None):
-        return model.encode_image(images)
-    if not _plain(tower.transformer) or tower.output_tokens:
+        return model.encode_image(images.contiguous(memory_format=torch.channels_last))
+    if tower.output_tokens or not _has_plain_blocks(tower.transformer):
         return model.encode_image(images)
     x = tower._embeds(images)  # [B, patches + 1, width]
     first = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
@@ -1138,23 +1395,18 @@ def encode_image(model: Any, images: Tensor) -> Tensor:
 
 
 def _run_blocks(transformer: Any, x: Tensor, reads: Tensor, seen: Tensor | None) -> Tensor:
-    """Run pre-norm blocks on [R, L, width]; returns the tokens at `reads` [R, E], all that is read.
+    """Run open_clip's plain blocks on [R, L, width]; returns the tokens at `reads` [R, E] alone.
 
-    Args:
-        transformer: open_clip's, with plain blocks.
-        x: embedded tokens.
-        reads: which tokens of each row are wanted; only they go through all of the last block.
-        seen: which tokens [R, L, L] each one attends to; None for all.
+    `seen` tells which tokens [R, L, L] each one attends to; None is all.
     """
     *blocks, last = transformer.resblocks
     mask = None if seen is None else seen[:, None]  # [R, 1, L, L], for all heads
     for block in blocks:
+        run: Callable[..., Tensor] = _run_block
         if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x = torch.utils.checkpoint.checkpoint(
-                _run_block, block, x, None, mask, use_reentrant=False
-            )
-        else:
-            x = _run_block(block, x, None, mask)
+            checkpoint = torch.utils.checkpoint.checkpoint
+            run = functools.partial(checkpoint, _run_block, use_reentrant=False)
+        x = run(block, x, None, mask)
     if mask is not None:
         mask = mask.take_along_dim(reads[:, None, :, None], dim=2)  # [R, 1, E, L]
     return _run_block(last, x, reads, mask)
@@ -1178,250 +1430,7 @@ def _run_block(block: Any, x: Tensor, reads: Tensor | None, mask: Tensor | None)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def unpack_texts(packed: PackedText, model: Any) -> Tensor:
-    """The captions one to a row again, padded with 0 to the model's context length."""
-    context = getattr(model, "context_length", None) or model.text.context_length
-    ends = packed.tokens.new_zeros(*packed.reads.shape, context)  # [R, E, C]
-    r, e, j = _seen(packed.stops, packed.reads).nonzero().unbind(dim=1)
-    ends[r, e, packed.positions[r, j]] = packed.tokens[r, j]
-    return ends.flatten(0, 1)[packed.where]
-
-
-class Batch(NamedTuple):
-    """B pictures and their texts: B captions, then the positives, then the negatives that exist."""
-
-    images: Tensor  # [B, 3, H, W] uint8
-    texts: PackedText
-    positive_valid: Tensor  # [B] bool, which captions have a positive
-    valid: Tensor  # [B, K] bool, which negatives exist
-    encoded: Tensor  # [B, K] bool, which negatives are among the texts
-    faults: list[str]
-    same: int = 0  # negatives that were left out, for they have the tokens of their caption
-    state: Any = None  # of the reader of shards that made it
-
-
-MISSING = "###"  # stands for a missing negative in the released code, which encodes it
-
-
-class Collate:
-    """Makes Batches of Items; in a class only because workers must be able to pickle it."""
-
-    def __init__(
-        self,
-        tokenizer: Callable[[list[str]], Tensor],
-        *,
-        positives: bool,
-        negatives: str,
-        part: int = 0,
-    ) -> None:
-        """Leave out what the recipe does not read.
-
-        Args:
-            tokenizer: an open_clip tokenizer.
-            positives: whether the loss reads t⁺.
-            negatives: "none", "valid", or "all": "###" where one is missing (as released).
-            part: pictures of each Batch; 0 makes one of all items.
-        """
-        self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
-        self.part = part
-
-    def __call__(self, items: list[Item]) -> list[Batch]:
-        """Cut the items into parts and pack the texts of each together."""
-        part = self.part or len(items)
-        return [self._batch(items[i : i + part]) for i in range(0, len(items), part)]
-
-    def bundle(self, items: list[Item]) -> Bundle:
-        """The parts in two tensors: a worker hands over a file descriptor for each tensor."""
-        parts = self(items)
-        rest = [[*part.texts, *part[2:5]] for part in parts]  # all but images and faults
-        flat = [tensor.flatten().to(torch.int64) for tensors in rest for tensor in tensors]
-        return Bundle(
-            torch.cat([part.images.movedim(1, -1) for part in parts]),
-            torch.cat(flat),
-            [[list(tensor.shape) for tensor in tensors] for tensors in rest],
-            [part[5:] for part in parts],
-        )
-
-    def _batch(self, items: list[Item]) -> Batch:
-        captions = [item.captions for item in items]
-        positives = [c.positive if self.positives else None for c in captions]
-        valid = torch.tensor([[text is not None for text in c.negatives] for c in captions])
-        if self.negatives == "none":
-            valid = torch.zeros_like(valid)
-        encoded = torch.ones_like(valid) if self.negatives == "all" else valid.clone()
-        texts = [c.caption for c in captions]
-        texts += [text for text in positives if text is not None]
-        slots = encoded.nonzero()
-        texts += [captions[i].negatives[k] or MISSING for i, k in slots.tolist()]
-        tokens = self.tokenizer(texts)  # [M, C]
-        same, keep = 0, torch.ones(len(texts), dtype=torch.bool)
-        if self.negatives == "valid":
-            # An edit of case and spaces alone, or behind the context: the caption itself.
-            equal = (tokens[len(texts) - len(slots) :] == tokens[slots[:, 0]]).all(dim=1)
-            same, keep[len(texts) - len(slots) :] = int(equal.sum()), ~equal
-            valid[tuple(slots[equal].T)] = encoded[tuple(slots[equal].T)] = False
-        # Stacked as they lie in memory, colours last; a loader has better things to do than sort.
-        pictures = torch.stack([item.image.movedim(0, -1) for item in items])
-        return Batch(
-            pictures.movedim(-1, 1),
-            pack_tokens(tokens[keep], hasattr(self.tokenizer, "eot_token_id")),
-            torch.tensor([text is not None for text in positives]),
-            valid,
-            encoded,
-            [item.fault for item in items if item.fault],
-            same,
-            items[-1].state,
-        )
-
-
-class Bundle(NamedTuple):
-    """Batches on their way from a loading process: all images, and all else as one tensor."""
-
-    images: Tensor  # [B, H, W, 3] uint8
-    rest: Tensor  # int64
-    shapes: list[list[list[int]]]  # of each batch's other tensors
-    notes: list[tuple[Any, ...]]  # the other fields of each batch
-
-
-def unbundle(bundle: Bundle) -> list[Batch]:
-    """Views of a bundle as the batches that it was made of."""
-    sizes = [math.prod(shape) for shapes in bundle.shapes for shape in shapes]
-    flat = iter(bundle.rest.split(sizes))
-    images, batches = bundle.images.movedim(-1, 1), []
-    for shapes, notes in zip(bundle.shapes, bundle.notes, strict=True):
-        *texts, has, valid, encoded = (next(flat).view(shape) for shape in shapes)
-        part, images = images[: len(has)], images[len(has) :]
-        packed = PackedText(*texts)
-        batches.append(Batch(part, packed, has.bool(), valid.bool(), encoded.bool(), *notes))
-    return batches
-
-
-def split_features(features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort [M, D] text features of a batch into captions, positives and negatives.
-
-    Returns:
-        captions [B, D], positives [B, D] and negatives [B, K, D]; zero where there is none.
-    """
-    b, k = batch.valid.shape
-    has, made = batch.positive_valid.nonzero()[:, 0], batch.encoded.flatten().nonzero()[:, 0]
-    captions, found, edited = features.split([b, len(has), len(made)])
-    has, made = has.to(features.device), made.to(features.device)
-    positives = torch.zeros_like(captions).index_copy(0, has, found)
-    negatives = features.new_zeros(b * k, features.shape[1]).index_copy(0, made, edited)
-    return captions, positives, negatives.view(b, k, -1)
-
-
-def epoch_batches(
-    size: int, image_of: np.ndarray | None, batch: int, seed: int, epoch: int, source: int = 0
-) -> np.ndarray:
-    """Order one epoch of a source: indices [steps, batch], a permutation of (seed, epoch, source).
-
-    With `image_of`, the number of each caption's picture, no batch has two captions of one picture:
-    an epoch is a series of rounds, and round r takes the r-th caption, in the shuffled order, of
-    every picture that has so many. What does not fill a batch at the end of a round is left out of
-    this epoch; the next epoch shuffles anew. The number of steps is the same in every epoch.
-    """
-    key = (seed, epoch, source) if source else (seed, epoch)
-    generator = torch.Generator().manual_seed(hash(key) % 2**63)
-    order = torch.randperm(size, generator=generator).numpy()
-    counts = np.array([size])
-    if image_of is not None:
-        images = image_of[order]
-        grouped = np.argsort(images, kind="stable")
-        new = np.diff(images[grouped], prepend=-1) != 0
-        place = np.arange(size)
-        turn = np.empty_like(place)  # which round each caption is in
-        turn[grouped] = place - np.maximum.accumulate(np.where(new, place, 0))
-        order, counts = order[np.argsort(turn, kind="stable")], np.bincount(turn)
-    starts = np.cumsum(counts) - counts
-    rounds = [order[a : a + n // batch * batch] for a, n in zip(starts, counts, strict=True)]
-    return np.concatenate(rounds).reshape(-1, batch)
-
-
-def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
-    """Divide a batch by weights; what is left goes to the largest remainders."""
-    exact = [batch * weight / sum(weights) for weight in weights]
-    parts = [int(part) for part in exact]
-    for i in sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])[: batch - sum(parts)]:
-        parts[i] += 1
-    return parts
-
-
-def train_transform(
-    model: Any, least: float = 0.9, *, exif: bool = True, reduce: bool = True
-) -> Transform:
-    """Cut a random part of a photo, `least` to all of its area, and resize it as the model wants.
-
-    The part is that of torchvision's RandomResizedCrop, drawn from a generator of the caller's.
-    `exif` turns photos upright, or "left of" may become false; `reduce` decodes JPEGs at 1/2, 1/4
-    or 1/8 where the part stays at least as large as wanted.
-    """
-    name = model.visual.preprocess_cfg.get("interpolation", "bicubic")
-    size, mode = image_size(model), Image.Resampling[name.upper()]
-    return functools.partial(_cut, size=size, least=least, mode=mode, exif=exif, reduce=reduce)
-
-
-TURNS = {2 + i: Image.Transpose(turn) for i, turn in enumerate((0, 3, 1, 5, 4, 6, 2))}  # by EXIF
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's number of how the camera was held; from 5 on it lay on its side."""
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # broken EXIF says nothing; Pillow raises many kinds here
-        return 1
-
-
-def _cut(
-    image: Image.Image,
-    rng: random.Random,
-    size: tuple[int, int],
-    least: float,
-    mode: Image.Resampling,
-    exif: bool,
-    reduce: bool,
-) -> Tensor:
-    """Return uint8 [3, *size]."""
-    held = _orientation(image) if exif else 1
-    width, height = image.size[::-1] if 5 <= held <= 8 else image.size
-    w, h = width, height  # where no part fits: of the nearest ratio, from the middle
-    if width / height > 4 / 3:
-        w = round(height * 4 / 3)
-    elif width / height < 3 / 4:
-        h = round(width * 4 / 3)
-    x, y = (width - w) // 2, (height - h) // 2
-    for _ in range(10):
-        area = width * height * rng.uniform(least, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < across <= width and 0 < down <= height:
-            w, h = across, down
-            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-            break
-    part = next(n for n in (8, 4, 2, 1) if n == 1 or (n * size[1] <= w and n * size[0] <= h))
-    if part > 1 and reduce and image.format == "JPEG":
-        image.draft(None, (image.width // part, image.height // part))
-    image = to_rgb(image)
-    image = image.transpose(TURNS[held]) if held in TURNS else image
-    if image.size == (width, height):
-        return pil_to_tensor(image.crop((x, y, x + w, y + h)).resize(size[::-1], mode))
-    fx, fy = image.width / width, image.height / height
-    return pil_to_tensor(
-        image.resize(size[::-1], mode, (x * fx, y * fy, (x + w) * fx, (y + h) * fy))
-    )
-
-
-def image_size(model: Any) -> tuple[int, int]:
-    """Height and width in pixels of the images that the model reads."""
-    size = model.visual.preprocess_cfg["size"]
-    return (size, size) if isinstance(size, int) else (size[0], size[-1])
-
-
-def normalise(images: Tensor, model: Any) -> Tensor:
-    """Turn uint8 pictures [B, 3, H, W] into what the model wants, on their device."""
-    cfg = model.visual.preprocess_cfg
-    mean, std = (images.new_tensor(cfg[key], dtype=torch.float32) for key in ("mean", "std"))
-    return (images.contiguous().float() / 255 - mean[:, None, None]) / std[:, None, None]
+# Overlap with test images
 
 
 def photo_number(image: str, image_id: int | str | None = None) -> int:
@@ -1461,74 +1470,93 @@ def find_overlap(photos: np.ndarray) -> list[str]:
     return found or ["no test image that the kit knows"]
 
 
-def karpathy_records(path: Path, splits: Sequence[str] | None) -> Iterator[Record]:
-    """Captions of these splits of a Karpathy json; all of them would be training on test images.
-
-    Args:
-        path: with images by split, or the plain list of one split, which is taken whole.
-        splits: to take; None takes train, and restval where there is one.
-
-    Raises:
-        DataError: the file is not of this kind, or has no such split.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, list):
-            yield from read_captions(path)
-            return
-        images = content["images"]
-        known = sorted({image["split"] for image in images})
-        for split in splits or ():
-            if split not in known:
-                raise DataError(f"--splits {split}: {path} has {', '.join(known)}")
-        splits = splits or ("train", "restval")
-        for image in images:
-            name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-            number = image.get("cocoid", image.get("imgid"))
-            for sentence in image["sentences"] if image["split"] in splits else ():
-                yield Record(name, number, sentence["raw"], {})
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is no Karpathy json with splits ({error!r})") from None
+# Converters
 
 
-def vg_records(folder: Path) -> Iterator[Record]:
-    """Region descriptions of Visual Genome: FOLDER/region_descriptions.json and image_data.json.
+def csv_records(args: argparse.Namespace) -> Iterator[Record]:
+    """Captions of a table."""
+    names = {"image_column": args.image_column, "caption_column": args.caption_column}
+    return read_captions(args.captions, **names, negatives=args.negative)
+
+
+def karpathy_records(args: argparse.Namespace) -> Iterator[Record]:
+    """Captions of --splits of a Karpathy json; a plain list, of one split, is taken whole."""
+    content = json.loads(args.captions.read_text(encoding="utf-8"))
+    if isinstance(content, list):
+        yield from read_captions(args.captions)
+        return
+    known = sorted({image["split"] for image in content["images"]})
+    for split in args.splits or ():
+        if split not in known:
+            raise DataError(f"--splits {split}: {args.captions} has {', '.join(known)}")
+    for image in content["images"]:
+        name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+        number = image.get("cocoid", image.get("imgid"))
+        if image["split"] in (args.splits or ("train", "restval")):
+            yield from (Record(name, number, said["raw"], {}) for said in image["sentences"])
+
+
+def vg_records(args: argparse.Namespace) -> Iterator[Record]:
+    """Region descriptions of Visual Genome.
 
     A photo that COCO has too gets image_id "coco ID"; those of COCO's tests are left out.
-
-    Raises:
-        DataError: a file is missing, or is not as Visual Genome has it.
     """
     tested = {n for suite in test_photos().values() for n in suite}
-    try:
-        about = json.loads((folder / "image_data.json").read_text(encoding="utf-8"))
-        regions = json.loads((folder / "region_descriptions.json").read_text(encoding="utf-8"))
-        coco = {image["image_id"]: image.get("coco_id") for image in about}
-        pools = {image["image_id"]: image["url"].split("/")[-2] for image in about}
-        for image in regions:
-            number = image["id"]
-            name = f"{pools[number]}/{number}.jpg"
-            known = f"coco {coco[number]}" if coco[number] else number
-            if photo_number(name, known) in tested:
-                continue
+    files = ("image_data.json", "region_descriptions.json")
+    about, regions = (json.loads((args.captions / x).read_text(encoding="utf-8")) for x in files)
+    names = {x["image_id"]: f"{x['url'].split('/')[-2]}/{x['image_id']}.jpg" for x in about}
+    coco = {image["image_id"]: image.get("coco_id") for image in about}
+    for image in regions:
+        number = image["id"]
+        known = f"coco {coco[number]}" if coco[number] else number
+        if photo_number(names[number], known) not in tested:
             for region in image["regions"]:
-                yield Record(name, known, region["phrase"], {})
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DataError(f"{folder}: is not as Visual Genome has it ({error!r})") from None
+                yield Record(names[number], known, region["phrase"], {})
 
 
-def folder_records(folder: Path) -> Iterator[Record]:
+def folder_records(args: argparse.Namespace) -> Iterator[Record]:
     """Every image below a folder with the caption in the .txt beside it, as img2dataset writes."""
-    for path in sorted(folder.rglob("*.txt")):
+    for path in sorted(args.captions.rglob("*.txt")):
         image = path.with_suffix(".jpg")
         if image.is_file():
-            name = image.relative_to(folder).as_posix()
+            name = image.relative_to(args.captions).as_posix()
             caption = path.read_text(encoding="utf-8", errors="replace").strip()
             yield Record(name, name, caption, {})
+
+
+CONVERTERS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
+    "coco": lambda args: read_captions(args.captions),
+    "karpathy": karpathy_records,
+    "flickr30k": karpathy_records,
+    "csv": csv_records,
+    "vg": vg_records,
+    "cc3m": folder_records,
+}
+
+
+def source_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest; it has a header where the types are not the default ones.
+
+    A DataError if the source cannot be read, is not of its kind, or names no images.
+    """
+    try:
+        for number, record in enumerate(CONVERTERS[args.command](args)):
+            if record.image is None:
+                raise DataError(
+                    f"{args.captions}: caption {number + 1} has no image; name the column with "
+                    "--image-column, or make negatives without images with negatives.py"
+                )
+            types = tuple(record.negatives) or NEGATIVE_TYPES
+            if not number and types != NEGATIVE_TYPES:
+                yield {"manifest": 1, "types": types}
+            yield record._asdict() | {"negatives": {**dict.fromkeys(types), **record.negatives}}
+    except DataError:
+        raise
+    except OSError as error:
+        path = error.filename or args.captions
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{args.captions}: is not {SOURCES[args.command]} ({error!r})") from None
 
 
 def shapes_records(split: str, seed: int, images: Path, limit: int) -> Iterator[dict[str, Any]]:
@@ -1555,9 +1583,8 @@ def write_shards(
     """
     if size < 1:
         raise DataError(f"--size {size}: must be 1 or more")
-    if os.path.lexists(out) and (
-        not out.is_dir() or any(p.suffix != ".partial" for p in out.iterdir())
-    ):
+    there = os.path.lexists(out)
+    if there and (not out.is_dir() or any(p.suffix != ".partial" for p in out.iterdir())):
         raise DataError(f"--out {out}: is not an empty folder; choose another")
     offsets: dict[str, list[int]] = {}
     named: tuple[str, ...] = NEGATIVE_TYPES
@@ -1594,26 +1621,23 @@ def write_shards(
 
 def _sample_parts(record: Record, images: Path) -> dict[str, bytes]:
     """The members of a record's sample; types that are not the default ones are named in it."""
-    path = images / str(record.image)
+    path, types = images / str(record.image), tuple(record.negatives)
     kinds = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
     content, form = io.BytesIO(), open_image(path, use=lambda image: image.format)
     if form in kinds:
         content.write(path.read_bytes())
-    else:  # what train.py does not look for in a shard
+    else:  # no other kind is looked for in a shard
         open_image(path).save(content, "PNG")
-    types = tuple(record.negatives)
-    named = {} if types == NEGATIVE_TYPES else {"types": types}
-    text = json.dumps({**record._asdict(), **named})
-    return {kinds.get(form, "png"): content.getvalue(), "json": text.encode()}
+    row = record._asdict() | ({} if types == NEGATIVE_TYPES else {"types": types})
+    return {kinds.get(form, "png"): content.getvalue(), "json": json.dumps(row).encode()}
 
 
 def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> None:
-    """Decode every picture of a manifest and print what it holds, and what a model sees of it.
+    """Decode every image of a manifest and print what it holds, and what a model sees of it.
 
-    Raises:
-        DataError: pictures are missing or broken; the first ones are named.
+    A DataError, after the print, if images are missing or broken; the first ten are named.
     """
-    records = list(read_manifest(path, types))
+    tokenizer, records = load_tokenizer(model), list(read_manifest(path, types))
     names = dict.fromkeys(str(record.image) for record in records)
     broken = []
     for name in names:
@@ -1621,39 +1645,42 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
             open_image(images / name)
         except DataError as error:
             broken.append(str(error))
-    pairs = Counter((record.image, record.caption) for record in records)
-    print(f"{len(records)} captions of {len(names)} pictures in {path}")
+    print(f"{len(records)} captions of {len(names)} images in {path}")
     for kind in records[-1].negatives if records else ():
-        made = [(record, record.negatives.get(kind)) for record in records]
-        count = sum(given is not None for _, given in made)
-        print(f"  {kind:9} {count} negatives ({100 * count / max(1, len(records)):.1f} %)")
-    print(f"  {sum(pairs.values()) - len(pairs)} captions repeated for the same picture")
-    same = _same_tokens(records, model)
+        count = sum(record.negatives.get(kind) is not None for record in records)
+        print(f"  {kind:9} {count} negatives ({100 * count / len(records):.1f} %)")
+    repeated = len(records) - len({(record.image, record.caption) for record in records})
+    print(f"  {repeated} captions repeated for the same image")
+    same = count_same_tokens(records, tokenizer)
     print(f"  {same} negatives are their caption to {model} (cut at its context): not trained on")
     photos = {photo_number(str(record.image), record.image_id) for record in records}
     for line in find_overlap(np.array(sorted(photos))):
         print(f"  {line} among them")
+    for line in broken[:10]:
+        print(f"  {line}")
     if broken:
-        for line in broken[:10]:
-            print(f"  {line}")
-        raise DataError(
-            f"{len(broken)} of {len(names)} pictures cannot be used; mend or remove them"
-        )
-    print(f"  all {len(names)} pictures decode")
+        raise DataError(f"{len(broken)} of {len(names)} images cannot be used; mend or remove them")
+    print(f"  all {len(names)} images decode")
 
 
-def _same_tokens(records: Sequence[Record], model: str) -> int:
-    """Count the negatives whose tokens are those of their caption."""
+def load_tokenizer(model: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an open_clip model, of shapes-tiny, or of a model config (.json)."""
     open_clip: Any = importlib.import_module("open_clip")
+    own = Path(__file__).parent / "scripts" / f"{model}.json"  # shapes-tiny
+    path = own if own.is_file() else Path(model)
+    name = path.stem if path.suffix == ".json" else model
     try:
-        config = open_clip.get_model_config(model)
-        if model.endswith(".json"):
-            config = json.loads(Path(model).read_text(encoding="utf-8"))
-        text = config["text_cfg"]
-        name = "" if model.endswith(".json") else model
-        tokenizer = open_clip.get_tokenizer(name, context_length=text.get("context_length", 77))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))["text_cfg"]["width"]
+            open_clip.add_model_config(path)
+        open_clip.get_model_config(name)["text_cfg"]  # or any name gets a tokenizer
+        return open_clip.get_tokenizer(name)
+    except Exception:  # a config may be wrong in any way
         raise DataError(f"--model {model}: open_clip knows no such model") from None
+
+
+def count_same_tokens(records: Iterable[Record], tokenizer: Callable[[list[str]], Tensor]) -> int:
+    """Count the negatives whose tokens are those of their caption."""
     same = 0
     for record in records:
         given = [x for x in record.negatives.values() if x]
@@ -1663,63 +1690,7 @@ def _same_tokens(records: Sequence[Record], model: str) -> int:
     return same
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Make and check manifests.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in {
-        "coco": "a COCO captions json",
-        "karpathy": "a Karpathy json (COCO, Flickr8k, Flickr30k)",
-        "flickr30k": "dataset_flickr30k.json in Karpathy's layout",
-        "csv": "a .csv or .tsv with a header",
-        "vg": "Visual Genome's folder with region_descriptions.json and image_data.json",
-        "cc3m": "a folder of images, each with its caption in a .txt beside it (img2dataset)",
-    }.items():
-        sub = commands.add_parser(name, help=f"{text} to a manifest without negatives")
-        sub.add_argument("captions", type=Path, help=text)
-        sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
-        sub.add_argument("--overwrite", action="store_true", help="replace --out")
-        if name in ("karpathy", "flickr30k"):
-            what = "to take, of train restval val test (default: train, restval)"
-            sub.add_argument("--splits", nargs="+", help=what)
-        if name == "csv":
-            sub.add_argument("--image-column", help="name of the column of file names")
-            sub.add_argument("--caption-column", help="name of the column of captions")
-            sub.add_argument(
-                "--negative",
-                nargs="+",
-                default=(),
-                metavar="COLUMN[:TYPE]",
-                help="columns of negatives (default: neg_caption, where there is one)",
-            )
-    sub = commands.add_parser("shapes", help="draw the shapes world to PNG files and a manifest")
-    sub.add_argument("--out", type=Path, required=True, help="manifest to write (.jsonl)")
-    sub.add_argument("--images", type=Path, required=True, help="folder for the pictures")
-    sub.add_argument("--split", choices=("train", "test"), default="train")
-    sub.add_argument("--limit", type=int, default=1000, help="scenes (default 1000)")
-    sub.add_argument("--seed", type=int, default=0, help="default 0")
-    sub.add_argument("--overwrite", action="store_true", help="replace --out")
-    sub = commands.add_parser("shards", help="write a manifest and its pictures as .tar shards")
-    sub.add_argument("manifest", type=Path, help="manifest (.jsonl)")
-    sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-    sub.add_argument("--out", type=Path, required=True, help="folder of the shards to write")
-    sub.add_argument("--size", type=int, default=10_000, help="examples of a shard (default 10000)")
-    add_types(sub)
-    sub = commands.add_parser(
-        "check", help="decode every picture of a manifest, count, find copies"
-    )
-    sub.add_argument("manifest", type=Path, help="manifest (.jsonl)")
-    sub.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-    text = "open_clip model or config .json that will train on it (default ViT-B-32)"
-    sub.add_argument("--model", default="ViT-B-32", help=text)
-    add_types(sub)
-    return parser.parse_args(argv)
-
-
-def add_types(parser: argparse.ArgumentParser) -> None:
-    """The option --types, which train.py has too."""
-    text = "of negatives to read, as counting,negation (default: all that the manifest names)"
-    parser.add_argument("--types", type=split_types, default=(), metavar="A,B", help=text)
+# The command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1742,37 +1713,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "shapes":
         rows = shapes_records(args.split, args.seed, args.images, args.limit)
     else:
-        columns: dict[str, Any] = {}
-        if args.command == "csv":
-            columns = {
-                "image_column": args.image_column,
-                "caption_column": args.caption_column,
-                "negatives": args.negative,
-            }
-        readers: dict[str, Callable[[], Iterator[Record]]] = {
-            "karpathy": lambda: karpathy_records(args.captions, args.splits),
-            "flickr30k": lambda: karpathy_records(args.captions, args.splits),
-            "vg": lambda: vg_records(args.captions),
-            "cc3m": lambda: folder_records(args.captions),
-        }
-        read = readers.get(args.command, lambda: read_captions(args.captions, **columns))
-        rows = manifest_rows(read(), args.captions)
+        rows = source_rows(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     count = write_lines(args.out, rows, args.overwrite)
     print(f"{count} lines written to {args.out}")
-
-
-def manifest_rows(records: Iterable[Record], source: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a manifest; it has a header where the types are not the default ones."""
-    for number, record in enumerate(records):
-        if record.image is None:
-            raise DataError(
-                f"{source}: caption {number + 1} has no image; name the column with "
-                "--image-column, or make negatives without images with negatives.py"
-            )
-        types = tuple(record.negatives) or NEGATIVE_TYPES
-        if not number and types != NEGATIVE_TYPES:
-            yield {"manifest": 1, "types": types}
-        yield record._asdict() | {"negatives": {**dict.fromkeys(types), **record.negatives}}
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ RECALLS = (1, 5, 10)
 READERS = {"blind": "texts only", "masked": "texts only (masked)"}  # keys and heads of columns
 BLIND_FOLDS = 5
 SCRIPTS = Path(__file__).parent / "scripts"
-TINY_CONFIG = SCRIPTS / "shapes-tiny.json"
+SHAPES_CONFIGS = {
+    path.stem: path for path in sorted(SCRIPTS.glob("shapes-*.json"))
+}  # models of the kit
 # Pictures; four times as many texts. What a layer writes should stay in a CPU's cache.
 BATCH = {"cuda": 128, "cpu": 24}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -176,7 +178,7 @@ def _agreed_name(name: str | None, held: str | None, path: str | None, config: A
         raise DataError(f"--ckpt {path}: is not from train.py; name its --model ({hint})")
     if name and held not in (None, name):
         raise DataError(f"--model {name}: {path} holds a {held}; leave --model out")
-    if not name and not config and held not in (*open_clip.list_models(), TINY_CONFIG.stem):
+    if not name and not config and held not in (*open_clip.list_models(), *SHAPES_CONFIGS):
         raise DataError(
             f"{path}: holds a {held!r:.80}, which open_clip does not know; name --model"
         )
@@ -442,7 +444,7 @@ def _line(error: Exception) -> str:
 
 def _register(name: str | None) -> str:
     """Make a model config file known to open_clip, and give the name it has there."""
-    path = TINY_CONFIG if name == TINY_CONFIG.stem else Path(str(name))
+    path = SHAPES_CONFIGS.get(str(name), Path(str(name)))
     if path.suffix != ".json":
         return str(name)
     try:
@@ -455,7 +457,7 @@ def _register(name: str | None) -> str:
 def _config(name: str) -> dict[str, Any]:
     config = open_clip.get_model_config(name)
     if config is None:
-        near = difflib.get_close_matches(name, [*open_clip.list_models(), TINY_CONFIG.stem], 3)
+        near = difflib.get_close_matches(name, [*open_clip.list_models(), *SHAPES_CONFIGS], 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see open_clip.list_models()"
         raise DataError(f"--model {name}: open_clip knows no such model; {hint}")
     return config
@@ -1386,8 +1388,8 @@ def _sizes(loaded: Item | Retrieval | Classes) -> dict[str, int]:
 def subset_names(suite: str, expected: Mapping[str, int]) -> list[str]:
     """All subsets that a suite has, there or not."""
     trees = read_table("suites")[suite]["averages"].values()
-    leaves = {leaf for tree in trees for leaf in _leaves(tree)}
-    return list(dict.fromkeys([*expected, *sorted(leaves)]))
+    named = {leaf for tree in trees for leaf in leaves(tree)}
+    return list(dict.fromkeys([*expected, *sorted(named)]))
 
 
 def check_counts(
@@ -2193,10 +2195,10 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
     trees = read_table("suites")[suite]["averages"]
     named = {}
     for verdict in ("", *VERDICTS):
-        own = {row for row in rows if _verdict(row) == verdict}
+        own = {row for row in rows if verdict_of(row) == verdict}
         for name, tree in trees.items():
             grown = _rename(tree, f" {verdict}" if verdict else "")
-            if own and _leaves(grown) <= own:
+            if own and leaves(grown) <= own:
                 named[f"{verdict}: {name}" if verdict else name] = grown
     return named
 
@@ -2204,7 +2206,8 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
 VERDICTS = ("text", "image", "group", "original", "brittle", "Ipos2T", "Ineg2T", "Tpos2I", "Tneg2I")
 
 
-def _verdict(row: str) -> str:
+def verdict_of(row: str) -> str:
+    """The verdict that a row's name ends in, or ""."""
     last = row.rsplit(" ", 1)[-1]
     return last if last in VERDICTS and not row.endswith((" to text", " to image")) else ""
 
@@ -2217,11 +2220,12 @@ def _rename(tree: Any, end: str) -> Any:
     return [_rename(member, end) for member in tree]
 
 
-def _leaves(tree: Any) -> set[str]:
+def leaves(tree: Any) -> set[str]:
+    """The subsets in a tree of averages."""
     if isinstance(tree, str):
         return {tree}
     members = tree["items"] if isinstance(tree, dict) else tree
-    return set().union(*(_leaves(member) for member in members))
+    return set().union(*(leaves(member) for member in members))
 
 
 def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> np.ndarray:
@@ -2279,14 +2283,14 @@ def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
         figures.update(scored.ranked if part == "costs" else {})
         for row, figure in figures.items():
             cell = _cell(figure.value, figure.draws, figure.effective, figure.items)
-            expected = suite.expected.get(_stem(row, part), figure.items)
+            expected = suite.expected.get(counted_row(row, part), figure.items)
             rows[row] = {**cell, "expected": expected, "ties": scored.ties[row]}
         for row in absent[part]:
-            known = {"scored": 0, "expected": suite.expected.get(_stem(row, part)), "ties": 0}
+            known = {"scored": 0, "expected": suite.expected.get(counted_row(row, part)), "ties": 0}
             rows[row] = {**NOTHING, **known}
         trees = named_averages(suite.name, rows) if part == "subsets" else _mean_of_sets(figures)
         for name, tree in trees.items():
-            total = _total([rows[leaf] for leaf in _leaves(tree)])
+            total = total_cell([rows[leaf] for leaf in leaves(tree)])
             tables["averages"][name] = {**_average_cell(tree, figures), **total}
     if suite.name == "whatsup":
         tables["averages"].update(pairs_and_sets(suite, scored.records))
@@ -2368,14 +2372,15 @@ def pairs_and_sets(suite: Suite, records: Sequence[dict[str, Any]]) -> dict[str,
 NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}
 
 
-def _stem(row: str, part: str) -> str:
+def counted_row(row: str, part: str) -> str:
     """What counts the items of a row: verdicts and recalls share theirs."""
     if part == "costs":
         return re.sub(r" R@\d+$", "", row)
-    return row.rsplit(" ", 1)[0] if _verdict(row) else row
+    return row.rsplit(" ", 1)[0] if verdict_of(row) else row
 
 
-def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+def total_cell(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    """Items scored and expected of several cells, None where a number is not known."""
     expected = [cell["expected"] for cell in cells]
     known = None if None in expected else sum(expected)
     return {"scored": sum(cell["scored"] for cell in cells), "expected": known}
@@ -2384,7 +2389,7 @@ def _total(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
 def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
     """Rows of subsets, and of retrieval, that should be there and of which nothing was scored."""
     absent: dict[str, list[str]] = {"subsets": [], "costs": []}
-    part, ends = "subsets", list(dict.fromkeys(_verdict(row) for row in scored.subsets))
+    part, ends = "subsets", list(dict.fromkeys(verdict_of(row) for row in scored.subsets))
     if suite.name == "retrieval":
         part, ends = "costs", [f"R@{k}" for k in RECALLS]
     rows = {**scored.subsets, **scored.costs}
@@ -2437,271 +2442,6 @@ def mcnemar(gained: int, lost: int) -> float:
         for k in range(few + 1)
     ]
     return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
-
-
-# Tables
-
-REFERENCE = ("CE-CLIP", "paper")  # the row from which differences are shown
-SHORT = [("CLIP", "paper"), ("NegCLIP", "paper"), REFERENCE, ("CE-CLIP+", "paper")]
-SHORT += [(model, "vl_compo") for model in ("CLIP", "NegCLIP", "CE-CLIP")]
-
-
-def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
-    """Published figures by (model, source), with the averages that follow from them.
-
-    Where only the mean of some subsets is printed it stands for each of them in the averages.
-    """
-    info = read_table("suites")[suite]
-    rows = {}
-    for line in read_table("published").get(suite, []):
-        values = dict(line["values"])
-        merged = line.get("merged", {})
-        full = {x: value for name, value in merged.items() for x in _leaves(info["averages"][name])}
-        full.update(values)
-        for name, tree in named_averages(suite, full).items():
-            known = _known(tree, info["expected"])
-            value = average(tree, full, info["expected"]) if known else None
-            if value is not None:
-                values.setdefault(name, value)
-        rows[line["model"], line["source"]] = values
-    return rows
-
-
-def _known(tree: Any, counts: dict[str, int]) -> bool:
-    """Whether the numbers of items that the tree's weighted means need are known."""
-    if isinstance(tree, dict):
-        return all(name in counts for name in tree["items"])
-    return isinstance(tree, str) or all(_known(member, counts) for member in tree)
-
-
-def _shown(suite: str) -> dict[tuple[str, str], dict[str, float]]:
-    rows = published(suite)
-    short = {key: rows[key] for key in SHORT if key in rows}
-    return short or dict([x for x in rows.items() if x[0][0] in ("CLIP", "NegCLIP", "CE-CLIP")])
-
-
-def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """One table for each suite: subsets, averages and costs down, checkpoints across.
-
-    Beside ours: a reader of the texts alone, the difference of the last checkpoint from the
-    paper's CE-CLIP, and published figures with their source.
-    """
-    lines: list[str] = []
-    for suite in next(iter(results.values()))["suites"]:
-        scored = {label: result["suites"][suite] for label, result in results.items()}
-        first, last = next(iter(scored.values())), list(scored)[-1]
-        rows = {name for part in ("subsets", "averages", "costs") for name in first[part]}
-        others = {key: line for key, line in _shown(suite).items() if rows.intersection(line)}
-        blind = {key: first[key] for key in READERS if key in first}
-        best = [key for key in (REFERENCE, ("CE-CLIP", "vl_compo")) if key in others][:1]
-        reference = others[best[0]] if best else {}
-        head = ["", "items", *scored, *(READERS[key] for key in blind)]
-        head += [f"{last} - CE-CLIP ({best[0][1]})"] if best else []
-        head += [f"{model} ({source})" for model, source in others]
-        lines += ["", f"### {suite}: per cent correct [95 % interval]", "", *_row(head)]
-        lines += _row(["---", *["---:"] * (len(head) - 1)])
-        for part in ("subsets", "averages", "costs"):
-            if part == "costs" and first["costs"] and first["subsets"]:
-                lines += _row(["*costs*", *[""] * (len(head) - 1)])
-            for name, cell in first[part].items():
-                ours = [_cell_text(result[part][name]) for result in scored.values()]
-                line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
-                line += [_figure(reader.get(name)) for reader in blind.values()]
-                ours_last = scored[last][part][name]["accuracy"]
-                known = ours_last is not None and name in reference
-                gain = ours_last - reference[name] if known else None
-                line += [_figure(gain, "+")] if reference else []
-                lines += _row([*line, *(_figure(column.get(name)) for column in others.values())])
-        lines += _remarks(suite, scored)
-    for suite, why in _left_out(results).items():
-        lines += ["", f"Left out: {suite}: {why}"]
-    return "\n".join(lines).strip() + "\n"
-
-
-def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    return next(iter(results.values())).get("left_out", {})
-
-
-ABSENT = "--"  # nothing was scored
-
-
-def _row(cells: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |"]
-
-
-def _cell_text(score: dict[str, Any]) -> str:
-    if score["accuracy"] is None:
-        return ABSENT
-    seen = f", {score['seen']} seen" if score.get("seen") else ""
-    return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]{seen}"
-
-
-def _count(cell: dict[str, Any]) -> str:
-    expected = cell.get("expected", cell["scored"])
-    of = f" of {'?' if expected is None else expected}"
-    return str(cell["scored"]) + ("" if cell["scored"] == expected else of)
-
-
-def _figure(value: float | None, sign: str = "") -> str:
-    return "" if value is None or math.isnan(value) else f"{value:{sign}.1f}"
-
-
-def partly(suites: dict[str, Any]) -> str:
-    """Which suites of a model were scored in part only: "NAME N of M, ..."; or an empty string."""
-    found = []
-    for name, table in suites.items():
-        cells = {
-            _stem(row, part): cell
-            for part in ("subsets", "costs")
-            for row, cell in table[part].items()
-        }
-        total = _total(list(cells.values()))
-        if total["scored"] != total["expected"]:
-            found.append(f"{name} {_count(total)}")
-    return ", ".join(found)
-
-
-def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
-    """Below a table: ties, what was found out, overlap with training data, paired tests."""
-    info = read_table("suites")[suite]
-    rows = {name: {**s["subsets"], **s["costs"]} for name, s in scored.items()}
-    ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
-    rule = next(iter(scored.values())).get("tie_rule", "wrong")
-    lines = ["", f"Ties ({rule}): " + ", ".join(f"{name} {count}" for name, count in ties.items())]
-    for note in (*next(iter(scored.values()))["notes"], info.get("leak")):
-        lines += ["", f"Note: {note}"] if note else []
-    for name, result in scored.items():
-        lines += ["", f"{name}: {result['seen']}"] if "seen" in result else []
-    for name, result in scored.items():
-        for other, table in result.get("versus", {}).items():
-            title = ["", "difference [95 %]", f"only {name}", f"only {other}", "McNemar p"]
-            lines += ["", f"{name} - {other}, paired on the same items:", ""]
-            lines += [*_row(title), *_row(["---", *["---:"] * 4])]
-            for row, x in table.items():
-                change = f"{x['difference']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]"
-                lines += _row([row, change, str(x["gained"]), str(x["lost"]), f"{x['p']:.2g}"])
-    return lines
-
-
-TABLE_1 = ["aro", "valse"]  # of the paper: one table
-
-
-def latex(results: dict[str, dict[str, Any]]) -> str:
-    """Tables of booktabs in the papers' column order: published rows, then ours.
-
-    A star marks figures of part of the items; below the table it says of how many.
-    """
-    suites = list(next(iter(results.values()))["suites"])
-    one = [suite for suite in TABLE_1 if suite in suites]
-    tables = [[suite] for suite in suites if suite not in one] if one else [[x] for x in suites]
-    blocks = [_tabular(names, results) for names in ([one, *tables] if one else tables)]
-    blocks += [f"% left out: {suite}: {why}" for suite, why in _left_out(results).items()]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _tabular(suites: list[str], results: dict[str, dict[str, Any]]) -> str:
-    """One table; columns and published rows that would be empty are left out."""
-    theirs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    ours: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for suite in suites:
-        for key, values in published(suite).items():
-            theirs[key].update((f"{suite} {row}", _figure(x)) for row, x in values.items())
-        for label, result in results.items():
-            table = result["suites"][suite]
-            for row, cell in {**table["subsets"], **table["averages"], **table["costs"]}.items():
-                if cell["accuracy"] is not None:
-                    star = "" if cell["scored"] == cell["expected"] else "$^*$"
-                    ours[label, "ours"][f"{suite} {row}"] = _figure(cell["accuracy"]) + star
-    filled = set().union(*theirs.values(), *ours.values())
-    columns = [x for suite in suites for x in _columns(suite, results) if x[0] in filled]
-    rows = {key: [line.get(name, ABSENT) for name, _, _ in columns] for key, line in theirs.items()}
-    lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule", *_heads(columns)]
-    body = [[*key, *cells] for key, cells in rows.items() if set(cells) != {ABSENT}]
-    lines += [*map(_tex_row, body), *([r"\midrule"] if body else [])]
-    for label, result in results.items():
-        line = ours[label, "ours"]
-        lines += [_tex_row([label, "ours", *(line.get(name, ABSENT) for name, _, _ in columns)])]
-        part = partly({suite: result["suites"][suite] for suite in suites})
-        if part:
-            lines += [rf"\multicolumn{{{len(columns) + 2}}}{{l}}{{$^*$ {_tex(part)} items}} \\"]
-    return "\n".join([f"% {', '.join(suites)}", *lines, r"\bottomrule", r"\end{tabular}"])
-
-
-def _columns(suite: str, results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Name, head and group of each column, in the paper's order where it has a table."""
-    given = read_table("suites")[suite].get("columns")
-    if given:
-        return [(f"{suite} {row}", head, group) for row, head, group in given]
-    first = next(iter(results.values()))["suites"][suite]
-    rows = [*first["subsets"], *first["averages"], *first["costs"]]
-    verdicts = {row: _verdict(row) for row in rows}
-    return [
-        (f"{suite} {row}", verdicts[row] or row, _stem(row, "subsets") if verdicts[row] else "")
-        for row in rows
-    ]
-
-
-def _heads(columns: list[tuple[str, str, str]]) -> list[str]:
-    """The heads of the columns, under those of their groups."""
-    above, rules, start = ["", ""], "", 3
-    for group, members in itertools.groupby(columns, key=lambda column: column[2]):
-        end = start + len(list(members)) - 1
-        above.append(rf"\multicolumn{{{end - start + 1}}}{{c}}{{{_tex(group)}}}")
-        rules += rf"\cmidrule(lr){{{start}-{end}}}" if group else ""
-        start = end + 1
-    heads = [_tex_row(["Model", "Source", *(head for _, head, _ in columns)]), r"\midrule"]
-    return [" & ".join(above) + r" \\", rules, *heads] if rules else heads
-
-
-def _tex_row(cells: Sequence[str]) -> str:
-    return " & ".join(cell if cell.endswith("$^*$") else _tex(cell) for cell in cells) + r" \\"
-
-
-def _tex(text: str) -> str:
-    """Text with LaTeX's own characters escaped."""
-    marks = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
-    return re.sub(r"[_&%#${}\\^~]", lambda m: marks.get(m[0], "\\" + m[0]), text)
-
-
-def long_csv(results: dict[str, dict[str, Any]]) -> str:
-    """Every figure on a line of its own, ours and the published ones."""
-    out = io.StringIO()
-    keys = ["accuracy", "low", "high", "scored", "expected", "ties"]
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["suite", "model", "source", "part", "row", *keys])
-    for suite in next(iter(results.values()))["suites"]:
-        for label, result in results.items():
-            for part in ("subsets", "averages", "costs"):
-                for row, cell in result["suites"][suite][part].items():
-                    figures = [cell.get(key, "") for key in keys]
-                    writer.writerow([suite, label, "ours", part, row, *figures])
-        for (model, source), values in published(suite).items():
-            for row, value in values.items():
-                writer.writerow([suite, model, source, "published", row, round(value, 2)])
-    for suite in _left_out(results):
-        for label in results:
-            writer.writerow([suite, label, "ours", "left out", "", "", "", "", 0])
-    return out.getvalue()
-
-
-def show(table: str) -> str:
-    """The markdown with the columns of each table lined up for a terminal."""
-    shown: list[str] = []
-    block: list[list[str]] = []
-    for line in [*table.splitlines(), ""]:
-        if line.startswith("|"):
-            block.append([cell.strip() for cell in line.strip("|").split("|")])
-            continue
-        sizes = [max(map(len, column)) for column in zip(*block, strict=True)]
-        for cells in block:
-            if cells[0] == "---":
-                shown.append("  ".join("-" * size for size in sizes))
-                continue
-            rest = [cell.rjust(size) for cell, size in zip(cells[1:], sizes[1:], strict=True)]
-            shown.append("  ".join([cells[0].ljust(sizes[0]), *rest]).rstrip())
-        block = []
-        shown.append(line.rstrip())
-    return "\n".join(shown).rstrip()
 
 
 # The script
@@ -2796,8 +2536,8 @@ def mark_seen(
             seen[f"{cost.name} text to image"] = sum(flags[i] for i in cost.image_of)
     for part in ("subsets", "costs"):
         for row, cell in result[part].items():
-            cell["seen"] = seen[_stem(row, part)]
-    counted = {_stem(row, part) for part in ("subsets", "costs") for row in result[part]}
+            cell["seen"] = seen[counted_row(row, part)]
+    counted = {counted_row(row, part) for part in ("subsets", "costs") for row in result[part]}
     total = sum(seen[stem] for stem in counted)
     result["seen"] = f"{total} items show one of its {len(known)} training images"
 
@@ -3114,26 +2854,25 @@ def load_once(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str
 
 def report(results: dict[str, Any], out: Path | None) -> None:
     """Write the tables to --out as JSON, markdown, LaTeX and CSV, then print them."""
-    table = markdown(results)
+    sys.path.insert(0, str(SCRIPTS))
+    import make_tables
+
+    table = make_tables.markdown(results)
     if out:
-        write_results(results, table, out)
-    print(show(table))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_folder(out / ITEMS, out / "items")
+            write_text(out / "results.md", table)
+            write_text(out / "results.tex", make_tables.latex(results))
+            write_text(out / "results.csv", make_tables.long_csv(results))
+            write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        except OSError as error:
+            raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(make_tables.show(table))
     if out:
         print(f"\nresults.json, .md, .tex, .csv and items/ are in {out}")
 
 
-def write_results(results: dict[str, Any], table: str, out: Path) -> None:
-    """Write everything below --out."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_folder(out / ITEMS, out / "items")
-        write_text(out / "results.md", table)
-        write_text(out / "results.tex", latex(results))
-        write_text(out / "results.csv", long_csv(results))
-        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
 if __name__ == "__main__":
+    sys.modules["evaluate"] = sys.modules["__main__"]  # scripts/make_tables.py imports it
     sys.exit(run_script(main, "evaluate.py"))

@@ -20,37 +20,52 @@ Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
   out = loss(image_features, text_features, logit_scale.exp(), negative_features, valid,
              positive_features)  # another caption of each image; without one: imc="repulsion"
   out["loss"].backward()
+
+Chapters: the terms as plain code (`rank_loss` and others) and `RankThreshold`; the loss of
+a step (`ce_clip_loss`, `CEClipLoss`); the fused core; ranks; kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
-import importlib.util
+import inspect
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("losses.py", description=__doc__, formatter_class=raw)
+    parser.parse_args(sys.argv[1:] or ["--help"])
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# fmt: off
-__all__ = [
-    "NEGATIVE_TYPES", "RECIPES", "CEClipLoss", "RankThreshold", "ce_clip_loss",
-    "ce_clip_loss_and_grads", "gather_rows", "intra_modal_loss", "own_negatives_loss", "rank_loss",
-]
-# fmt: on
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a build of torch for CPUs brings none
+    triton = tl = None
 
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 IMC_VARIANTS = ("none", "paired", "paper", "repulsion", "released")
 THRESHOLDS = ("adaptive", "fixed", "max", "released")
-WORDS = {"imc": IMC_VARIANTS, "imc_scope": ("own", "batch"), "cmr_mean": ("valid", "all")}
-WORDS["backend"] = ("auto", "plain", "torch", "triton")
-WORDS["operands"] = ("auto", "float32", "bfloat16")
+WORDS = {
+    "imc": IMC_VARIANTS,
+    "imc_scope": ("own", "batch"),
+    "cmr_mean": ("valid", "all"),
+    "backend": ("auto", "plain", "torch", "triton"),
+    "operands": ("auto", "float32", "bfloat16"),
+}
 SMALL = 2**19  # logits, up to which plain autograd is as fast as the fused core
+_warn_once = functools.cache(functools.partial(warnings.warn, stacklevel=3))
+Group: TypeAlias = "dist.ProcessGroup | None"
 
 # What a recipe switches on; what it does not name has the default of Options or RankThreshold.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -60,8 +75,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The published run: missing negatives stay in both softmaxes, imc pulls every caption to one
     # arbitrary text, cmr is divided by all slots, theta restarts from 0 with each epoch.
     "released": {
-        **{"imc": "released", "threshold": "released", "mask_invalid": False},
-        **{"cmr_mean": "all", "reset_each_epoch": True},
+        "imc": "released",
+        "threshold": "released",
+        "mask_invalid": False,
+        "cmr_mean": "all",
+        "reset_each_epoch": True,
     },
 }
 
@@ -82,27 +100,26 @@ class Options(NamedTuple):
     mask_invalid: bool = True  # False: missing negatives stay in the softmaxes, as released
     backend: str = "auto"  # "plain" is the oracle; "torch" and "triton" are the fused paths
     workspace_mib: float = 0.0  # memory of the fused paths; 0 means 32 on CPU and 512 on CUDA
-    operands: str = "auto"  # of matrix products: "bfloat16" on CUDA where features or autocast are
-    # half precision (fp16 overflows), else "float32"; sums are float32, of float64 float64
+    operands: str = "auto"  # of products: "bfloat16" for half precision on CUDA, else "float32"
     check: bool = False  # also look at values: unit length, finite, forgotten masks
 
 
 class Inputs(NamedTuple):
-    """The tensors of this rank; K is 0 where there are no negatives."""
+    """The tensors of this rank, in the order of `ce_clip_loss`; K is 0 without negatives."""
 
     images: Tensor  # [b, D]
     texts: Tensor  # [b, D]
-    negatives: Tensor  # [b, K, D], 0 where they do not count
-    positives: Tensor | None  # [b, D]
-    valid: Tensor  # [b, K] bool, which negatives exist
-    counted: Tensor  # [b, K] bool, which stand in the softmaxes: `valid`, or all
-    positive_valid: Tensor  # [b] bool
     scale: Tensor  # scalar
+    negatives: Tensor  # [b, K, D], 0 where they are not encoded
+    valid: Tensor  # [b, K] bool, which negatives exist
+    positives: Tensor | None  # [b, D]
+    positive_valid: Tensor  # [b] bool
     bias: Tensor | None  # scalar, of SigLIP
     thresholds: Tensor  # [K]
+    encoded: Tensor  # [b, K] bool, which stand in the softmaxes: `valid`, or all
 
 
-# The terms, plainly: what the fused core must equal
+# The terms as plain code, which the fused core must equal
 
 
 def rank_loss(
@@ -110,7 +127,6 @@ def rank_loss(
     image_negative: Tensor,
     thresholds: Tensor,
     valid: Tensor,
-    *,
     mean: str = "valid",
 ) -> Tensor:
     """Cross-modal rank loss (section 3.3): mean of relu(theta_k + S(I, N_k) - S(I, T)).
@@ -168,15 +184,14 @@ def own_negatives_loss(
     """Softmax of each image over its caption and its own negatives, -sum_c y_c (1-p_c)^g log p_c.
 
     With gamma 0 and no smoothing it is DeGLA's image-grounded contrast (arXiv 2504.16801); with 2
-    and 0.02 the global hard-negative loss of FSC-CLIP (arXiv 2410.05210), which spares what is
-    already told apart.
+    and 0.02 the global hard-negative loss of FSC-CLIP (arXiv 2410.05210).
 
     Args:
         image_text: logits of the true pairs S(I, T) [B].
         image_negative: logits S(I, N_k) of each image and its own negatives [B, K].
         valid: which negatives exist [B, K] bool.
-        focal_gamma: g, how much less a class counts that is already likely; 0, or 1 and more.
-        label_smoothing: what the true caption gives up, shared by all classes that exist.
+        focal_gamma: g, the focusing exponent; 0, or 1 and more.
+        label_smoothing: probability mass moved from the true caption to all classes that exist.
 
     Returns:
         A scalar in nats, the mean over items with a negative; 0 where none has.
@@ -199,48 +214,41 @@ def _own_softmax(
     return log_p, target, exists
 
 
-def _plain(x: Inputs, o: Options, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+def _reference(x: Inputs, o: Options, group: Group) -> tuple[Tensor, ...]:
     """The loss of the global batch, every tensor gathered; its terms; this rank's own logits."""
     here = slice(_world(group)[0] * len(x.images), (_world(group)[0] + 1) * len(x.images))
-    x = Inputs(*[t if t is None else gather_rows(t, group) for t in x[:7]], *x[7:])  # type: ignore
+    rows = {k: t for k, t in x._asdict().items() if t is not None and t.dim() and k != "thresholds"}
+    x = x._replace(**{name: gather_rows(t, group) for name, t in rows.items()})
     everyones, b = x.negatives.flatten(0, 1), len(x.images)  # [BK, D]
+    missing = F.pad(~x.encoded.flatten(), (b, 0))
     logits = x.scale * x.images @ torch.cat([x.texts, everyones]).T  # [B, B + BK]
-    missing = ~x.counted.flatten() if o.mask_invalid else None
-    if missing is not None:
-        logits = logits.masked_fill(F.pad(missing, (b, 0)), -torch.inf)
+    logits = logits.masked_fill(missing, -torch.inf)
     pairs, true = logits[:, :b], logits[:, :b].diagonal()
-    own = logits[:, b:].view(b, b, -1).diagonal().T  # [B, K]
-    own = own if missing is None else own.masked_fill(~x.counted, 0)
+    own = logits[:, b:].view(b, b, -1).diagonal().T.masked_fill(~x.encoded, 0)  # [B, K]
     to_text = logits if o.negatives_in_itc else pairs
     if x.bias is None:
         partner = torch.arange(b, device=pairs.device)
         itc = (F.cross_entropy(to_text, partner) + F.cross_entropy(pairs.T, partner)) / 2
-    else:  # SigLIP: each pair, and each image with each negative, is a question of its own
+    else:  # SigLIP: binary classification of each pair, and of each image with each negative
         itc = (-F.logsigmoid(-to_text - x.bias).sum() - (true + x.bias).sum()) / b
     imc = mine = torch.zeros_like(itc)
-    if o.imc != "none" and o.imc_weight:
-        imc = _plain_imc(x, o, everyones, missing)
+    numerator, counts = _numerator(x, o, None)
+    if _whole_batch(o) and x.encoded.any():
+        batch = x.scale * x.texts @ everyones.T  # [B, BK]
+        if o.imc == "released":  # the target of every caption is the first negative
+            total = batch.masked_fill(missing[b:], -torch.inf).logsumexp(dim=1)
+            imc = (total - batch[:, 0]).mean()
+        else:
+            imc = intra_modal_loss(numerator, batch, ~missing[b:].expand(batch.shape), counts)
+    elif o.imc != "none" and o.imc_weight and not _whole_batch(o):
+        of_texts = x.scale * (x.negatives @ x.texts[..., None])[..., 0]  # [B, K]
+        imc = intra_modal_loss(numerator, of_texts, x.encoded, counts)
     cmr = rank_loss(true, own, x.thresholds, x.valid, mean=o.cmr_mean)
     if o.own_weight:
         softened = {"focal_gamma": o.focal_gamma, "label_smoothing": o.label_smoothing}
         mine = own_negatives_loss(true, own, x.valid, **softened)
     loss = itc + o.imc_weight * imc + o.cmr_weight * cmr + o.own_weight * mine
     return loss, torch.stack([itc, imc, cmr, mine]), true[here], own[here]
-
-
-def _plain_imc(x: Inputs, o: Options, everyones: Tensor, missing: Tensor | None) -> Tensor:
-    numerator, counts = _numerator(x, o, None)
-    if not _whole_batch(o):
-        own = x.scale * (x.negatives @ x.texts[..., None])[..., 0]  # [B, K]
-        return intra_modal_loss(numerator, own, x.counted, counts)
-    if not x.counted.any():
-        return 0 * x.scale
-    batch = x.scale * x.texts @ everyones.T  # [B, BK]
-    first = batch[:, 0]  # the target of every caption in "released"
-    batch = batch if missing is None else batch.masked_fill(missing, -torch.inf)
-    if o.imc == "released":
-        return (batch.logsumexp(dim=1) - first).mean()
-    return intra_modal_loss(numerator, batch, x.counted.flatten().expand(batch.shape), counts)
 
 
 def _numerator(x: Inputs, o: Options, first: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -253,6 +261,12 @@ def _numerator(x: Inputs, o: Options, first: Tensor | None) -> tuple[Tensor, Ten
     if o.imc == "released" and first is not None:
         return x.scale * x.texts @ first, everybody
     return (x.scale * o.imc_offset).expand(len(x.texts)), everybody
+
+
+def _whole_batch(o: Options) -> bool:
+    """Whether the intra-modal loss has the negatives of the whole batch in its denominator."""
+    scope = {"released": "batch", "none": "own"}.get(o.imc, o.imc_scope)
+    return o.imc_weight > 0 and scope == "batch"
 
 
 class RankThreshold(nn.Module):
@@ -269,9 +283,7 @@ class RankThreshold(nn.Module):
 
     value: Tensor
 
-    def __init__(
-        self, k: int, mode: str = "adaptive", cap: float = 10.0, value: float = 0.0
-    ) -> None:
+    def __init__(self, k: int, mode: str = "adaptive", cap: float = 10, value: float = 0) -> None:
         """Start K thresholds at `value` logits; modes other than "fixed" start at 0.
 
         Raises:
@@ -282,7 +294,7 @@ class RankThreshold(nn.Module):
         if not cap > 0:
             raise ValueError(f"cap is {cap}; it must be more than 0 logits")
         self.mode, self.cap = mode, cap
-        self.start = value if mode == "fixed" else 0.0
+        self.start = float(value) if mode == "fixed" else 0.0
         self.register_buffer("value", torch.full((k,), self.start))
 
     def reset(self) -> None:
@@ -291,16 +303,12 @@ class RankThreshold(nn.Module):
 
     @torch.no_grad()
     def update(
-        self,
-        image_text: Tensor,
-        image_negative: Tensor,
-        valid: Tensor,
-        group: dist.ProcessGroup | None = None,
+        self, image_text: Tensor, image_negative: Tensor, valid: Tensor, group: Group = None
     ) -> None:
         """Set theta for the next step from this step's logits [b], [b, K] and their mask [b, K]."""
         if self.mode == "fixed":
             return
-        if self.mode == "released":  # the mean S(I, T) of all images, counted or not
+        if self.mode == "released":  # the mean S(I, T) of all images, with negatives or without
             valid = valid & (image_negative != 0)
             mean = _sum_over_ranks(image_text.mean(), group) / _world(group)[1]
             image_text = mean.expand_as(image_text)
@@ -311,45 +319,24 @@ class RankThreshold(nn.Module):
             new = gap.masked_fill(~valid, -torch.inf).amax(dim=0) / 5
             if _world(group)[1] > 1:
                 dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
-        known = (count > 0) & new.isfinite()  # one bad batch must not stay for ever
+        known = (count > 0) & new.isfinite()  # a batch that is not finite must not last
         self.value.copy_(torch.where(known, new.clamp(0, self.cap), self.value))
 
 
 # The loss of a step
 
 
-def ce_clip_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    negative_features: Tensor | None = None,
-    valid: Tensor | None = None,
-    positive_features: Tensor | None = None,
-    positive_valid: Tensor | None = None,
-    logit_bias: Tensor | float | None = None,
-    *,
-    thresholds: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    **options: Any,
-) -> dict[str, Tensor]:
+def ce_clip_loss(*features: Any, group: Group = None, **named: Any) -> dict[str, Tensor]:
     """L = itc + imc_weight · imc + cmr_weight · cmr + own_weight · own, in float32 (float64 stays).
 
     In a process group every rank passes its own b rows; after DDP has averaged gradients, they
-    equal those of one process that holds the whole batch.  The fused paths make the gradients
-    together with the value, so they can be used once: no second backward, no second derivative.
+    equal those of one process that holds the whole batch. The fused paths compute the gradients
+    with the value and keep nothing else: no second backward, no second derivative.
 
     Args:
-        image_features: unit-length images [b, D].
-        text_features: unit-length captions [b, D].
-        logit_scale: scalar, already exponentiated.
-        negative_features: unit-length negatives [b, K, D]; anything, NaN too, where not valid.
-        valid: which negatives exist [b, K] bool; None means all.
-        positive_features: another caption of each image [b, D], for imc "paired".
-        positive_valid: which of those exist [b] bool; None means all.
-        logit_bias: scalar; if given, itc is SigLIP's.
-        thresholds: theta in logits [K]; None means 0.
+        *features: the tensors of `CEClipLoss.forward`, by position or by name.
         group: the process group, or None for the default one.
-        **options: the fields of `Options`.
+        **named: `thresholds`, theta in logits [K] (default 0), and the fields of `Options`.
 
     Returns:
         Scalars `loss` (with gradient; its value is that of the whole global batch), `itc`, `imc`,
@@ -359,92 +346,90 @@ def ce_clip_loss(
     Raises:
         ValueError: shapes, dtypes, mask or options do not fit, or ranks hold unequal batches.
     """
-    features = (image_features, text_features, negative_features, positive_features)
-    scalars = (logit_scale, logit_bias, thresholds)
-    return _loss(features, (valid, positive_valid), scalars, _options(options), group)
+    given = dict(**dict(zip(TENSORS[: len(features)], features, strict=True)), **named)
+    return _loss([given.pop(name, None) for name in TENSORS], _options(given), group)
 
 
-def _loss(
-    features: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    masks: tuple[Tensor | None, Tensor | None],
-    scalars: tuple[Tensor | float, Tensor | float | None, Tensor | None],
-    o: Options,
-    group: dist.ProcessGroup | None,
-) -> dict[str, Tensor]:
-    """`ce_clip_loss` with options that were checked."""
-    x = _inputs(features, masks, scalars, o)
-    o = _backend(o, x, group)
+def ce_clip_loss_and_grads(*features: Any, **named: Any) -> tuple[dict[str, Tensor], ...]:
+    """`ce_clip_loss` and the gradient of its loss by each input, for cached gradients.
+
+    Args:
+        *features: as in `ce_clip_loss`.
+        **named: as in `ce_clip_loss`.
+
+    Returns:
+        the loss's dict without gradients, and by name of the input its gradient, of its shape.
+    """
+    given = dict(**dict(zip(TENSORS[: len(features)], features, strict=True)), **named)
+    leaves: dict[str, Tensor] = {}
+    for name in TENSORS:
+        if name.endswith(("features", "scale", "bias")) and given.get(name) is not None:
+            tensor = torch.as_tensor(given[name])  # an int has no gradient
+            floats = tensor if tensor.is_floating_point() else tensor.float()
+            leaves[name] = floats.detach().requires_grad_()
+    with torch.enable_grad():
+        out = ce_clip_loss(**{**given, **leaves})
+        grads = torch.autograd.grad(out["loss"], list(leaves.values()), materialize_grads=True)
+    return {k: v.detach() for k, v in out.items()}, dict(zip(leaves, grads, strict=True))
+
+
+def _loss(given: Sequence[Any], o: Options, group: Group) -> dict[str, Tensor]:
+    """`ce_clip_loss` of the TENSORS, with options that were checked."""
+    x = _inputs(given, o)
+    kind, dtype = x.images.device.type, x.images.dtype
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float32
+    half = autocast or dtype in (torch.float16, torch.bfloat16)
+    kernels = triton is not None and (kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    operands, backend = o.operands, o.backend
+    if operands == "auto":
+        operands = "bfloat16" if half and kind == "cuda" else "float32"
+    if backend == "auto":
+        small = len(x.images) * (len(x.images) + x.valid.numel()) <= SMALL
+        small = small and _world(group)[1] == 1 and not torch.compiler.is_compiling()
+        backend = "triton" if operands == "bfloat16" and kernels else "torch"
+        if small or kind not in ("cpu", "cuda"):
+            backend = "plain"
+        elif kind == "cuda" and backend == "torch":
+            _warn_once("losses.py runs without its kernels: they need triton and bf16 or fp16")
+    if backend == "triton" and not kernels:
+        raise ValueError("backend is 'triton', which needs a CUDA device and the package triton")
+    o = o._replace(backend=backend, operands=operands if backend == "triton" else "float32")
     if o.backend == "plain":
         with torch.autocast(x.images.device.type, enabled=False):
-            loss, parts, true, own = _plain(_clean(x, o), o, group)
+            loss, parts, true, own = _reference(_clean(x), o, group)
     else:
         needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in x]
         if torch.compiler.is_compiling():
             alone = _world(group)[1] == 1
             name = "" if alone else (group or dist.group.WORLD).group_name  # type: ignore
-            loss, parts, true, own, *_ = _fused_op(*x, [str(value) for value in o], needs, name)
+            loss, parts, true, own, *_ = _fused_op(*x, *o, needs, name)
         else:
             loss, parts, true, own, *_ = _Fused.apply(*x, o, needs, group)
-    itc, imc, cmr, mine = parts.detach().unbind()
-    return {
-        **{"loss": loss, "itc": itc, "imc": imc, "cmr": cmr, "own": mine},
-        **{"image_text": true.detach(), "image_negative": own.detach()},
-    }
-
-
-def ce_clip_loss_and_grads(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    negative_features: Tensor | None = None,
-    valid: Tensor | None = None,
-    positive_features: Tensor | None = None,
-    positive_valid: Tensor | None = None,
-    logit_bias: Tensor | float | None = None,
-    **options: Any,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`ce_clip_loss`, and the gradient of its loss by each input: what cached gradients need.
-
-    Returns:
-        the loss's dict without gradients, and by name of the input its gradient, of its shape.
-    """
-    inputs = {
-        "image_features": image_features,
-        "text_features": text_features,
-        "logit_scale": torch.as_tensor(logit_scale) * 1.0,  # an int has no gradient
-        "negative_features": negative_features,
-        "positive_features": positive_features,
-        "logit_bias": None if logit_bias is None else torch.as_tensor(logit_bias) * 1.0,
-    }
-    leaves: Any = {k: v.detach().requires_grad_() for k, v in inputs.items() if v is not None}
-    with torch.enable_grad():
-        out = ce_clip_loss(**leaves, valid=valid, positive_valid=positive_valid, **options)
-        grads = torch.autograd.grad(out["loss"], list(leaves.values()), materialize_grads=True)
-    return {k: v.detach() for k, v in out.items()}, dict(zip(leaves, grads, strict=True))
+    terms = dict(zip(("itc", "imc", "cmr", "own"), parts.detach().unbind(), strict=True))
+    return {"loss": loss, **terms, "image_text": true.detach(), "image_negative": own.detach()}
 
 
 def _options(given: dict[str, Any]) -> Options:
-    unknown = set(given) - set(Options._fields)
-    if unknown:
-        raise ValueError(f"unknown option {min(unknown)!r}; there are {', '.join(Options._fields)}")
     for name, value in given.items():
-        kind = type(Options._field_defaults[name])
-        fits = isinstance(value, bool) == (kind is bool) and isinstance(value, kind | int)
-        if not fits or (kind is float and not math.isfinite(value)):
-            wanted = {bool: "True or False", str: "a word", float: "a finite number"}[kind]
+        if name not in Options._fields:
+            raise ValueError(f"unknown option {name!r}; there are {', '.join(Options._fields)}")
+        number = type(value) in (int, float) and math.isfinite(value)
+        if name in WORDS:
+            fits, wanted = value in WORDS[name], f"one of {', '.join(WORDS[name])}"
+        elif isinstance(Options._field_defaults[name], bool):
+            fits, wanted = isinstance(value, bool), "True or False"
+        elif name == "label_smoothing":
+            fits, wanted = number and 0 <= value < 1, "a number from 0 to below 1"
+        elif name == "focal_gamma":
+            fits, wanted = number and (value == 0 or value >= 1), "0, or a number of 1 or more"
+        elif name == "imc_offset":
+            fits, wanted = number, "a finite number"
+        else:
+            fits, wanted = number and value >= 0, "a finite number, 0 or more"
+        if not fits:
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
     cast: dict[str, Any] = {k: float(v) if type(v) is int else v for k, v in given.items()}
-    o = Options(**cast)
-    for name, words in WORDS.items():
-        _choose(name, getattr(o, name), words)
-    for name in ("imc_weight", "cmr_weight", "own_weight", "workspace_mib"):
-        if getattr(o, name) < 0:
-            raise ValueError(f"{name} is {getattr(o, name)}; it must be 0 or more")
-    if not 0 <= o.label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {o.label_smoothing}; it must be from 0 to below 1")
-    if 0 < o.focal_gamma < 1 or o.focal_gamma < 0:
-        raise ValueError(f"focal_gamma is {o.focal_gamma}; it must be 0, or 1 or more")
-    return o
+    return Options(**cast)
 
 
 def _choose(name: str, value: str, wanted: Sequence[str]) -> None:
@@ -452,55 +437,15 @@ def _choose(name: str, value: str, wanted: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(wanted)}")
 
 
-def _backend(o: Options, x: Inputs, group: dist.ProcessGroup | None) -> Options:
-    """Resolve "auto"; said once where a GPU gets less than the kernels."""
-    kind, dtype = x.images.device.type, x.images.dtype
-    half = dtype in (torch.float16, torch.bfloat16) or (
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float32
-    )
-    operands, backend = o.operands, o.backend
-    if operands == "auto":
-        operands = "bfloat16" if half and kind == "cuda" else "float32"
-    if backend == "auto":
-        small = len(x.images) * (len(x.images) + x.valid.numel()) <= SMALL
-        small = small and _world(group)[1] == 1 and not torch.compiler.is_compiling()
-        if small or kind not in ("cpu", "cuda"):
-            backend = "plain"
-        elif operands == "bfloat16" and _has_triton(kind):
-            backend = "triton"
-        else:
-            backend = "torch"
-            if kind == "cuda":
-                _say_once("losses.py runs without its kernels: they want triton and half precision")
-    if backend == "triton" and not _has_triton(kind):
-        raise ValueError("backend is 'triton', which needs a CUDA device and the package triton")
-    return o._replace(backend=backend, operands=operands if backend == "triton" else "float32")
-
-
-def _has_triton(device: str) -> bool:
-    runs = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return runs and importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
-
-
-def _inputs(
-    features: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    masks: tuple[Tensor | None, Tensor | None],
-    scalars: tuple[Tensor | float, Tensor | float | None, Tensor | None],
-    o: Options,
-) -> Inputs:
+def _inputs(given: Sequence[Any], o: Options) -> Inputs:
     """Refuse what does not fit; make defaults explicit."""
-    (images, texts, negatives, positives), (valid, positive_valid) = features, masks
-    scale, bias, thresholds = scalars
+    images, texts, scale, negatives, valid, positives, positive_valid, bias, thresholds = given
     if images.dim() != 2 or not len(images) or not images.is_floating_point():
         was = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"image_features are {was}; they must be floats [B, D], B > 0")
-    b, d = images.shape
-    forgotten = valid is None
+    if texts is None or scale is None:
+        raise ValueError("text_features or logit_scale is missing")
+    (b, d), forgotten = images.shape, valid is None
     if negatives is None and valid is not None and valid.numel():
         raise ValueError("valid is given, but negative_features are missing")
     negatives = images.new_zeros(b, 0, d) if negatives is None else negatives
@@ -509,74 +454,61 @@ def _inputs(
     valid = every[:, 1:] if valid is None else valid
     positive_valid = every[:, 0] if positive_valid is None else positive_valid
     thresholds = images.new_zeros(max(k, 0)) if thresholds is None else thresholds
-    for name, tensor, shape, mask in (
-        ("text_features", texts, (b, d), False),
-        ("negative_features", negatives, (b, k, d), False),
-        ("positive_features", positives, (b, d), False),
-        ("thresholds", thresholds, (k,), False),
-        ("valid", valid, (b, k), True),
-        ("positive_valid", positive_valid, (b,), True),
+    scale = torch.as_tensor(scale, device=images.device)
+    bias = None if bias is None else torch.as_tensor(bias, device=images.device)
+    encoded = valid if o.mask_invalid else every[:, 1:]
+    for name, tensor, shape in (
+        ("image_features", images, (b, d)),
+        ("text_features", texts, (b, d)),
+        ("negative_features", negatives, (b, k, d)),
+        ("positive_features", positives, (b, d)),
+        ("thresholds", thresholds, (k,)),
+        ("valid", valid, (b, k)),
+        ("positive_valid", positive_valid, (b,)),
+        ("logit_scale", scale, ()),
+        ("logit_bias", bias, ()),
     ):
         if tensor is None:
             continue
-        if tensor.shape != shape:
-            size = f"[{', '.join('K' if n == -1 else str(n) for n in shape)}]"
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {size}")
-        if not (tensor.dtype == torch.bool if mask else tensor.is_floating_point()):
+        if tensor.shape != shape and (shape or tensor.numel() != 1):
+            sizes = ", ".join("K" if n == -1 else str(n) for n in shape)
+            wanted = f"[{sizes}]" if shape else "a scalar"
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {wanted}")
+        mask = name.endswith("valid")
+        if shape and not (tensor.dtype == torch.bool if mask else tensor.is_floating_point()):
             kind = "a bool mask" if mask else "of floats"
             raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
+        if o.check and name in ("image_features", "text_features", "negative_features"):
+            norms = tensor.detach().float().norm(dim=-1)  # synchronises with the device
+            norms = norms[encoded] if tensor.dim() == 3 else norms
+            if forgotten and tensor.dim() == 3 and (norms == 0).any():
+                raise ValueError(f"{name} hold rows of zeros; pass `valid` to leave them out")
+            worst = (norms - 1).abs().max() if norms.numel() else torch.zeros(())
+            if not worst < 0.02:
+                raise ValueError(
+                    f"{name} are not unit vectors (a norm is off by {float(worst):.3g}); "
+                    "pass torch.nn.functional.normalize(features, dim=-1)"
+                )
     if o.imc == "paired" and o.imc_weight and k > 0 and positives is None:
         raise ValueError(
             "imc 'paired' needs positive_features, another caption of each image; without one "
             "use imc='repulsion'"
         )
-    counted = valid if o.mask_invalid else every[:, 1:]
-    scale = _scalar("logit_scale", scale, images.device)
-    bias = None if bias is None else _scalar("logit_bias", bias, images.device)
-    x = Inputs(
-        *(images, texts, negatives, positives, valid, counted, positive_valid),
-        *(scale, bias, thresholds),
+    scale, bias = scale.reshape(()), None if bias is None else bias.reshape(())
+    return Inputs(
+        images, texts, scale, negatives, valid, positives, positive_valid, bias, thresholds, encoded
     )
-    if o.check:
-        _check_values(x, forgotten)
-    return x
 
 
-def _scalar(name: str, value: Tensor | float, device: torch.device) -> Tensor:
-    if (tensor := torch.as_tensor(value, device=device)).numel() != 1:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be a scalar")
-    return tensor.reshape(())
-
-
-def _check_values(x: Inputs, forgotten: bool) -> None:
-    """What only a look at the values shows; it costs a wait for the device."""
-    for name, mask in (("images", None), ("texts", None), ("negatives", x.counted)):
-        norms = getattr(x, name).detach().float().norm(dim=-1)
-        norms = norms if mask is None else norms[mask]
-        if forgotten and name == "negatives" and (norms == 0).any():
-            raise ValueError("negative_features hold rows of zeros; pass `valid` to leave them out")
-        worst = (norms - 1).abs().max() if norms.numel() else torch.zeros(())
-        if not worst < 0.02:
-            raise ValueError(
-                f"{name} are not unit vectors (a norm is off by {float(worst):.3g}); "
-                "pass torch.nn.functional.normalize(features, dim=-1)"
-            )
-
-
-def _clean(x: Inputs, o: Options) -> Inputs:
+def _clean(x: Inputs) -> Inputs:
     """Float32 (float64 stays), with zeros under the masks: NaN times 0 would be NaN."""
     dtype = torch.promote_types(x.images.dtype, torch.float32)
-    negatives, positives = x.negatives.to(dtype), x.positives
-    if o.mask_invalid and not x.counted.all():
-        negatives = torch.where(x.counted[..., None], negatives, 0.0)
-    if positives is not None and not x.positive_valid.all():
-        positives = torch.where(x.positive_valid[:, None], positives, 0.0)
-    return Inputs(
-        *(x.images.to(dtype), x.texts.to(dtype), negatives),
-        None if positives is None else positives.to(dtype),
-        *(x.valid, x.counted, x.positive_valid, x.scale.to(dtype)),
-        *(None if x.bias is None else x.bias.to(dtype), x.thresholds.to(dtype)),
-    )
+    x = Inputs._make(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in x)
+    if not x.encoded.all():
+        x = x._replace(negatives=torch.where(x.encoded[..., None], x.negatives, 0.0))
+    if x.positives is not None and not x.positive_valid.all():
+        x = x._replace(positives=torch.where(x.positive_valid[:, None], x.positives, 0.0))
+    return x
 
 
 class CEClipLoss(nn.Module):
@@ -584,6 +516,7 @@ class CEClipLoss(nn.Module):
 
     Also usable where open_clip's `ClipLoss` is: pass output_dict as open_clip does. Thresholds are
     a buffer: save `state_dict()` with your checkpoint and load it, or they begin at 0 again.
+    `needs_positives` and `needs_negatives` tell which features the loss reads.
     """
 
     def __init__(
@@ -591,7 +524,7 @@ class CEClipLoss(nn.Module):
         recipe: str = "ce-clip",
         *,
         types: Sequence[str] = NEGATIVE_TYPES,
-        group: dist.ProcessGroup | None = None,
+        group: Group = None,
         threshold: str | None = None,
         cap: float = 10.0,
         fixed_threshold: float = 5.0,
@@ -620,24 +553,11 @@ class CEClipLoss(nn.Module):
         self.recipe, self.types, self.group = recipe, tuple(types), group
         self.reset_each_epoch = reset if reset_each_epoch is None else reset_each_epoch
         self.threshold = RankThreshold(len(self.types), threshold or mode, cap, fixed_threshold)
-        self._options = _options(chosen | options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The fields of `Options` that this loss has."""
-        return self._options._asdict()
-
-    @property
-    def needs_positives(self) -> bool:
-        """Whether the loss reads positive_features."""
-        return self.options["imc"] == "paired" and self.options["imc_weight"] != 0
-
-    @property
-    def needs_negatives(self) -> bool:
-        """Whether the loss reads negative_features."""
-        o = self.options
-        intra = o["imc"] != "none" and o["imc_weight"] != 0
-        return bool(o["negatives_in_itc"] or intra or o["cmr_weight"] or o["own_weight"])
+        self._options = o = _options(chosen | options)
+        self.options: dict[str, Any] = o._asdict()
+        intra = o.imc != "none" and o.imc_weight != 0
+        self.needs_positives = o.imc == "paired" and intra
+        self.needs_negatives = bool(o.negatives_in_itc or intra or o.cmr_weight or o.own_weight)
 
     def forward(
         self,
@@ -652,20 +572,21 @@ class CEClipLoss(nn.Module):
         output_dict: bool | None = None,
         update: bool = True,
     ) -> Any:
-        """Compute the loss with the current thresholds, then, in training, move them on.
+        """Compute the loss with the current thresholds, then, in training, update them.
 
         Args:
             image_features: unit-length images [b, D].
             text_features: unit-length captions [b, D].
             logit_scale: scalar, already exponentiated.
-            negative_features: unit-length negatives [b, K, D], in the order of `types`.
-            valid: which negatives exist [b, K] bool.
-            positive_features: another caption of each image [b, D].
-            positive_valid: which of those exist [b] bool.
+            negative_features: unit-length negatives [b, K, D], K in the order of `types`; anything,
+                NaN too, where not valid.
+            valid: which negatives exist [b, K] bool; None means all.
+            positive_features: another caption of each image [b, D], for imc "paired".
+            positive_valid: which of those exist [b] bool; None means all.
             logit_bias: scalar; if given, itc is SigLIP's.
             output_dict: as open_clip asks: False for the loss; True for weighted parts that sum to
                 it, `contrastive_loss` (which has all the gradient), `imc_loss`, `cmr_loss` ...
-            update: whether thresholds move on; with --accum-freq only the last call of a step may.
+            update: whether thresholds move; under --accum-freq True in a step's last call alone.
 
         Returns:
             Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, `own`, and
@@ -674,27 +595,23 @@ class CEClipLoss(nn.Module):
         Raises:
             ValueError: shapes do not fit, or K is not the number of types.
         """
-        given = negative_features is not None and negative_features.dim() == 3
-        k = negative_features.shape[1] if given and negative_features is not None else 0
+        k = 0 if negative_features is None else sum(negative_features.shape[1:-1])
         if k not in (0, len(self.types)):
             raise ValueError(f"negative_features have K = {k}; there are {len(self.types)} types")
         if self.needs_negatives and not k:
-            _say_once(f"recipe {self.recipe} gets no negative_features: it trains as plain CLIP")
+            _warn_once(f"recipe {self.recipe} gets no negative_features: it trains as plain CLIP")
         if self.threshold.value.device != image_features.device:
             self.threshold.to(image_features.device)
         theta = self.threshold.value.clone()
         negatives, mask = (negative_features, valid) if self.needs_negatives else (None, None)
-        out = _loss(
-            (image_features, text_features, negatives, positive_features),
-            (mask, positive_valid),
-            (logit_scale, logit_bias, theta if self.needs_negatives and k else None),
-            self._options,
-            self.group,
-        )
+        margins = theta if k and self.needs_negatives else None
+        features = (image_features, text_features, logit_scale, negatives, mask)
+        more = (positive_features, positive_valid, logit_bias, margins)
+        out = _loss((*features, *more), self._options, self.group)
         true, wrong = out.pop("image_text"), out.pop("image_negative")
         if self.training and update and wrong.shape[1]:
-            mask = torch.ones_like(wrong, dtype=torch.bool) if valid is None else valid
-            self.threshold.update(true, wrong, mask, self.group)
+            exist = torch.ones_like(wrong, dtype=torch.bool) if valid is None else valid
+            self.threshold.update(true, wrong, exist, self.group)
         if output_dict is not None:
             weights = {name: self.options[f"{name}_weight"] for name in ("imc", "cmr", "own")}
             parts = {f"{name}_loss": w * out[name] for name, w in weights.items() if w}
@@ -704,21 +621,24 @@ class CEClipLoss(nn.Module):
         return {**out, **dict(zip(names, theta.unbind(), strict=True))}
 
 
+TENSORS = [*list(inspect.signature(CEClipLoss.forward).parameters)[1:9], "thresholds"]
+
+
 # The fused core
 #
-# The loss is a scalar, so its gradients can be made in the forward pass and only be scaled later.
-# All big terms are log-sum-exps over rows of logits S = q k^T.  A chunk of rows of S lives in one
-# workspace.  It becomes X = exp(S - offset) in place, with any offset near the row's maximum, for
-# rows are never normalised: with total = log(e^extra + sum_j e^S_j), where `extra` stands for what
-# else a row's denominator holds, and with weight w and f = w e^(offset - total) of each row,
+# The loss is a scalar, so its gradients can be made in the forward pass and scaled later. All big
+# terms are log-sum-exps over rows of logits S = q k^T. A chunk of rows of S lives in one workspace
+# and becomes X = exp(S - offset) in place, the offset being any value near the row's maximum. Rows
+# are not normalised: with total = log(e^extra + sum_j e^S_j), `extra` being the log-sum-exp of the
+# rest of a row's denominator, and with weight w and f = w e^(offset - total) of each row,
 #   d/dq = f (X k)   and   d/dk = X^T (f q),
-# which scales the small operands instead of X.  Images (H) and captions (E) are stacked in a chunk:
-# both meet the same keys, the negatives.  Pairs (A) need their columns' sums first, so they are
-# formed twice, or kept while they are small.
+# which scales the small operands instead of X. Images and captions are stacked in a chunk, as both
+# have the negatives for keys. Pairs need the sums of their columns first, so they are computed
+# twice, or kept while they are small.
 #
-# Negatives never travel.  Each rank gathers all images and captions, meets them with its own
-# negatives, and ranks exchange one number for a row; so gradients of negatives stay at home, and
-# those of images and captions are summed once.  Every derivative carries the number of ranks as a
+# Negatives are not gathered. Each rank gathers all images and captions, multiplies them with its
+# own negatives, and ranks exchange one number for a row; so gradients of negatives stay local, and
+# those of images and captions are summed once. Every derivative carries the number of ranks as a
 # factor, which DistributedDataParallel divides out again.
 
 
@@ -727,10 +647,10 @@ class _Step(NamedTuple):
 
     x: Inputs
     o: Options
-    group: dist.ProcessGroup | None
+    group: Group
     here: slice  # this rank's rows among everyone's
     everyone: tuple[Tensor, Tensor]  # all ranks' images and captions, [B, D] each
-    keys: Tensor  # [M, D], this rank's negatives that count
+    keys: Tensor  # [M, D], this rank's encoded negatives
     d_everyone: tuple[Tensor | None, Tensor | None]  # [B, D] each
     d_negatives: Tensor | None  # [b, K, D]
     d_keys: Tensor | None  # [M, D]
@@ -738,7 +658,7 @@ class _Step(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """Logits of rows with what is their own, or the loss's derivatives by them."""
+    """Logits of images and captions with their own texts, or the loss's derivatives by them."""
 
     true: Tensor  # S(I, T) [b]
     negative: Tensor  # S(I, N) [b, K]
@@ -746,26 +666,23 @@ class _Own(NamedTuple):
     numerator: Tensor  # n of the intra-modal loss [b]
 
 
-def _fused(
-    x: Inputs, o: Options, needs: Sequence[bool], group: dist.ProcessGroup | None
-) -> list[Tensor]:
+def _fused(x: Inputs, o: Options, needs: Sequence[bool], group: Group) -> list[Tensor]:
     """Loss, terms [4], own logits S(I, T) [b] and S(I, N) [b, K], then gradients by the inputs."""
-    raw, x = x, _clean(x, o)
+    raw, x = x, _clean(x)
     _equal_rows(x.images, group)
-    step = _start(x, o, dict(zip(Inputs._fields, needs, strict=True)), group)
+    step = _make_step(x, o, needs, group)
     first, k = None, x.negatives.shape[1]  # the target of imc "released"
     if o.imc == "released" and k:
         first = _gather(x.negatives[0, 0], group)[0]
     numerator, counts = _numerator(x, o, first)
-    own = _Own(
-        x.scale * (x.images * x.texts).sum(dim=1),
-        x.scale * (x.negatives @ x.images[..., None])[..., 0],
-        x.scale * (x.negatives @ x.texts[..., None])[..., 0],
-        numerator,
+    of_images, of_texts = (
+        x.scale * (x.negatives @ t[..., None])[..., 0] for t in (x.images, x.texts)
     )
+    own = _Own(x.scale * (x.images * x.texts).sum(dim=1), of_images, of_texts, numerator)
     terms, d, share = _own_terms(step, own, counts)
 
-    blocks = []  # towers that meet the negatives, what else is in their denominators, weights
+    # Towers whose denominators hold the negatives, the rest of these denominators, and weights.
+    blocks = []
     alone = numerator if first is None else torch.full_like(numerator, -torch.inf)
     if x.bias is None:
         pairs, rows, columns = _pair_sums(step)
@@ -773,7 +690,7 @@ def _fused(
             blocks.append((0, rows, torch.full_like(rows, 0.5 / len(rows))))
     if _whole_batch(o) and k:
         blocks.append((1, alone.double(), share.double()))
-    totals = _meet_negatives(step, blocks)
+    totals = _negatives_softmax(step, blocks)
     of_captions = torch.zeros_like(x.scale)  # sum of S dL/dS over the captions' rows
     if step.d_everyone[1] is not None and 1 in totals:
         of_captions = (step.everyone[1] * step.d_everyone[1]).sum()
@@ -788,69 +705,56 @@ def _fused(
         itc = (rows + columns[step.here] - 2 * own.true).mean() / 2
         _pair_grads(step, pairs, rows, columns)
     else:
-        itc, d_bias = _sigmoid_contrast(step, own.true)
+        itc, d_bias = _sigmoid_contrast(step, own.true, x.bias)
     grads = {**_gather_grads(step, own, d, first, of_captions), "bias": d_bias}
     values = torch.stack([t.to(x.scale.dtype) for t in (itc, *terms)])
     values = _sum_over_ranks(values, group) / _world(group)[1]
     weights = values.new_tensor([1.0, o.imc_weight, o.cmr_weight, o.own_weight])
     found = []
     for name, t, wanted in zip(Inputs._fields, raw, needs, strict=True):
-        if t is None or not wanted:
-            found.append(raw.images.new_empty(0))
-            continue
         grad = grads.get(name)
-        grad = t.new_zeros(t.shape) if grad is None else grad  # positives that nobody reads
+        if t is None or not wanted:
+            grad = t = raw.images.new_empty(0)
+        elif grad is None:  # positives that no term reads
+            grad = t.new_zeros(t.shape)
         found.append(grad.to(t.dtype).reshape(t.shape).contiguous())
     return [(values * weights).sum(), values, own.true, own.negative, *found]
 
 
-def _whole_batch(o: Options) -> bool:
-    """Whether the intra-modal loss meets the negatives of the whole batch."""
-    released = o.imc == "released"
-    return o.imc_weight != 0 and (released or (o.imc != "none" and o.imc_scope == "batch"))
-
-
-def _start(x: Inputs, o: Options, need: dict[str, bool], group: dist.ProcessGroup | None) -> _Step:
+def _make_step(x: Inputs, o: Options, needs: Sequence[bool], group: Group) -> _Step:
+    need = dict(zip(Inputs._fields, needs, strict=True))
     rank, b, k = _world(group)[0], len(x.images), x.negatives.shape[1]
     everyone = (_gather(x.images, group).flatten(0, 1), _gather(x.texts, group).flatten(0, 1))
-    keys, counted = x.negatives.flatten(0, 1), x.counted.flatten()
+    keys, encoded = x.negatives.flatten(0, 1), x.encoded.flatten()
     d_negatives = x.negatives.new_zeros(x.negatives.shape) if need["negatives"] else None
     d_keys = None if d_negatives is None else d_negatives.view_as(keys)
-    if not counted.all():
-        keys = keys[counted]
+    if not encoded.all():
+        keys = keys[encoded]
         d_keys = None if d_negatives is None else torch.zeros_like(keys)
     # The derivative by scale is read off the gradients of features.
     images = need["images"] or (need["scale"] and not (need["texts"] and need["negatives"]))
     texts = need["texts"] or (need["scale"] and _whole_batch(o))
-    d_images, d_texts = (
-        torch.zeros_like(t) if n else None for t, n in zip(everyone, (images, texts), strict=True)
-    )
+    d_images = torch.zeros_like(everyone[0]) if images else None
+    d_texts = torch.zeros_like(everyone[1]) if texts else None
     operands = torch.bfloat16 if o.operands == "bfloat16" else x.images.dtype
     mib = o.workspace_mib or (512 if x.images.is_cuda else 32)
-    # Not more than a quarter of all logits: fresh memory costs time as well.
+    # At most a quarter of all logits: first-touch allocation is slow.
     most, least = len(everyone[0]) * max(b, b * k) // 2, 2 * max(b * k, len(everyone[0]))
     size = max(min(int(mib * 2**20) // operands.itemsize, most), least)
-    return _Step(
-        *(x, o, group, slice(rank * b, (rank + 1) * b), everyone, keys, (d_images, d_texts)),
-        *(d_negatives, d_keys, x.images.new_empty(size, dtype=operands)),
-    )
+    work, here = x.images.new_empty(size, dtype=operands), slice(rank * b, (rank + 1) * b)
+    return _Step(x, o, group, here, everyone, keys, (d_images, d_texts), d_negatives, d_keys, work)
 
 
 def _own_terms(step: _Step, own: _Own, counts: Tensor) -> tuple[list[Tensor], _Own, Tensor]:
-    """The terms imc, cmr and own of rows with their own negatives, and their derivatives.
-
-    Also each row's weight in the intra-modal loss [b].
-    """
+    """The terms imc, cmr and own, their derivatives, and the rows' weights in imc [b]."""
     x, o, world = step.x, step.o, _world(step.group)[1]
     has = x.valid.any(dim=1)
-    sums = torch.stack([x.valid.sum(), has.sum(), counts.sum()])
-    valid, with_negative, counting = world / _sum_over_ranks(
-        sums.to(own.true.dtype), step.group
-    ).clamp(min=1)
+    sums = torch.stack([x.valid.sum(), has.sum(), counts.sum()]).to(own.true.dtype)
+    valid, with_negative, counting = world / _sum_over_ranks(sums, step.group).clamp(min=1)
     share = o.imc_weight * counting * counts.to(own.true.dtype)
     d_text, d_numerator, imc = torch.zeros_like(own.text), torch.zeros_like(own.true), 0 * x.scale
     if o.imc != "none" and o.imc_weight and not _whole_batch(o):
-        text = own.text.masked_fill(~x.counted, -torch.inf)
+        text = own.text.masked_fill(~x.encoded, -torch.inf)
         p = torch.cat([own.numerator[:, None], text], dim=1).log_softmax(dim=1)
         imc = -(counts * counting * p[:, 0]).sum()
         d_numerator, d_text = share * (p[:, 0].exp() - 1), share[:, None] * p[:, 1:].exp()
@@ -874,16 +778,14 @@ def _own_terms(step: _Step, own: _Own, counts: Tensor) -> tuple[list[Tensor], _O
 
 
 def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Own images with everybody's captions: the logits if they are small, log-sum-exps [b], [B].
+    """Logits of own images with all captions, if they are small; their log-sum-exps [b] and [B].
 
-    Sums of rows and columns are float64 throughout: near 100, half a unit in the last place of
-    float32 is an error of 4e-6 in every probability of the row.
+    Sums are float64: near 100, half a unit in float32's last place changes probabilities by 4e-6.
     """
-    x, texts = step.x, step.everyone[1]
+    x, texts, pairs = step.x, step.everyone[1], None
     if step.o.backend == "triton":
-        row, column = _tiles("sums", x.images * x.scale, texts, step.work.dtype)
+        row, column = _tiles("sums", x.images * x.scale, texts.to(step.work.dtype))
         rows, columns = row.double().logsumexp(dim=1), column.double().logsumexp(dim=0)
-        pairs = None
     else:
         b, n = len(x.images), len(texts)
         pairs = x.images.new_empty(b, n) if b * n <= step.work.numel() else None
@@ -918,20 +820,18 @@ def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor
         at = step.work[: len(q) * n].view(-1, n)
         first, row = step.here.start + chunk.start, rows[chunk].to(q.dtype)
         if step.o.backend == "triton":
-            _tiles("pairs", q, keys, step.work.dtype, at, row, columns.float(), first=first)
+            _tiles("pairs", q, keys, at, first, row=row, column=columns.float())
         else:
             at = torch.mm(q, texts.T, out=at) if pairs is None else pairs[chunk]
             other = step.work[half : half + len(q) * n].view(-1, n)
             torch.sub(at, columns.to(q.dtype), out=other).exp_()
             at.sub_(row[:, None]).exp_().add_(other)
             at.diagonal(first).sub_(2)
-        if d_images is not None:
-            d_images[step.here][chunk] += _product(at, keys) * (0.5 / b * x.scale)
-        if d_texts is not None:
-            _add_product(d_texts, at.T, q * (0.5 / b))
+        d_queries = None if d_images is None else d_images[step.here][chunk]
+        _add_grads(at, q, keys, 0.5 / b, x.scale, d_queries, d_texts)
 
 
-def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
+def _negatives_softmax(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
     """Softmax rows of towers over the negatives: adds their gradients, returns totals [b] by tower.
 
     A block is a tower (0 images, 1 captions), and of its rows [b] each: the log-sum-exp of what
@@ -944,7 +844,7 @@ def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> di
     extra, weight = _gather(rows, step.group).permute(2, 1, 0, 3).flatten(2)  # [towers, B]
     totals = torch.empty_like(extra)
     keys = step.keys.to(step.work.dtype)
-    width = max(1, x.counted.numel() * len(towers))  # equal on all ranks, as chunks must be
+    width = max(1, x.encoded.numel() * len(towers))  # equal on all ranks, as chunks must be
     for chunk in _chunks(len(step.everyone[0]), step.work.numel() // width):
         q = torch.cat([step.everyone[tower][chunk] for tower in towers]) * x.scale
         e = extra[:, chunk].flatten()
@@ -952,14 +852,13 @@ def _meet_negatives(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> di
         total = torch.logaddexp(e, _gather(total, step.group).logsumexp(dim=0))
         totals[:, chunk] = total.view(len(towers), -1)
         f = torch.where(total > -torch.inf, weight[:, chunk].flatten() * (offset - total).exp(), 0)
-        f = f.to(q.dtype)
-        if step.d_keys is not None:
-            _add_product(step.d_keys, exps.T, q * f[:, None])
+        f = f.to(q.dtype)[:, None]
+        _add_grads(exps, q, keys, f, x.scale, None, step.d_keys)
         n = chunk.stop - chunk.start
         for i, tower in enumerate(towers):
             d, part = step.d_everyone[tower], slice(i * n, (i + 1) * n)
             if d is not None:
-                d[chunk] += _product(exps[part], keys) * (f[part, None] * x.scale)
+                _add_grads(exps[part], q, keys, f[part], x.scale, d[chunk], None)
     return dict(zip(towers, totals[:, step.here], strict=True))
 
 
@@ -978,7 +877,7 @@ def _exp_logits(
         bound = q.norm(dim=1) * keys.float().norm(dim=1).amax()
         if ((bound - floor) < 125).all():
             offset = torch.maximum(floor, bound - 70)
-            sums, _ = _tiles("exp", q, keys, keys.dtype, at, offset)
+            sums, _ = _tiles("exp", q, keys, at, row=offset)
             return at, offset.double(), offset.double() + sums.sum(dim=1).double().log()
         at = at.float()
     logits = torch.mm(q, keys.T.to(q.dtype), out=at)
@@ -988,55 +887,45 @@ def _exp_logits(
     return exps.to(keys.dtype), total, total
 
 
-def _sigmoid_contrast(step: _Step, true: Tensor) -> tuple[Tensor, Tensor]:
-    """SigLIP's loss: each pair, and each image with each negative, is a question of its own.
+def _sigmoid_contrast(step: _Step, true: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """SigLIP's loss: binary classification of each pair, and of each image with each negative.
 
-    Returns this rank's share of it, times the number of ranks, and its derivative by the bias.
+    Returns this rank's share of it times the number of ranks, and its derivative by the bias.
     """
-    x, o, bias = step.x, step.o, step.x.bias
-    assert bias is not None  # what makes it SigLIP's
+    x, o = step.x, step.o
     d_images, d_texts = step.d_everyone
     d_own = None if d_images is None else d_images[step.here]
-    questions = [(x.images, step.everyone[1], d_own, d_texts, step.here.start)]
+    blocks = [(x.images, step.everyone[1], d_own, d_texts, step.here.start)]
     if o.negatives_in_itc and len(step.keys):
-        questions.append((step.everyone[0], step.keys, d_images, step.d_keys, -1))
+        blocks.append((step.everyone[0], step.keys, d_images, step.d_keys, -1))
     loss, d_bias = -(true + bias).mean(), torch.zeros_like(x.scale)
     share = 1 / len(x.images)
-    for images, texts, d_queries, d_keys, first in questions:
+    for images, texts, d_queries, d_keys, start in blocks:
         keys = texts.to(step.work.dtype)
         for chunk in _chunks(len(images), step.work.numel() // 2 // len(keys)):
             q = images[chunk] * x.scale
-            at_first = first + chunk.start if first >= 0 else -1
-            at, softplus = _sigmoid_logits(step, q, keys, bias, at_first)
+            first = start + chunk.start if start >= 0 else -1  # the column of the first true pair
+            at = step.work[: len(q) * len(keys)].view(len(q), len(keys))
+            if o.backend == "triton":
+                softplus, _ = _tiles("sigmoid", q, keys, at, first, bias=bias)
+                softplus = softplus.sum()
+            else:
+                logits = torch.mm(q, keys.T, out=at).add_(bias)
+                softplus = -F.logsigmoid(-logits).sum()  # F.softplus is linear from 20 on
+                logits.sigmoid_()
+                if first >= 0:
+                    logits.diagonal(first).sub_(1)
             loss = loss + share * softplus
             d_bias = d_bias + share * at.sum(dtype=x.scale.dtype)
-            if d_queries is not None:
-                d_queries[chunk] += _product(at, keys) * (share * x.scale)
-            if d_keys is not None:
-                _add_product(d_keys, at.T, q * share)
+            d_chunk = None if d_queries is None else d_queries[chunk]
+            _add_grads(at, q, keys, share, x.scale, d_chunk, d_keys)
     return loss, d_bias
-
-
-def _sigmoid_logits(
-    step: _Step, q: Tensor, keys: Tensor, bias: Tensor, first: int
-) -> tuple[Tensor, Tensor]:
-    """sigmoid(q k^T + bias) [n, M], less 1 where row i meets column first + i; sum of softplus."""
-    at = step.work[: len(q) * len(keys)].view(len(q), len(keys))
-    if step.o.backend == "triton":
-        softplus, _ = _tiles("sigmoid", q, keys, keys.dtype, at, bias=bias, first=first)
-        return at, softplus.sum()
-    logits = torch.mm(q, keys.T, out=at).add_(bias)
-    softplus = -F.logsigmoid(-logits).sum()  # F.softplus is a straight line from 20 on
-    logits.sigmoid_()
-    if first >= 0:
-        logits.diagonal(first).sub_(1)
-    return logits, softplus
 
 
 def _gather_grads(
     step: _Step, own: _Own, d: _Own, first: Tensor | None, of_captions: Tensor
 ) -> dict[str, Tensor]:
-    """Sum gradients over ranks, add what rows with their own give, read off that of the scale."""
+    """Sum gradients over ranks, add those of the own terms, derive that of the scale."""
     x, o, s = step.x, step.o, step.x.scale
     if o.imc == "paper":
         d = d._replace(true=d.true + d.numerator)
@@ -1047,50 +936,37 @@ def _gather_grads(
         grads["images"].addcmul_(s * d.true[:, None], x.texts)
         grads["images"][:, None].baddbmm_(s * d.negative[:, None], x.negatives)
     if grads["negatives"] is not None:
-        if len(step.keys) < x.counted.numel():
-            grads["negatives"][x.counted] = step.d_keys
+        if len(step.keys) < x.encoded.numel():
+            grads["negatives"][x.encoded] = step.d_keys
         grads["negatives"].addcmul_((s * d.negative)[..., None], x.images[:, None])
         grads["negatives"].addcmul_((s * d.text)[..., None], x.texts[:, None])
     if grads["texts"] is not None:
         grads["texts"].addcmul_(s * d.true[:, None], x.images)
         grads["texts"][:, None].baddbmm_(s * d.text[:, None], x.negatives)
-    _pull_to_numerators(step, d, first, grads)
-    grads["scale"] = _scale_grad(step, own, d, of_captions, grads) / s
-    return grads
-
-
-def _pull_to_numerators(step: _Step, d: _Own, first: Tensor | None, grads: dict[str, Any]) -> None:
-    """Add what the numerators S(T, T+), or S(T, first) of "released", give to both their sides."""
-    x, towards = step.x, first
-    pull = x.scale * d.numerator[:, None]
-    if step.o.imc == "paired" and x.positives is not None:
+    # The numerators S(T, T+), or S(T, first) of "released", have gradients on both sides.
+    towards, pull = first, s * d.numerator[:, None]
+    if o.imc == "paired" and x.positives is not None:
         grads["positives"], towards = pull * x.texts, x.positives
     if first is not None:
         sums = _sum_over_ranks((pull * x.texts).sum(dim=0), step.group)
         if grads["negatives"] is not None and step.here.start == 0:
-            grads["negatives"][0, 0] += sums * x.counted[0, 0]
+            grads["negatives"][0, 0] += sums * x.encoded[0, 0]
     if grads["texts"] is not None and towards is not None:
         grads["texts"].addcmul_(pull, towards.expand_as(x.texts))
-
-
-def _scale_grad(
-    step: _Step, own: _Own, d: _Own, of_captions: Tensor, grads: dict[str, Any]
-) -> Tensor:
-    """Sum of S dL/dS over all logits; features' gradients know it, as S is linear in each of both.
-
-    <I, dI> holds all logits of images; those of captions with texts are added.  Where images are
-    frozen, <T, dT> + <N, dN> hold all logits, but twice those of captions with negatives.
-    """
-    x, imc = step.x, step.o.imc
+    # That of the scale is the sum of S dL/dS over all logits S, which are linear in the features:
+    # <I, dI> covers all logits of images; those of captions with texts are added. Where images are
+    # frozen, <T, dT> + <N, dN> cover all logits, but those of captions with negatives twice.
     of_captions = of_captions + (own.text * d.text).sum()
     of_numerator = (own.numerator * d.numerator).sum()
     if grads["images"] is not None:
         of_images = (x.images * grads["images"]).sum()
-        return of_images + of_captions + (0 if imc == "paper" else of_numerator)
-    if grads["texts"] is None or grads["negatives"] is None:
-        return torch.zeros_like(x.scale)  # nobody asked
-    both = (x.texts * grads["texts"]).sum() + (x.negatives * grads["negatives"]).sum()
-    return both - of_captions + {"released": -1, "repulsion": 1}.get(imc, 0) * of_numerator
+        total = of_images + of_captions + (0 if o.imc == "paper" else of_numerator)
+    elif grads["texts"] is not None and grads["negatives"] is not None:
+        both = (x.texts * grads["texts"]).sum() + (x.negatives * grads["negatives"]).sum()
+        total = both - of_captions + {"released": -1, "repulsion": 1}.get(o.imc, 0) * of_numerator
+    else:
+        total = torch.zeros_like(s)  # not needed
+    return {**grads, "scale": total / s}
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:
@@ -1098,20 +974,21 @@ def _chunks(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(n, start + max(1, size)))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A matrix product, summed and returned in float32 at least."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
-
-
-def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == torch.bfloat16:
-        to += _product(a, b.to(a.dtype))
-    else:
-        to.addmm_(a, b)
+def _add_grads(
+    at: Tensor, q: Tensor, keys: Tensor, weight: Any, scale: Tensor, d_q: Any, d_keys: Any
+) -> None:
+    """Add weight (at k) scale to d_q, and at^T (weight q) to d_keys, in float32 at least."""
+    half: Any = {"out_dtype": torch.float32} if at.dtype == torch.bfloat16 else {}
+    if d_q is not None:
+        d_q += torch.mm(at, keys, **half) * (weight * scale)
+    if d_keys is not None and half:
+        d_keys += torch.mm(at.T, (q * weight).to(at.dtype), **half)
+    elif d_keys is not None:
+        d_keys.addmm_(at.T, q * weight)
 
 
 def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    ctx.needs = inputs[-2]
+    ctx.needs, ctx.inputs = inputs[-2], len(inputs)
     ctx.save_for_backward(*output[4:])
     ctx.set_materialize_grads(False)
 
@@ -1122,12 +999,10 @@ def _scale_grads(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | Non
         # In place, for a copy would be as big as all features.
         kept = zip(ctx.saved_tensors, ctx.needs, strict=True)
         found = [x.mul_(grads[0]) if wanted else None for x, wanted in kept]
-    return (*found, None, None, None)
+    return (*found, *[None] * (ctx.inputs - len(found)))
 
 
-class _Fused(torch.autograd.Function):
-    """The fused core for autograd."""
-
+class _Fused(torch.autograd.Function):  # the fused core for autograd
     setup_context = staticmethod(_keep_grads)
 
     @staticmethod
@@ -1142,25 +1017,22 @@ class _Fused(torch.autograd.Function):
 
 
 # The same as one operator, which torch.compile takes as it is; its first call imports 900 modules
-@torch.library.custom_op(
-    "ce_clip::fused",
-    mutates_args=(),
-    schema="(Tensor images, Tensor texts, Tensor negatives, Tensor? positives, Tensor valid, "
-    "Tensor counted, Tensor positive_valid, Tensor scale, Tensor? bias, Tensor thresholds, "
-    "str[] options, bool[] needs, str group) -> Tensor[]",
-)
+KINDS = {**Inputs.__annotations__, **Options.__annotations__}  # of the operator's arguments
+NAMED = [f"{x.__forward_arg__.replace(' | None', '?')} {name}" for name, x in KINDS.items()]
+SCHEMA = f"({', '.join(NAMED)}, bool[] needs, str group) -> Tensor[]"
+
+
+@torch.library.custom_op("ce_clip::fused", mutates_args=(), schema=SCHEMA)
 def _fused_op(*arguments: Any) -> list[Tensor]:
-    *tensors, words, needs, name = arguments
-    kinds: Any = zip(words, Options(), strict=True)
-    values: Any = [w == "True" if isinstance(d, bool) else type(d)(w) for w, d in kinds]
+    *inputs, needs, name = arguments
+    tensors, o = inputs[: len(Inputs._fields)], Options(*inputs[len(Inputs._fields) :])
     group = torch.distributed.distributed_c10d._resolve_process_group(name) if name else None
-    return list(_Fused.forward(*tensors, Options(*values), needs, group))
+    return list(_Fused.forward(*tensors, o, needs, group))
 
 
 @_fused_op.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    *tensors, _, needs, _ = arguments
-    x = Inputs(*tensors)
+    x, needs = Inputs(*arguments[: len(Inputs._fields)]), arguments[-2]
     scalar = x.images.new_empty((), dtype=torch.promote_types(x.images.dtype, torch.float32))
     own = [scalar.new_empty(4), scalar.new_empty(len(x.images)), scalar.new_empty(x.valid.shape)]
     grads = [
@@ -1173,14 +1045,13 @@ def _(*arguments: Any) -> list[Tensor]:
 _fused_op.register_autograd(_scale_grads, setup_context=_keep_grads)
 
 
-# Processes
+# Ranks
 
 
-def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def gather_rows(x: Tensor, group: Group = None) -> Tensor:
     """Gather the rows of all ranks, with gradients: [b, ...] -> [W·b, ...] in the order of ranks.
 
-    The gradient of a row is the sum of what all ranks' losses want of it.  Without a process group
-    x is returned as it is.
+    The gradient of a row is the sum over all ranks' losses. Without a process group x is returned.
 
     Raises:
         ValueError: ranks hold different numbers of rows.
@@ -1193,7 +1064,7 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _gather(x, group).flatten(0, 1)
 
@@ -1202,14 +1073,14 @@ class _GatherRows(torch.autograd.Function):
         return _reduce_rows(grad, ctx.group), None
 
 
-def _world(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def _world(group: Group) -> tuple[int, int]:
     """Rank and number of ranks; 0 and 1 outside a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _gather(x: Tensor, group: Group) -> Tensor:
     """Stack the equally shaped tensors of all ranks, [...] -> [W, ...], without gradients."""
     if _world(group)[1] == 1:
         return x[None]
@@ -1218,25 +1089,24 @@ def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return found
 
 
-def _reduce_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _reduce_rows(x: Tensor, group: Group) -> Tensor:
     """Sum [W·b, ...] over ranks; each keeps its own rows [b, ...]."""
-    world = _world(group)[1]
-    if world == 1:
+    parts = list(x.contiguous().chunk(_world(group)[1]))
+    if len(parts) == 1:
         return x
-    parts = list(x.contiguous().chunk(world))
     mine = torch.empty_like(parts[0])
     dist.reduce_scatter(mine, parts, group=group)
     return mine
 
 
-def _sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _sum_over_ranks(x: Tensor, group: Group) -> Tensor:
     if _world(group)[1] > 1:
         x = x.clone()
         dist.all_reduce(x, group=group)
     return x
 
 
-def _equal_rows(x: Tensor, group: dist.ProcessGroup | None) -> None:
+def _equal_rows(x: Tensor, group: Group) -> None:
     """Refuse unequal local batches, for which gathering would wait forever or mix up rows."""
     if _world(group)[1] > 1:
         rows = _gather(torch.tensor(len(x), device=x.device), group).tolist()
@@ -1244,67 +1114,35 @@ def _equal_rows(x: Tensor, group: dist.ProcessGroup | None) -> None:
             raise ValueError(f"ranks hold {min(rows)} and {max(rows)} rows; they must be equal")
 
 
-# Kernels: one tile of logits q k^T, and what is made of it before it leaves the registers
+# Kernels: compute one tile of logits q k^T and what is derived from it, in registers
 
 TILE_MODES = ("exp", "sums", "pairs", "sigmoid")
 TILE = (128, 128, 64)  # rows, columns, depth: no spills on sm_90, 96 KiB of shared memory
-tl: Any = None  # triton.language, once a kernel is asked for
 
 
 def _tiles(
-    mode: str,
-    q: Tensor,
-    keys: Tensor,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
-    row: Tensor | None = None,
-    column: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    first: int = -1,
+    mode: str, q: Tensor, keys: Tensor, out: Any = None, first: int = -1, **vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run `_tile` over all logits of q [n, D] and keys [M, D].
+    """Run `_tile` over all logits of scaled queries q [n, D] and keys [M, D]; `out` is [n, M].
 
-    Args:
-        mode: "exp" writes exp(S - row) and its partial sums of rows; "sums" partial log-sum-exps of
-            rows and columns; "pairs" writes exp(S - row) + exp(S - column), less 2 at the diagonal;
-            "sigmoid" writes sigmoid(S + bias), less 1 at the diagonal, and row sums of softplus.
-        q: queries, already scaled.
-        keys: keys.
-        dtype: of the operands, and of `out`.
-        out: where the tile goes [n, M].
-        row: [n].
-        column: [M].
-        bias: scalar.
-        first: the column that row 0 has its diagonal in; -1 for none.
-
-    Returns:
-        partial row results [n, tiles across], partial column results [tiles down, M].
+    Modes: "exp" writes exp(S - row) and partial sums of its rows; "sums" only partial log-sum-exps
+    of rows and columns; "pairs" writes exp(S - row) + exp(S - column), less 2 on the diagonal,
+    which starts in column `first` (-1: none); "sigmoid" writes sigmoid(S + bias), less 1 on the
+    diagonal, and row sums of softplus. Products are of the keys' dtype. `vectors` are row [n],
+    column [M] and bias []. Returns partial results of rows [n, tiles across] and of columns
+    [tiles down, M].
     """
-    import triton
-
     n, m, width = len(q), len(keys), q.shape[1]
     rows, columns, depth = TILE if q.is_cuda else (32, 32, 32)
     down, across = triton.cdiv(n, rows), triton.cdiv(m, columns)
     of_rows, of_columns = q.new_empty(n, across), q.new_empty(down, m)
-    nothing = q.new_empty(1)
-    row, column, bias = (nothing if t is None else t for t in (row, column, bias))
-    _kernel()[(down * across,)](
-        *(q.to(dtype).contiguous(), keys.to(dtype).contiguous(), of_rows if out is None else out),
-        *(row.contiguous(), column.contiguous(), bias, of_rows, of_columns, n, m, first),
-        *(width, TILE_MODES.index(mode), rows, columns, depth),
-        num_warps=8,
-        num_stages=3,
-    )
+    names, nothing = ("row", "column", "bias"), q.new_empty(1)
+    given = [vectors.get(name, nothing).contiguous() for name in names]
+    out = of_rows if out is None else out
+    given = [q.to(keys.dtype).contiguous(), keys.contiguous(), out, *given, of_rows, of_columns]
+    sizes = (n, m, first, width, TILE_MODES.index(mode), rows, columns, depth)
+    _kernel[(down * across,)](*given, *sizes, num_warps=8, num_stages=3)
     return of_rows, of_columns
-
-
-@functools.cache
-def _kernel() -> Any:
-    import triton
-
-    globals()["tl"] = triton.language
-    return triton.jit(_tile)
 
 
 # fmt: off
@@ -1315,8 +1153,7 @@ def _tile(  # type: ignore[no-untyped-def]
 ):
     # fmt: on
     """One tile of logits; see `_tiles`."""
-    across = tl.cdiv(m, COLUMNS)
-    down = tl.cdiv(n, ROWS)
+    across, down = tl.cdiv(m, COLUMNS), tl.cdiv(n, ROWS)
     # Eight tiles down before one across: neighbours share operands in the cache.
     band = tl.program_id(0) // (8 * across)
     tall = min(down - band * 8, 8)
@@ -1358,3 +1195,6 @@ def _tile(  # type: ignore[no-untyped-def]
             x -= tl.where((first + r)[:, None] == c[None, :], 2.0 if MODE == 2 else 1.0, 0.0)
         place = out + r.to(tl.int64)[:, None] * m + c[None, :]
         tl.store(place, x.to(out.dtype.element_ty), mask=inside)
+
+
+_kernel: Any = triton and triton.jit(_tile)

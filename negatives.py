@@ -105,7 +105,7 @@ class Words:
     free: list[tuple[list[str], dict[str, list[str]]]] = field(default_factory=list)
     done_to: list[tuple[list[str], list[str], list[str]]] = field(default_factory=list)
     together: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    participles: dict[str, list[str]] = field(default_factory=dict)
+    participles: list[tuple[list[str], dict[str, list[str]]]] = field(default_factory=list)
     compounds: dict[tuple[str, ...], list[tuple[list[str], str]]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)  # of compounds
     sexes: dict[str, set[str]] = field(default_factory=dict)  # of a noun: M or F
@@ -257,9 +257,12 @@ def _read_acts(rows: Rows, known: Words) -> None:
         for group in line.split(";"):
             for act in group.split():
                 known.together[act].update(group.split())
-    known.participles |= {
-        word: _items(line) for left, line in rows["participles"] for word in _items(left)
-    }
+    for who, line in rows["participles"]:
+        done: dict[str, list[str]] = {}
+        for group in line.split("|"):
+            old, _, new = group.partition(">")
+            done |= dict.fromkeys(_items(old), _items(new))
+        known.participles.append((who.split(), done))
     known.sets["free acts"] = frozenset(a for _, table in known.free for a in table)
     acts = {
         *known.sets["acts"],
@@ -541,9 +544,12 @@ def refuse_group(s: Sentence, group: list[Phrase]) -> str:
     if OWNED.search(s.tags, max(first - 1, 0), stop):
         return "a noun phrase has an owner"
     for p in group:
-        if p.noun in known.fixed and not (p is group[0] and is_measure(s, group)):
+        whole = p is group[0] and (is_measure(s, group) or is_part(s, group))
+        if p.noun in known.fixed and not whole:
             return "a noun phrase names a part, a place in the image or a measure"
-    around = s.words[max(first - 1, 0) : first] + s.words[stop : stop + 1]
+    around = s.words[max(first - 1, 0) : first]
+    verb = s.tags[stop + 1 : stop + 2] in VERBAL and s.words[stop + 1] not in known.nouns
+    around += [] if verb else s.words[stop : stop + 1]
     if not LISTED.isdisjoint(around):
         return "a noun phrase is part of a list that is not understood"
     return ""
@@ -553,6 +559,12 @@ def is_measure(s: Sentence, group: list[Phrase]) -> bool:
     """Whether a group begins as "a group of" does."""
     first = group[0]
     return len(group) > 1 and first.noun in words().sets["measures"] and s.words[first.stop] == "of"
+
+
+def is_part(s: Sentence, group: list[Phrase]) -> bool:
+    """Whether a group begins as "the side of" does."""
+    first = group[0]
+    return len(group) > 1 and first.kind == "part" and s.words[first.stop] == "of"
 
 
 def refuse_exchange(s: Sentence, ones: list[Phrase], twos: list[Phrase]) -> str:
@@ -663,8 +675,14 @@ def propose_attribute(s: Sentence) -> Proposal:
                     not phrase.plural or s.words[phrase.stop : phrase.stop + 1] == [","]
                 ):
                     continue  # two children, a boy and a girl
+                verb = FINITE.search(s.tags, phrase.stop)
+                single = verb and (
+                    verb[0] == "Z" or s.words[verb.start()] in known.sets["singular"]
+                )
+                if s.tags[i] == "D" and single:
+                    continue  # a group of dogs is
                 if options:
-                    swaps.append(Swap(i, options, "n" if i + 1 < phrase.head else ""))
+                    swaps.append(Swap(i, options, "N" if i + 1 < phrase.head else ""))
                     sites.append((i, phrase))
     for (i, one), (j, two) in itertools.combinations(sites, 2):
         alike = known.dimensions[s.words[i]] == known.dimensions[s.words[j]]
@@ -678,6 +696,7 @@ def propose_attribute(s: Sentence) -> Proposal:
 def other_values(value: str, kind: str, noun: str) -> tuple[str, ...]:
     """Values that exclude one, of such a thing."""
     rows = words().values[value]
+    rows = [row for row in rows if kind != "picture" or row[0] != ["*"]]
     new = [w for kinds, values in rows if is_kind(kind, kinds, noun) for w in values]
     return tuple(dict.fromkeys(new))
 
@@ -695,7 +714,8 @@ def propose_object(s: Sentence) -> Proposal:
             options = tuple(w for w in options if known.sexes.get(w, sexes) == sexes)
         if options and sum(p.noun == other.noun for other in s.phrases) == 1:
             bare = not p.plural and s.tags[p.first] not in "DHM" and p.first == p.head
-            attest = "p" if bare or (p.head > p.first and s.tags[p.head - 1] in "NSGE") else ""
+            joined = p.head > p.first and s.tags[p.head - 1] in "NSGE"
+            attest = "p" if bare else "P" if joined else ""
             attest += "n" if s.words[p.stop : p.stop + 1] == ["of"] else ""
             swaps.append(Swap(p.head, options, attest))
     return swaps, [], "no noun that words.txt knows"
@@ -717,12 +737,15 @@ def propose_action(s: Sentence) -> Proposal:
     for i, word in enumerate(s.words):
         if s.tags[i] not in "GZBE" or i in inside:
             continue
-        if s.tags[i] == "E" and word in known.participles:
-            swaps.append(Swap(i, tuple(known.participles[word])))
+        who = next((p for p in reversed(s.phrases) if p.stop <= i), None)
+        for kinds, done in known.participles:
+            if who and s.tags[i] in "EG" and word in done and is_kind(who.kind, kinds, who.noun):
+                swaps.append(Swap(i, tuple(done[word])))
+                break
         verb, form = known.verbs.get(word, ("", ""))
         what = starts.get(i + 1)
         after = what.stop if what else i + 1
-        if form != s.tags[i] or s.tags[after : after + 1] == "L":
+        if form != s.tags[i] or s.tags[after : after + 1] in ("L", "Q", "T"):
             continue
         if form == "B" and i and s.tags[i - 1] == "T" and not what:
             continue  # about to swim
@@ -776,7 +799,8 @@ PROPOSE: dict[str, Callable[[Sentence], Proposal]] = {
     "action": propose_action,
 }
 OWNED, NO_LINK, FINITE, PRONOUN = (re.compile(x) for x in ("[HO]", "[WCQX.]|PG", "[IZB]", "[HQ]"))
-LINK = re.compile("P|[GZBE](?![GZBERLP])")  # the word that decides: a preposition, or else a verb
+LINK = re.compile("P|[GZBE](?![GZBERP])|I$")  # the word that decides: a preposition, or else a verb
+VERBAL = ("G", "Z", "B", "I")
 LISTED = {"and", "or", ",", "of", "&", "/", "'", "-"}
 
 
@@ -993,9 +1017,10 @@ LEARNED = 200_000  # captions, the first of the file, that are counted
 FEWEST = 500  # captions that the game needs
 CHUNK = 512  # captions in a block
 FIT, HIDE = 1.0, 2.0  # weight of fit, and of hiding from the reader, in nats
-FLOW = (3.8, 3.5, 3.3, 3.2)  # how many times as often as it goes out a word may come in, by type
-SAMPLE = 10_000  # captions, the first of the file, that the game is played on
+FLOW = (4.5, 4.2, 4.0, 3.8)  # how many times as often as it goes out a word may come in, by type
+SAMPLE = 25_000  # captions, the first of the file, that the game is played on
 ROUNDS = 20
+FREE = 3  # two words seen together less often are no fixed expression
 MAX_OPTIONS = 12  # of one place that are weighed
 
 
@@ -1240,9 +1265,10 @@ def weigh(
         x[few] for x in (site, option, group, at, new, seed, key)
     )
     noun = vocabulary().hashes([x.noun for *_, x in swaps])[site]
-    attest = np.array([("p" in x.attest) + 2 * ("n" in x.attest) for *_, x in swaps], np.int64)[
-        site
-    ]
+    attest = np.array(
+        [sum(2**k for k, mark in enumerate("pnPN") if mark in x.attest) for *_, x in swaps],
+        np.int64,
+    )[site]
     # Exchanges: two parts, each of which goes where the other was.
     of, a, b, one, c, d, two, _, _ = moves.T
     b, d, swapped, moved = b - 1, d - 1, len(site), len(moves)
@@ -1258,19 +1284,20 @@ def weigh(
     single = part < swapped
 
     fit, counts = learned.fit(near, new_head, new_kind)
-    old, _ = learned.fit(near, word[head], kind[head])
+    old, often = learned.fit(near, word[head], kind[head])
     fit[~single, :2] = old[~single, :2] = 0  # of phrases the inner words touch the neighbours
     gain = ((np.minimum(fit, 3) - np.minimum(old, 3)) * SLOTS).sum(axis=1)
     size = swapped + moved
     rule = np.zeros(size, np.int8)
     rule[:swapped][fit[single].min(axis=1) < options.plausible] = IMPLAUSIBLE
-    unseen = ((counts[single, :2] < 2) | (fit[single, :2] < 0)) & (attest[:, None] & [1, 2] > 0)
+    often = np.where(often[single, :2] > FREE, attest[:, None] & [4, 8], 0)
+    asked = (attest[:, None] & [1, 2]) + often > 0
+    unseen = ((counts[single, :2] < 2) | (fit[single, :2] < 0)) & asked
     rule[:swapped][unseen.any(axis=1)] = UNSEEN
     group = np.concatenate([group, of])
-    claims = claims_of(block, group[:swapped], new[:, 3], noun, moves)
     alone = np.arange(len(images), dtype=np.uint32)
     own = np.sort(facts_of(block, alone))
-    for claim in claims:
+    for claim in claims_of(block, group[:swapped], new[:, 3], noun, moves):
         told = found(learned.facts, fact_keys(images[group // 4], claim))
         rule[told | found(own, fact_keys(alone[group // 4], claim))] = SAID
 

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""Train CLIP with hard negatives, on one device or under torchrun.
+"""Train CLIP with hard negatives, on one device or under torchrun or srun.
 
   python train.py                                        # the shapes world, minutes on a laptop
   torchrun --nproc_per_node=8 train.py --data negatives.jsonl --images coco \\
       --model ViT-B-32-quickgelu --pretrained openai --recipe ce-clip
+  python train.py --loss scripts/example_loss.py:WithMargin     # a loss of your own
 
 The same command resumes a run that was cut off, to the same weights.
 """
+
+# Chapters: options; data; model and loss; the step; checkpoints and resuming; validation and
+# metrics; the loop; main.
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import hashlib
 import importlib
+import importlib.util
+import inspect
 import json
 import math
 import multiprocessing
@@ -28,93 +35,274 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import negatives
+from negatives import NEGATIVE_TYPES, DataError, why
+
+VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
+
+
+def make_parser(everything: bool = False) -> argparse.ArgumentParser:
+    """The command line of train_options.json, with help on common options or on `everything`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("train.py", "train.py [options]", __doc__, formatter_class=raw)
+    parser.add_argument("--help-all", action="help", help="show the rare options too, and exit")
+    kinds: dict[str, Any] = {"int": int, "float": float, "str": str, "path": Path}
+    kinds["types"] = negatives.split_types
+    table = Path(__file__).parent / "scripts/train_options.json"
+    for title, options in json.loads(table.read_text(encoding="utf-8")).items():
+        group = parser.add_argument_group(title)
+        for flag, given in options.items():
+            given["help"] = given["help"] if everything or title != "rare" else argparse.SUPPRESS
+            if "type" in given:
+                letter = {"int": "N", "float": "X", "str": "NAME"}.get(given["type"])
+                given = {"metavar": letter, **given, "type": kinds[given["type"]]}
+            group.add_argument(flag, **given)
+    return parser
+
+
+if __name__ == "__main__":  # --help is answered before torch is imported, which takes seconds
+    make_parser("--help-all" in sys.argv).parse_args()
+
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
-from data import (
-    Batch,
-    Collate,
-    DataError,
-    ManifestDataset,
-    Mixture,
-    PackedText,
-    ShapesDataset,
-    ShardStream,
-    Transform,
-    add_types,
-    encode_image,
-    encode_text,
-    find_overlap,
-    image_size,
-    normalise,
-    run_script,
-    split_features,
-    text_layout,
-    train_transform,
-    unbundle,
-    unpack_texts,
-    writing,
-)
-from evaluate import (
-    PRECISIONS,
-    TINY_CONFIG,
-    Encoder,
-    Item,
-    Model,
-    Rank,
-    Retrieval,
-    Suite,
-    average,
-    load_model,
-    load_suite,
-    mean_of,
-    named_averages,
-    read_table,
-    score_suite,
-    start_process,
-    together,
-    write_text,
-)
-from losses import IMC_VARIANTS, NEGATIVE_TYPES, RECIPES, THRESHOLDS, CEClipLoss
-from negatives import lock, read_records, why
+import data
+import evaluate
+from data import Batch
+from evaluate import Model, Rank, Suite
+from losses import CEClipLoss
 
 # Defaults: the paper's run on photos, and a small run of the shapes world.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "photos": {
         **{"lr": 5e-6, "warmup": 50, "batch_size": 512, "epochs": 5, "grad_clip": 0.0},
         **{"model": "ViT-B-32-quickgelu", "save_every": 500, "workers": 4},
     },
     "shapes": {
         **{"lr": 1e-3, "warmup": 50, "batch_size": 64, "steps": 700, "grad_clip": 1.0},
-        **{"model": TINY_CONFIG.stem, "save_every": 100, "workers": 0},
+        **{"model": "shapes-resnet", "save_every": 100, "workers": 0},
     },
     "both": {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"},
 }
-LOSS_OPTIONS = (
-    *("imc", "imc_weight", "cmr_weight", "threshold", "cap", "fixed_threshold"),
-    *("own_weight", "focal_gamma", "label_smoothing"),
-)
-# Options that do not shape the trajectory: a resumed run may change them.
+# Options that a resumed run may change, for they do not shape the trajectory.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
-FREE |= {"val", "val_root", "val_every", "best", "log"}
-FREE |= {"on_bad_image", "remote"}
-MAX_BAD_STEPS = 3
-FAULT = 255  # a rank cannot go on; above every signal's number
+FREE |= {"val", "val_root", "val_every", "best", "log", "on_bad_image", "remote"}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; options that depend on the data get their defaults here.
+
+    Raises:
+        DataError: an option does nothing where it is given, or the loss refuses it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser("--help-all" in argv).parse_args(argv)
+    check_idle(args)
+    if args.pretrained and os.path.exists(args.pretrained):
+        args.model = args.model or ""  # the checkpoint's own
+    kind, length = "photos" if args.data else "shapes", {"steps", "epochs"}
+    for key, value in {**DEFAULTS["both"], **DEFAULTS[kind]}.items():
+        if getattr(args, key) is None and not (key in length and (args.steps or args.epochs)):
+            setattr(args, key, value)
+    if args.loss is None:
+        args.recipe = args.recipe or "ce-clip"
+    args.out = args.out or Path("runs") / (args.recipe or args.loss.rpartition(":")[2])
+    args.captions = args.captions or ("all" if args.recipe == "released" else "one")
+    return args
+
+
+def check_idle(args: argparse.Namespace) -> None:
+    """Refuse options that do nothing where they are given."""
+    loss, shapes, shards = make_loss(args), args.data is None, reads_shards(args)
+    rows = [
+        ("ema", not args.distill, "without --distill"),
+        ("images captions", shards, "with shards"),
+        ("remote", not shards, "without shards"),
+        ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
+        ("shapes_negatives", not shapes, "with --data"),
+        ("epochs", args.steps is not None, "where --steps is given"),
+    ]
+    if isinstance(loss, CEClipLoss):
+        o, fixed = loss.options, loss.threshold.mode == "fixed"
+        rows += [
+            ("fixed_threshold", not fixed, "without --threshold fixed"),
+            ("cap", fixed, "with --threshold fixed"),
+            ("threshold cap fixed_threshold", not o["cmr_weight"], "where the cmr weight is 0"),
+            ("imc_weight", o["imc"] == "none", "where imc is none"),
+            ("focal_gamma label_smoothing", not o["own_weight"], "without --own-weight"),
+        ]
+    for names, idle, where in rows:
+        for name in names.split():
+            if idle and getattr(args, name) not in (None, False):
+                raise DataError(f"--{name.replace('_', '-')}: does nothing {where}; leave it out")
+
+
+def check_args(args: argparse.Namespace, rank: Rank) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    least = {"lora": 0, "warmup": 0, "workers": 0, "seed": 0}
+    most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1}
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            real, flag = isinstance(value, float), name.replace("_", "-")
+            low, high = least.get(name, int(not real)), most.get(name, 10**6 if real else 2**31)
+            above = ", and above 0" if name in ("lr", "cap") else ""
+            if not low <= value <= high or (above and not value):
+                raise DataError(f"--{flag} {value}: must be a number from {low} to {high}{above}")
+    shards, folders, manifests = reads_shards(args), len(args.images or []), len(args.data or [])
+    own = "--images" if folders else "--types"
+    for wrong, told in (
+        (args.batch_size % rank.world,
+         f"--batch-size {args.batch_size}: is not divisible by {rank.world} ranks"),
+        (args.val is None and (args.val_root or args.val_every or args.best),
+         "--val-root, --val-every and --best: need --val, what to score"),
+        (args.val not in (None, "shapes") and args.val_root is None,
+         f"--val {args.val}: needs --val-root, the folder of its files or images"),
+        (args.lora and (args.distill or args.tune != "all"),
+         "--lora: goes with neither --distill nor --tune; leave one out"),
+        ((folders or args.types) and not manifests,
+         f"{own}: needs --data, the manifest with these images and negatives"),
+        (shards and (manifests > 1 or not args.steps),
+         "--data *.tar: takes one pattern, and needs --steps, not --epochs"),
+        (not shards and manifests and folders not in (1, manifests),
+         f"--images: {folders} folders for {manifests} manifests; "
+         "give one folder for all of --data, or one for each"),
+        (len({weight is None for _, weight in manifest_weights(args)}) == 2,
+         "--data: give every manifest a weight (FILE:WEIGHT), or none"),
+    ):  # fmt: skip
+        if wrong:
+            raise DataError(told)
+
+
+def reads_shards(args: argparse.Namespace) -> bool:
+    """Whether --data are webdataset shards."""
+    return any(re.search(r"\.(tar(\.\w+)?|tgz)(:[\d.]+)?$|^pipe:", x) for x in args.data or [])
+
+
+def manifest_weights(args: argparse.Namespace) -> list[tuple[str, float | None]]:
+    """Split each FILE:WEIGHT of --data; the weight may be missing."""
+    found: list[tuple[str, float | None]] = []
+    for text in args.data or []:
+        match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
+        if match and not float(match[2]):
+            raise DataError(f"--data {text}: the weight must be above 0; or leave the file out")
+        found.append((match[1], float(match[2])) if match else (text, None))
+    return found
+
+
+# Data
+
+
+def make_source(
+    args: argparse.Namespace, model: Model, loss: Any, rank: Rank
+) -> data.Mixture | data.ShardStream:
+    """The shapes world, or what --data names; refuses data that the loss cannot use."""
+    if args.data is None:
+        world = data.ShapesDataset(data.image_size(model.net), 0, args.shapes_negatives or "both")
+        return data.Mixture([world], [1], args.batch_size, args.seed, True)
+    exif, reduce = args.exif == "apply", not args.full_decode
+    transform, named = (
+        data.train_transform(model.net, exif=exif, reduce=reduce),
+        " ".join(args.data),
+    )
+    remedy = "use --imc repulsion or --imc none"
+    if reads_shards(args):
+        if loss.needs_positives:
+            told = "--imc paired needs a second caption of each image, which shards lack"
+            raise DataError(f"{told}; {remedy}")
+        given = (args.data[0], transform, args.seed, (0, rank.number, rank.world))
+        options = {"batch": args.batch_size // rank.world, "remote": args.remote}
+        options["needs_negatives"] = loss.needs_negatives
+        return data.ShardStream(*given, args.on_bad_image, args.types, **options)
+    pairs = manifest_weights(args)
+    folders = args.images * (len(pairs) // len(args.images))
+    sources = [
+        data.ManifestDataset(path, folder, transform, args.seed, args.on_bad_image, args.types)
+        for (path, _), folder in zip(pairs, folders, strict=True)
+    ]
+    lacking = [name for name in args.types if not any(name in source.made for source in sources)]
+    if lacking:
+        told = f"there is no negative of the type {lacking[0]}; see data.py check"
+        raise DataError(f"--types: {told}")
+    if loss.needs_negatives and not any(source.has_negatives for source in sources):
+        raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
+    if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
+        told = "no image has two captions, which --imc paired needs"
+        raise DataError(f"--data {named}: {told}; {remedy}")
+    # The checkpoint's kit keeps which photos the weights have seen, those of the start included.
+    before = model.about.get("train_images", torch.empty(0, dtype=torch.int64)).numpy()
+    photos = np.unique(np.concatenate([before, *(source.photos for source in sources)]))
+    model.about["train_images"] = torch.from_numpy(photos)
+    if rank.number == 0:
+        overlap = "; ".join(data.find_overlap(photos))
+        print(f"{len(photos)} training images; among them: {overlap}")
+    shares = [weight for _, weight in pairs if weight] or [len(source) for source in sources]
+    return data.Mixture(sources, shares, args.batch_size, args.seed, args.captions == "one")
+
+
+def make_loader(run: Run, source: Any, start: int, readers: Any = None) -> Iterator[list[Batch]]:
+    """This rank's share of each global batch from step `start` on."""
+    args, loss, rank = run.args, run.loss, run.rank
+    kind = "valid" if loss.options.get("mask_invalid", True) else "all"
+    kind, part = kind if loss.needs_negatives else "none", args.micro_batch or 0
+    needs: dict[str, Any] = {"positives": loss.needs_positives, "negatives": kind}
+    options: dict[str, Any] = {"num_workers": args.workers, "worker_init_fn": ignore_signals}
+    options["collate_fn"] = data.Collate(run.model.tokenizer, **needs, part=part).bundle
+    options["pin_memory"] = rank.device.type == "cuda"
+    loader: Any
+    if isinstance(source, data.ShardStream):
+        source.place, source.states = (start, rank.number, rank.world), dict(readers or {})
+        loader = DataLoader(source, batch_size=None, **options)
+    else:
+        local = args.batch_size // rank.world
+        here = slice(rank.number * local, (rank.number + 1) * local)
+        mine = (batch[here] for batch in source.batches(start, args.steps))
+        loader = DataLoader(source, batch_sampler=mine, **options)
+    # Workers start with signals blocked: the whole process group gets them, and only this process
+    # shall act. A worker that dies is seen while we wait for it, not amid a step.
+    mask: Any = getattr(signal, "pthread_sigmask", lambda *_: None)
+    before = mask(getattr(signal, "SIG_BLOCK", 0), SIGNALS)
+    made = iter(loader)
+    if before is not None:
+        mask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return (data.unbundle(bundle) for bundle in made)
+
+
 # SLURM warns with SIGUSR1 before it takes a node away (--signal=USR1@120); torchrun hands it on
 # only with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1.
 SIGNALS = {getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, x)}
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave the signals to the process that trains."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader_fault(error: Exception) -> DataError:
+    """What went wrong while a batch was made, in one sentence; a worker brings its traceback."""
+    told = (str(error).strip().splitlines() or [""])[-1]
+    if not isinstance(error, DataError | OSError | RuntimeError | MemoryError):
+        raise error
+    # torch's frames hold the error, and it them: the loader would outlive its queues.
+    error.__traceback__ = None
+    if isinstance(error, DataError):
+        return DataError(re.sub(r"^[\w.]*DataError: ", "", told))
+    return DataError(f"a batch cannot be loaded ({told or type(error).__name__}); fewer --workers?")
+
+
+# Model and loss
 
 
 class Towers(nn.Module):
@@ -125,44 +313,29 @@ class Towers(nn.Module):
         super().__init__()
         self.net, self.captioned = net, captioned
 
-    def forward(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, texts: data.PackedText) -> tuple[Tensor, ...]:
         """Encode uint8 images [B, 3, H, W] and M texts.
 
-        Returns unit-length features [B, D] and [M, D], logit_scale, and logit_bias if there is one;
-        with `captioned` what `_captioned` does.
+        Returns unit-length features [B, D] and [M, D], logit_scale, and logit_bias if there is one,
+        or with `captioned` the sum of the captioning loss over words (Yu et al., arXiv 2205.01917),
+        and the count of words.
         """
+        net, bias = self.net, getattr(self.net, "logit_bias", None)
+        images, more = data.normalise(images, net), [] if bias is None else [bias + 0]
         if self.captioned:
-            return self._captioned(normalise(images, self.net), texts)
-        image_features = encode_image(self.net, normalise(images, self.net))
-        text_features = encode_text(self.net, texts)
-        bias = getattr(self.net, "logit_bias", None)
-        return (
-            F.normalize(image_features.float(), dim=-1),
-            F.normalize(text_features.float(), dim=-1),
-            self.net.logit_scale.exp(),
-            *([] if bias is None else [bias + 0]),
-        )
-
-    def _captioned(self, images: Tensor, texts: PackedText) -> tuple[Tensor, ...]:
-        """Features, logit_scale, and the sum and the count of the decoder's losses of a word.
-
-        Each word of a true caption is told from the image and the words before it (Yu et al.,
-        arXiv 2205.01917); positives and negatives are not decoded.
-        """
-        tokens = unpack_texts(texts, self.net) if len(texts.where) else texts.tokens  # [M, C]
-        image_features, seen = self.net._encode_image(images, normalize=False)
-        text_features, words = self.net._encode_text(tokens, normalize=False)
-        told, labels = words[: len(images), :-1], tokens[: len(images), 1:]
-        logits = self.net.text_decoder(seen, told).float()  # [B, C - 1, vocabulary]
-        loss = F.cross_entropy(
-            logits.movedim(-1, 1), labels, ignore_index=self.net.pad_id, reduction="sum"
-        )
-        return (
-            F.normalize(image_features.float(), dim=-1),
-            F.normalize(text_features.float(), dim=-1),
-            self.net.logit_scale.exp(),
-            *(loss, (labels != self.net.pad_id).sum().float()),
-        )
+            tokens = data.unpack_texts(texts, net) if len(texts.where) else texts.tokens  # [M, C]
+            image_features, seen = net._encode_image(images, normalize=False)
+            text_features, words = net._encode_text(tokens, normalize=False)
+            # Each word of a true caption is predicted from the image and the words before it.
+            told, labels = words[: len(images), :-1], tokens[: len(images), 1:]
+            logits = net.text_decoder(seen, told).float().movedim(-1, 1)  # [B, vocabulary, C - 1]
+            each = F.cross_entropy(logits, labels, ignore_index=net.pad_id, reduction="sum")
+            more = [each, (labels != net.pad_id).sum().float()]
+        else:
+            image_features = data.encode_image(net, images)
+            text_features = data.encode_text(net, texts)
+        units = [F.normalize(x.float(), dim=-1) for x in (image_features, text_features)]
+        return (*units, net.logit_scale.exp(), *more)
 
 
 class LoRA(nn.Module):
@@ -180,19 +353,6 @@ class LoRA(nn.Module):
         return weight + self.up @ self.down
 
 
-def add_lora(net: nn.Module, rank: int) -> None:
-    """Freeze a model and give each linear layer and attention of it a change of low rank."""
-    net.requires_grad_(False)
-    for module in list(net.modules()):
-        name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
-        weight = getattr(module, name, None)
-        if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
-            if rank > min(weight.shape):
-                size = " x ".join(map(str, weight.shape))
-                raise DataError(f"--lora {rank}: a weight of the model is {size}; give less")
-            parametrize.register_parametrization(module, name, LoRA(weight, rank))
-
-
 def plain_weights(net: nn.Module) -> dict[str, Tensor]:
     """The state_dict in open_clip's layout, with LoRA's changes merged into the weights."""
     state = {}
@@ -206,26 +366,84 @@ def plain_weights(net: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-class Run(NamedTuple):
-    """What changes while training, and what a checkpoint holds."""
+@functools.cache
+def read_loss(spec: str) -> Any:
+    """The class that --loss FILE.py:CLASS names."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
+        raise DataError(f"--loss {spec}: must be FILE.py:CLASS, as my_loss.py:MyLoss")
+    fingerprint(path)  # it can be read
+    found: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(found)
+    with loss_faults(spec):
+        found.loader.exec_module(module)
+    made = getattr(module, name, None)
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise DataError(f"--loss {spec}: {path} has no class {name} of torch.nn.Module")
+    return made
 
+
+@contextlib.contextmanager
+def loss_faults(spec: str | None) -> Iterator[None]:
+    """What the code of --loss raises, as one sentence with its line."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind
+        if spec is None:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [x.lineno for x in frames if x.filename == spec.rpartition(":")[0]]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        where = f", line {lines[-1]}" if lines else ""
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise DataError(f"--loss {spec}{where}: {told}; correct the file") from None
+
+
+LOSS_OPTIONS = (
+    *("recipe", "imc", "imc_weight", "cmr_weight", "threshold", "cap", "fixed_threshold"),
+    *("own_weight", "focal_gamma", "label_smoothing"),
+)
+
+
+def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -> Any:
+    """CEClipLoss, or the class of --loss, with the options that were given, for K types.
+
+    The constructor of CLASS gets the options as keywords, and `types` if it has that keyword. A
+    class may set needs_negatives (else True), needs_positives and reset_each_epoch (else False).
+    """
+    given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
+    if args.loss is None:
+        try:
+            return CEClipLoss(**given, types=types)
+        except ValueError as error:
+            told = f"--recipe {given.get('recipe', 'ce-clip')} with these options"
+            raise DataError(f"{told}: {error}") from None
+    made = read_loss(args.loss)
+    if issubclass(made, CEClipLoss) or "types" in inspect.signature(made).parameters:
+        given["types"] = types
+    with loss_faults(args.loss):
+        loss = made(**given)
+    if next(loss.parameters(), None) is not None:
+        raise DataError(f"--loss {args.loss}: has parameters, which are not trained; use buffers")
+    standard = {"needs_negatives": True, "needs_positives": False, "reset_each_epoch": False}
+    for name, value in {**standard, "options": {}, "types": tuple(types)}.items():
+        setattr(loss, name, getattr(loss, name, value))
+    return loss
+
+
+class Run(NamedTuple):
+    """A run: its options and place, and what changes while it trains."""
+
+    args: argparse.Namespace
+    rank: Rank
+    model: Model
+    net: Any  # the model's module
     towers: Any  # Towers, or DistributedDataParallel of it
-    net: Any
-    teacher: Towers | None  # a moving average of net, for --distill
-    loss: CEClipLoss
+    teacher: Towers | None  # a moving average of the model, for --distill
+    loss: Any  # CEClipLoss, or the one of --loss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    limit: Tensor  # of net.logit_scale
-    caption_weight: float = 0.0  # of CoCa's captioning loss
-
-
-def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -> CEClipLoss:
-    """The loss of the recipe and the options that overrule it, for K types of negatives."""
-    given = {key: getattr(args, key) for key in LOSS_OPTIONS if getattr(args, key) is not None}
-    try:
-        return CEClipLoss(args.recipe, types=types, **given)
-    except ValueError as error:
-        raise DataError(f"--recipe {args.recipe} with these options: {error}") from None
+    limit: Tensor  # of logit_scale
 
 
 def make_run(
@@ -242,8 +460,16 @@ def make_run(
         net.set_grad_checkpointing()
     if args.tune == "text":
         net.visual.requires_grad_(False)
-    if args.lora:
-        add_lora(net, args.lora)
+    if args.lora:  # a change of low rank for each linear layer and attention
+        net.requires_grad_(False)
+    for module in list(net.modules()) if args.lora else ():
+        name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
+        weight = getattr(module, name, None)
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
+            if args.lora > min(weight.shape):
+                size = " x ".join(map(str, weight.shape))
+                raise DataError(f"--lora {args.lora}: a weight of the model is {size}; give less")
+            parametrize.register_parametrization(module, name, LoRA(weight, args.lora))
     teacher = Towers(copy.deepcopy(net)).requires_grad_(False) if args.distill else None
     towers: nn.Module = Towers(net, captioned)
     if args.compile:
@@ -253,212 +479,83 @@ def make_run(
         towers = DistributedDataParallel(towers, device_ids=ids)
     # No decay on norms, biases and logit_scale, as CLIP was trained.
     params = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    groups: Any = [{"params": matrices, "weight_decay": args.weight_decay}]
+    groups += [{"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.precision == "fp16")
     # CLIP's limit of 100, unless the weights begin above it; SigLIP's loss has none.
     limit = net.logit_scale.detach().clone().clamp(min=math.log(100))
     if getattr(net, "logit_bias", None) is not None:
         limit.fill_(torch.inf)
-    return Run(towers, net, teacher, loss, optimizer, scaler, limit, args.caption_weight)
+    return Run(args, rank, model, net, towers, teacher, loss, optimizer, scaler, limit)
 
 
-def make_data(args: argparse.Namespace, model: Model, loss: CEClipLoss) -> Mixture:
-    """The shapes world, or the manifests of --data; refuses data that the recipe cannot use."""
-    if args.data is None:
-        world = ShapesDataset(image_size(model.net), seed=0)
-        return Mixture([world], [1], args.batch_size, args.seed, True)
-    folders = args.images
-    pairs = [split_weight(text) for text in args.data]
-    weights = [weight for _, weight in pairs if weight is not None]
-    transform = transform_of(args, model)
-    sources = [
-        ManifestDataset(path, folder, transform, args.seed, args.on_bad_image, args.types)
-        for (path, _), folder in zip(pairs, folders * (len(pairs) // len(folders)), strict=True)
-    ]
-    named = " ".join(args.data)
-    lacking = [name for name in args.types if not any(name in source.made for source in sources)]
-    if lacking:
-        raise DataError(
-            f"--types: there is no negative of the type {lacking[0]}; see data.py check"
-        )
-    if loss.needs_negatives and not any(source.has_negatives for source in sources):
-        raise DataError(f"--data {named}: holds no negatives; make them with negatives.py")
-    if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
-        raise DataError(
-            f"--data {named}: no picture has two captions, which --imc paired needs; "
-            "use --imc repulsion or --imc none"
-        )
-    shares = weights or [len(source) for source in sources]
-    return Mixture(sources, shares, args.batch_size, args.seed, args.captions == "one")
-
-
-def note_images(model: Model, data: Mixture | None, rank: Rank) -> None:
-    """Keep which photos the weights have seen (the checkpoint's `kit`) and say which are tested.
-
-    Photos of the checkpoint that the run starts from count; those of shards are not known.
-    """
-    own = (
-        [source.photos for source in data.sources if isinstance(source, ManifestDataset)]
-        if data
-        else []
-    )
-    if not own:
-        return
-    before = model.about.get("train_images", torch.empty(0, dtype=torch.int64)).numpy()
-    photos = np.unique(np.concatenate([before, *own]))
-    model.about["train_images"] = torch.from_numpy(photos)
-    if rank.number == 0:
-        print(f"{len(photos)} training images; among them: " + "; ".join(find_overlap(photos)))
-
-
-def transform_of(args: argparse.Namespace, model: Model) -> Transform:
-    """The crop, as the options want it."""
-    return train_transform(model.net, exif=args.exif == "apply", reduce=not args.full_decode)
-
-
-def split_weight(text: str) -> tuple[str, float | None]:
-    """Split FILE:WEIGHT; the weight may be missing."""
-    found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
-    if found is None:
-        return text, None
-    if not float(found[2]):
-        raise DataError(f"--data {text}: the weight must be above 0; or leave the file out")
-    return found[1], float(found[2])
-
-
-def make_loader(
-    args: argparse.Namespace,
-    data: Mixture | None,
-    model: Model,
-    loss: CEClipLoss,
-    rank: Rank,
-    start: int,
-    readers: dict[int, Any] | None = None,
-) -> Iterator[list[Batch]]:
-    """This rank's share of each global batch from step `start` on; of shards if data is None."""
-    local = args.batch_size // rank.world
-    kind = "valid" if loss.options["mask_invalid"] else "all"
-    collate = Collate(
-        model.tokenizer,
-        positives=loss.needs_positives,
-        negatives=kind if loss.needs_negatives else "none",
-        part=args.micro_batch or 0,
-    )
-    options: dict[str, Any] = {
-        **{"num_workers": args.workers, "worker_init_fn": ignore_signals},
-        **{"collate_fn": collate.bundle, "pin_memory": rank.device.type == "cuda"},
-    }
-    loader: Any
-    if data is None:
-        if loss.needs_positives:
-            told = "--imc paired needs a second caption of each image, which shards lack"
-            raise DataError(f"{told}; use --imc repulsion or --imc none")
-        stream = make_stream(args, model, loss, rank, start, readers)
-        loader = DataLoader(stream, batch_size=None, **options)
-    else:
-        batches = data.batches(start, args.steps)
-        mine = (batch[rank.number * local : (rank.number + 1) * local] for batch in batches)
-        loader = DataLoader(data, batch_sampler=mine, **options)
-    # Workers are born deaf to the signals: the whole process group gets them, and only this
-    # process shall act.  A worker that dies is seen while we wait for it, not amid a step.
-    mask: Any = getattr(signal, "pthread_sigmask", lambda *_: None)
-    before = mask(getattr(signal, "SIG_BLOCK", 0), SIGNALS)
-    made = iter(loader)
-    if before is not None:
-        mask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return (unbundle(bundle) for bundle in made)
-
-
-def ignore_signals(worker: int) -> None:
-    """Leave the signals to the process that trains."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_stream(
-    args: argparse.Namespace, model: Model, loss: CEClipLoss, rank: Rank, start: int, readers: Any
-) -> ShardStream:
-    """The shards of --data, from step `start` on."""
-    place, transform = (start, rank.number, rank.world), transform_of(args, model)
-    options: dict[str, Any] = {"batch": args.batch_size // rank.world, "remote": args.remote}
-    options |= {"states": readers or {}, "needs_negatives": loss.needs_negatives}
-    given = (args.data[0], transform, args.seed, place, args.on_bad_image, args.types)
-    return ShardStream(*given, **options)
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then half a cosine to 0."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * done))
+# The step
 
 
 def encode(towers: nn.Module, part: Batch, args: argparse.Namespace) -> list[Tensor]:
     """Run both towers on a part of the batch; returns what `Towers` does."""
     device = next(towers.parameters()).device
-    dtype = PRECISIONS[args.precision]
+    dtype = evaluate.PRECISIONS[args.precision]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return list(towers(part.images.to(device, non_blocking=True), part.texts.to(device)))
 
 
 def batch_loss(
-    run: Run,
-    parts: list[Batch],
-    features: list[list[Tensor]],
-    taught: list[list[Tensor]],
-    weight: float,
+    run: Run, parts: list[Batch], features: list[list[Tensor]], taught: list[list[Tensor]]
 ) -> dict[str, Tensor]:
-    """The loss of the whole batch from what `encode` returned for its parts; thresholds move on.
+    """The loss of the whole batch, from what `encode` returned for its parts; thresholds move on.
 
-    Where there is a teacher, `taught` is what it returned, and `weight` that of the distance to it.
+    `taught` is what the teacher returned for them, if there is one.
     """
-    split = [split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
-    captions, positives, negatives = (torch.cat(column) for column in zip(*split, strict=True))
+    args = run.args
+    split = [data.split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
+    captions, positives, hard = (torch.cat(column) for column in zip(*split, strict=True))
     images = torch.cat([f[0] for f in features])
-    scale, *bias = features[-1][2 : 3 if run.caption_weight else None]
+    scale, *bias = features[-1][2 : 3 if args.caption_weight else None]
     valid = torch.cat([part.valid for part in parts]).to(images.device)
     positive_valid = torch.cat([part.positive_valid for part in parts]).to(images.device)
-    out = run.loss(images, captions, scale, negatives, valid, positives, positive_valid, *bias)
-    if run.caption_weight:
+    with loss_faults(args.loss):
+        out = run.loss(images, captions, scale, hard, valid, positives, positive_valid, *bias)
+        if args.loss and not (isinstance(out, dict) and getattr(out.get("loss"), "grad_fn", None)):
+            raise TypeError("forward must return a dict with a differentiable 'loss' and its parts")
+        for name in out if args.loss else ():
+            if torch.as_tensor(out[name]).numel() != 1:
+                raise TypeError(f"its part {name!r} must be a scalar")
+            if name in ("step", "epoch", "lr", "grad_norm", "applied", "logit_scale"):
+                raise ValueError(f"its part {name!r} must have another name, metrics has this one")
+    if args.caption_weight:
         words = torch.stack([f[3] for f in features]).sum() / sum(f[4].detach() for f in features)
-        out = {**out, "loss": out["loss"] + run.caption_weight * words, "caption": words.detach()}
+        out = {**out, "loss": out["loss"] + args.caption_weight * words, "caption": words.detach()}
     if taught:
-        away = [
-            (mine[i] - old[i]).square().sum()
-            for mine, old in zip(features, taught, strict=True)
-            for i in (0, 1)
-        ]
+        pairs = zip(features, taught, strict=True)
+        away = [(mine[i] - old[i]).square().sum() for mine, old in pairs for i in (0, 1)]
         drift = torch.stack(away).sum() / len(images)
-        out = {**out, "loss": out["loss"] + weight * drift, "distill": drift.detach()}
+        out = {**out, "loss": out["loss"] + args.distill * drift, "distill": drift.detach()}
     return out
 
 
-def gradients(run: Run, parts: list[Batch], args: argparse.Namespace) -> dict[str, Tensor]:
-    """Leave the gradients of the whole batch in the weights, and return the loss's parts.
+def gradients(run: Run, parts: list[Batch]) -> dict[str, Tensor]:
+    """Accumulate the gradients of the whole batch into `.grad`; returns the loss's parts.
 
     With several parts, gradients are cached (Gao et al., arXiv 2101.06983): features without a
     graph, the loss of all of them once, then part by part the towers again, with the gradient of
     the loss by that part's features. That is exact, and only one part's graph is ever held.
     """
-    taught: list[list[Tensor]] = []
+    args, taught = run.args, []
     if run.teacher is not None:
         with torch.no_grad():
             taught = [encode(run.teacher, part, args) for part in parts]
     if len(parts) == 1:
-        out = batch_loss(run, parts, [encode(run.towers, parts[0], args)], taught, args.distill)
+        out = batch_loss(run, parts, [encode(run.towers, parts[0], args)], taught)
         run.scaler.scale(out["loss"]).backward()
         return out
-    cuda = [x for x in [next(run.net.parameters()).device] if x.type == "cuda"]
+    cuda = [run.rank.device] if run.rank.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.no_grad():  # dropout will repeat itself
         first = [encode(run.towers, part, args) for part in parts]
     leaves = [[x.detach().requires_grad_() for x in features] for features in first]
-    out = batch_loss(run, parts, leaves, taught, args.distill)
+    out = batch_loss(run, parts, leaves, taught)
     run.scaler.scale(out["loss"]).backward()
     for part, cached in zip(parts, leaves, strict=True):
         hold = part is not parts[-1] and hasattr(run.towers, "no_sync")
@@ -469,19 +566,17 @@ def gradients(run: Run, parts: list[Batch], args: argparse.Namespace) -> dict[st
     return out
 
 
-def train_step(
-    run: Run, parts: list[Batch], lr: float, args: argparse.Namespace
-) -> dict[str, float]:
+def train_step(run: Run, parts: list[Batch], lr: float) -> dict[str, float]:
     """One step; without effect on weights and thresholds if loss or gradient is not finite.
 
     Returns:
         the loss's parts, `grad_norm`, and `applied`: 1 if the weights were changed.
     """
+    args, before = run.args, [(x, x.clone()) for x in run.loss.buffers()]
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    theta = run.loss.threshold.value.clone()
     run.optimizer.zero_grad(set_to_none=True)
-    out = gradients(run, parts, args)
+    out = gradients(run, parts)
     run.scaler.unscale_(run.optimizer)
     tuned = [p for p in run.net.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in tuned])
@@ -490,74 +585,105 @@ def train_step(
         if args.grad_clip:
             nn.utils.clip_grads_with_norm_(tuned, args.grad_clip, norm)
         run.scaler.step(run.optimizer)
-        with torch.no_grad():
+    with torch.no_grad():
+        if finite:
             run.net.logit_scale.copy_(run.net.logit_scale.minimum(run.limit))
-            if run.teacher is not None:  # it follows, as in DeGLA (arXiv 2504.16801)
-                pairs = zip(run.teacher.parameters(), run.net.parameters(), strict=True)
-                for old, new in pairs:
-                    old.lerp_(new, 1 - args.ema)
-    else:
-        run.loss.threshold.value.copy_(theta)
+        if finite and run.teacher is not None:  # it follows, as in DeGLA (arXiv 2504.16801)
+            pairs = zip(run.teacher.parameters(), run.net.parameters(), strict=True)
+            for old, new in pairs:
+                old.lerp_(new, 1 - args.ema)
+        for buffer, kept in before if not finite else ():
+            buffer.copy_(kept)
     run.scaler.update()
-    values = {key: float(value.detach()) for key, value in out.items()}
+    values = {key: float(torch.as_tensor(value).detach()) for key, value in out.items()}
     return {**values, "grad_norm": float(norm), "applied": float(finite)}
 
 
-def checkpoint(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, step: int, readers: Any = None
-) -> dict[str, Any]:
+# Checkpoints and resuming
+
+
+def checkpoint(run: Run, step: int, readers: Any = None) -> dict[str, Any]:
     """Everything that a resumed run needs; the weights in open_clip's layout."""
-    train: dict[str, Any] = {
-        **{"step": step, "limit": run.limit, "readers": readers or {}},
-        **{"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()},
-        "loss": run.loss.state_dict(),
-    }
-    if args.lora:
+    train: dict[str, Any] = {"step": step, "limit": run.limit, "readers": readers or {}}
+    for name in ("optimizer", "scaler", "loss"):
+        train[name] = getattr(run, name).state_dict()
+    if run.args.lora:
         train["net"] = run.net.state_dict()
     if run.teacher is not None:
         train["teacher"] = run.teacher.net.state_dict()
-    kit = {**about, "recipe": args.recipe, "types": run.loss.types, "step": step, **versions()}
-    return {"state_dict": plain_weights(run.net), "kit": kit, "train": train}
+    return {"state_dict": plain_weights(run.net), "kit": kit(run, step), "train": train}
+
+
+def kit(run: Run, step: int) -> dict[str, Any]:
+    """What a checkpoint says about itself."""
+    own = {"recipe": run.args.loss or run.args.recipe, "types": run.loss.types, "step": step}
+    return {**run.model.about, **own, **versions()}
 
 
 def save(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all: the one before it stays until this one is on disk."""
     try:
-        with writing(path, overwrite=True) as file:
+        with negatives.writing(path, overwrite=True) as file:
             torch.save(content, file)
     except (DataError, RuntimeError) as error:
         told = f"{path}: cannot be written ({why(error)})" if error.__context__ else str(error)
         raise DataError(f"{told}; the last checkpoint stays") from None
 
 
-def resume(run: Run, path: Path, steps: int) -> tuple[int, dict[int, Any]]:
+def save_step(run: Run, step: int, readers: Any) -> DataError | None:
+    """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
+    if run.rank.world > 1 and reads_shards(run.args):  # where the readers of all ranks are
+        found: list[Any] = [None] * run.rank.world
+        dist.all_gather_object(found, readers)
+        for others in found:
+            readers.update(others)
+    if run.rank.number:
+        return None
+    if not all(bool(torch.isfinite(p).all()) for p in run.net.parameters()):
+        return DataError(f"weights are not finite after step {step}, and not saved; lower --lr")
+    content = checkpoint(run, step, readers)
+    try:
+        save(content, run.args.out / "latest.pt")
+        if path := epoch_path(run.args, step):
+            save({key: content[key] for key in ("state_dict", "kit")}, path)
+    except DataError as error:
+        return error
+    return None
+
+
+def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
+    """Where the weights of an epoch, or of the run, that ends with this step go."""
+    if step % args.steps_per_epoch and step != args.steps:
+        return None
+    return args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt"
+
+
+def resume(run: Run, path: Path) -> tuple[int, dict[int, Any]]:
     """Load latest.pt into the run; returns the step to go on with, and readers of shards."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         train, types = content["train"], content["kit"].get("types", NEGATIVE_TYPES)
         step = train["step"]
-        if type(step) is not int or not 0 < step <= steps:
-            raise ValueError(f"its step is {step!r}, of {steps}")
-        if tuple(types) != run.loss.types:
+        if type(step) is not int or not 0 < step <= run.args.steps:
+            raise ValueError(f"its step is {step!r}, of {run.args.steps}")
+        if tuple(types) != tuple(run.loss.types):
             raise ValueError(f"types {', '.join(types)}, now {', '.join(run.loss.types)}")
         run.net.load_state_dict(train.get("net", content["state_dict"]))
         if run.teacher is not None:
             run.teacher.net.load_state_dict(train["teacher"])
-        run.optimizer.load_state_dict(train["optimizer"])
+        for name in ("optimizer", "scaler", "loss"):
+            getattr(run, name).load_state_dict(train[name])
         for p, state in run.optimizer.state.items():  # the fused step trusts these shapes
             if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
                 x.shape != (() if key == "step" else p.shape) or not x.isfinite().all()
                 for key, x in state.items()
             ):
-                raise ValueError(f"its optimiser does not fit a weight of {list(p.shape)}")
-        run.scaler.load_state_dict(train["scaler"])
-        run.loss.load_state_dict(train["loss"])
+                raise ValueError(f"its optimizer does not fit a weight of {list(p.shape)}")
         run.limit.copy_(train["limit"])
-        readers = dict(train["readers"])
+        return step, dict(train["readers"])
     except Exception as error:  # torch raises many kinds here
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(f"{path}: cannot be resumed from ({reason}); use another --out") from None
-    return step, readers
 
 
 def fingerprint(path: str) -> str:
@@ -574,28 +700,30 @@ def fingerprint(path: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {
-        **{"python": platform.python_version(), "torch": str(torch.__version__)},
-        **{"torchvision": str(torchvision.__version__), "open_clip": open_clip.__version__},
-    }
+    packages = ("torch", "torchvision", "open_clip")
+    found = {name: str(importlib.import_module(name).__version__) for name in packages}
+    return {"python": platform.python_version(), **found}
 
 
 def run_record(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
-    """What args.json keeps: the command line, fingerprints of manifests, versions."""
+    """What args.json keeps: the command line, fingerprints of the files that it names, versions."""
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    files = [] if reads_shards(args) else [split_weight(text)[0] for text in args.data or []]
+    files = [] if reads_shards(args) else [path for path, _ in manifest_weights(args)]
     return {
         "options": json.loads(json.dumps(vars(args), default=str)),
         "data": [fingerprint(path) for path in files],
-        **{"world_size": rank.world, "versions": versions(), "git_commit": commit},
+        "loss": args.loss and fingerprint(args.loss.rpartition(":")[0]),
+        "world_size": rank.world,
+        "versions": versions(),
+        "git_commit": commit,
     }
 
 
 def check_run(out: Path, record: dict[str, Any]) -> None:
-    """Refuse a directory that is not a run, or a run with other options or other captions."""
+    """Refuse a directory that is not a run, or a run with other options or other files."""
     if not os.path.lexists(out):
         return
     try:
@@ -606,6 +734,8 @@ def check_run(out: Path, record: dict[str, Any]) -> None:
             for key, value in record["options"].items()
             if key not in FREE and before.get(key) != value
         ]
+        files = [*zip(before["data"] or [], seen, record["data"], strict=False)]
+        files.append((before.get("loss"), kept.get("loss"), record["loss"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # A run that was cut off while it wrote its first file left nothing, or args.json.partial.
         with contextlib.suppress(OSError):
@@ -620,11 +750,11 @@ def check_run(out: Path, record: dict[str, Any]) -> None:
             f"--out {out}: holds a run with other options ({'; '.join(changed)}); "
             "give them back to resume it, or choose another --out"
         )
-    for path, old, new in zip(before["data"] or [], seen, record["data"], strict=False):
+    for path, old, new in files:
         if old != new:
             raise DataError(
-                f"--data {path}: changed since the run in {out} began ({old}, now {new}); put the "
-                "old file back to resume it, or choose another --out"
+                f"{path}: changed since the run in {out} began ({old}, now {new}); put the old "
+                "file back to resume it, or choose another --out"
             )
 
 
@@ -633,11 +763,11 @@ def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) ->
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not held:
-            held.append(lock(out))
+            held.append(negatives.lock(out))
             if os.path.lexists(out / "latest.pt"):
                 raise DataError(f"--out {out}: another run trained into it just now; start again")
         if not any(out.glob("*.pt")):
-            write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
+            evaluate.write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({why(error)}); check it") from None
     for name in ("metrics.jsonl", "val.jsonl"):
@@ -653,16 +783,225 @@ def trim_metrics(path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                kept += [line] if json.loads(line)["step"] <= step else []
             except (ValueError, LookupError, TypeError, RecursionError):
                 if number < len(lines):  # the last one may be torn
-                    raise DataError(
-                        f"{path}:{number}: is no line of metrics; mend it, or move the file away"
-                    ) from None
-        write_text(path, "".join(kept))
+                    told = "is no line of metrics; mend it, or move the file away"
+                    raise DataError(f"{path}:{number}: {told}") from None
+        evaluate.write_text(path, "".join(kept))
     except OSError as error:
         raise DataError(f"{path}: cannot be rewritten ({why(error)}); check it") from None
+
+
+# Validation and metrics
+
+
+class Validation:
+    """Scores the run's weights on --val, logs to val.jsonl, and keeps the best as best.pt.
+
+    All ranks call it: each encodes its share. With --distill the moving average is scored too.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Read what --val names: a suite below --val-root, in whole or in part, or a manifest.
+
+        A manifest's captions are compared with each of their negatives, and searched among all
+        images. The best figure so far is in val.jsonl, where a run goes on.
+        """
+        args, self.run, self.best = run.args, run, -math.inf
+        if args.val in VAL_SUITES:
+            self.suite = evaluate.load_suite(args.val, args.val_root, partial=True)
+        else:
+            self.suite = self._manifest(Path(args.val), args.val_root)
+        headline = evaluate.read_table("suites").get(args.val, {}).get("headline")
+        self.metric, self.path = args.best or headline, args.out / "val.jsonl"
+        if self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+            try:
+                self.best = max((float(line["best"]) for line in lines), default=self.best)
+            except (LookupError, TypeError, ValueError):
+                told = "holds a line without the best figure; mend it, or move the file away"
+                raise DataError(f"{self.path}: {told}") from None
+
+    def _manifest(self, path: Path, root: Path) -> Suite:
+        items: list[evaluate.Item] = []
+        captions: dict[str, list[str]] = {}
+        for _, record in negatives.read_records(path, need_image=True):
+            image = str(root / str(record.image))
+            captions.setdefault(image, []).append(record.caption)
+            for kind, given in record.negatives.items():
+                for text in [given] if isinstance(given, str) else given or []:
+                    number, texts = str(len(items)), (record.caption, text)
+                    items.append(evaluate.Item((kind,), number, (image,), texts))
+        lost = [image for image in captions if not Path(image).is_file()]
+        if lost or not captions:
+            what = f"{len(lost)} images are not there, the first is {lost[0]}" if lost else ""
+            raise DataError(f"--val {path}: {what or 'holds no captions'}; see --val-root")
+        every = [text for said in captions.values() for text in said]
+        image_of = [i for i, said in enumerate(captions.values()) for _ in said]
+        search = evaluate.Retrieval("val", list(captions), every, image_of)
+        return Suite("manifest", items, [search], {}, [])
+
+    def _figures(self, net: Any) -> dict[str, float]:
+        """Scores in per cent by name: the suite's averages, then its subsets and costs."""
+        options = {"batch_size": None, "precision": self.run.args.precision, "workers": 0}
+        options |= {"cache": None, "device": str(self.run.rank.device)}
+        model = self.run.model._replace(net=net)
+        encoder = evaluate.Encoder(model, argparse.Namespace(**options))
+        scored = evaluate.score_suite(self.suite, encoder)
+        rows = {
+            row: 100 * evaluate.mean_of({key: sum(x) / len(x) for key, x in parts.items()})
+            for row, parts in {**scored.subsets, **scored.costs}.items()
+        }
+        counts = {row: sum(map(len, parts.values())) for row, parts in scored.subsets.items()}
+        trees = {"mean of types": list(counts)}
+        if self.suite.name in VAL_SUITES:
+            trees = evaluate.named_averages(self.suite.name, counts)
+        averages = {name: evaluate.average(tree, rows, counts) for name, tree in trees.items()}
+        return {**{name: x for name, x in averages.items() if x is not None}, **rows}
+
+    def __call__(self, done: int) -> None:
+        """Score after this step, if it is one of --val-every, the first or the last.
+
+        Raises:
+            DataError: --best is none of the figures, or nothing can be written.
+        """
+        run, args, nets = self.run, self.run.args, {"current": self.run.net}
+        if done % args.val_every and done != args.steps:
+            return
+        if run.teacher is not None:
+            nets["ema"] = run.teacher.net
+        for weights, net in nets.items():
+            figures = self._figures(net)
+            self.metric = self.metric or next(iter(figures))
+            if self.metric not in figures:
+                raise DataError(f"--best {self.metric}: is none of {', '.join(figures)}")
+            value = figures[self.metric]
+            better, self.best = value > self.best, max(self.best, value)
+            if run.rank.number == 0:
+                if better:
+                    about = {**kit(run, done), "val": args.val, "metric": self.metric}
+                    about |= {"value": value, "weights": weights}
+                    save({"state_dict": plain_weights(net), "kit": about}, args.out / "best.pt")
+                line = {"step": done, "weights": weights, "best": self.best, "figures": figures}
+                append_line(self.path, line)
+                mark = f", the best: {args.out}/best.pt" if better else ""
+                print(f"val {weights} at step {done}: {self.metric} {value:.1f}{mark}", flush=True)
+        run.towers.train()
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line of JSON to a file of the run."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be written ({why(error)}); check it") from None
+
+
+def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str, float]], None]:
+    """Where --log sends the metrics of a step; nowhere without --log.
+
+    Raises:
+        DataError: the package is not there.
+    """
+    if args.log is None:
+        return lambda step, figures: None
+    try:
+        if args.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(args.out / "tensorboard"), purge_step=start + 1)
+
+            def write(step: int, figures: dict[str, float]) -> None:
+                for key, value in figures.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+            return write
+        wandb: Any = importlib.import_module("wandb")
+        name = hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:16]
+        kept = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
+        which = {"project": "ce-clip", "id": name, "resume": "allow", "name": args.out.name}
+        run = wandb.init(**which, dir=str(args.out), config=kept["options"])
+        return lambda step, figures: run.log(figures, step=step)
+    except ImportError:
+        raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None
+
+
+class Log:
+    """Counts what went by since the last line of metrics.jsonl."""
+
+    def __init__(self, run: Run, start: int) -> None:
+        """Begin to count at step `start`."""
+        self.run, self.start = run, start
+        self.mirror = open_mirror(run.args, start) if run.rank.number == 0 else None
+        self.images = self.tokens = self.faults = self.same = 0
+        self.skipped = self.bad = 0  # steps in a row: not applied, and not for fp16's scale
+        self.began = self.mark = time.perf_counter()
+
+    def add(
+        self, parts: list[Batch], step: int, out: dict[str, float], searching: bool
+    ) -> DataError | None:
+        """Count a step; at times, and where it was lost, write a line; returns what failed."""
+        args, rank, done, lost = (
+            self.run.args,
+            self.run.rank,
+            step + 1,
+            not (out["applied"] or searching),
+        )
+        self.skipped = 0 if out["applied"] else self.skipped + 1
+        self.bad = 0 if out["applied"] else self.bad + lost
+        self.images += args.batch_size
+        self.tokens += rank.world * sum(part.texts.computed for part in parts)
+        self.same += sum(part.same for part in parts)
+        for fault in (fault for part in parts for fault in part.faults):
+            self.faults += 1
+            print(f"skipped {fault}", file=sys.stderr)
+        if rank.number or not (done % args.log_every == 0 or done == args.steps or lost):
+            return None
+        now = time.perf_counter()
+        left = (now - self.began) / (done - self.start) * (args.steps - done)
+        line: dict[str, Any] = {"step": done, "epoch": step // args.steps_per_epoch, **out}
+        line["logit_scale"] = float(self.run.net.logit_scale.detach().exp())
+        line["images_per_second"] = self.images / (now - self.mark)
+        line["text_tokens_per_second"] = self.tokens / (now - self.mark)
+        line |= {"memory_mib": memory(rank.device), "bad_images": self.faults}
+        line["same_negatives"] = self.same
+        quiet = ("own", "caption", "distill", "grad_norm", "applied", "lr")
+        shown = [key for key in out if key not in quiet and not key.startswith("threshold_")]
+        said = " ".join(f"{key} {line[key]:.3f}" for key in shown)
+        skipped = "" if out["applied"] else "  NOT FINITE, step skipped"
+        print(
+            f"step {done}/{args.steps}  {said}  {line['images_per_second']:.0f} images/s  "
+            f"{int(left // 60)}:{int(left % 60):02d} left{skipped}",
+            flush=True,
+        )
+        self.mark, self.images, self.tokens = now, 0, 0
+        try:
+            append_line(args.out / "metrics.jsonl", line)
+        except DataError as error:
+            return error
+        if self.mirror:
+            self.mirror(done, {key: value for key, value in line.items() if key != "step"})
+        return None
+
+
+def memory(device: torch.device) -> float:
+    """The peak memory of the GPU, or of this process, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return 0.0  # Windows
+
+
+# The loop
+
+MAX_BAD_STEPS = 3
+FAULT = 255  # a rank cannot go on; above every signal's number
 
 
 class Stopped(BaseException):
@@ -672,7 +1011,7 @@ class Stopped(BaseException):
 class Stop:
     """Remembers a SIGTERM, SIGINT or SIGUSR1 until the step is done; a second one ends at once.
 
-    While the run waits for data a signal ends the wait.  Seconds are counted by a thread, for a
+    While the run waits for data a signal ends the wait. Seconds are counted by a thread, for a
     process that waits in C++ for other ranks runs no handler of Python's.
     """
 
@@ -680,10 +1019,9 @@ class Stop:
         """Catch the signals from now on."""
         self.signal, self.waiting = 0, False
         self.before = {number: signal.signal(number, self._catch) for number in SIGNALS}
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self.pipe = theirs
-        self.wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        ours, self.pipe = socket.socketpair()
+        self.pipe.setblocking(False)
+        self.wakeup = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(ours,), daemon=True).start()
         return self
 
@@ -747,19 +1085,16 @@ def end_workers() -> None:
 def train(
     run: Run,
     loader: Iterator[list[Batch]],
-    about: dict[str, Any],
-    args: argparse.Namespace,
-    rank: Rank,
     start: int,
     stop: Stop,
     readers: dict[int, Any],
-    after: Callable[[int], None] = lambda done: None,
+    after: Callable[[int], None],
 ) -> int:
     """Train from step `start` to the end, logging and saving on the way; returns the exit code.
 
     `after` is called with the number of steps done after each of them.
     """
-    log = Log(args, rank, start)
+    args, rank, log = run.args, run.rank, Log(run, start)
     unsaved: DataError | None = None
     done, saved, code = start, start, 0
     run.towers.train()
@@ -770,14 +1105,22 @@ def train(
             break
         if run.loss.reset_each_epoch and step % args.steps_per_epoch == 0:
             run.loss.threshold.reset()
-        seed_dropout(hash((args.seed, step, rank.number)) % 2**63, rank.device)
-        lr, scale = learning_rate(step, args), run.scaler.get_scale()
-        out = train_step(run, parts, lr, args)
+        # A step's random numbers are its own, so that a checkpoint need not hold their state.
+        seed = hash((args.seed, step, rank.number)) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also notes a stack trace
+        if rank.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        # Linear warm-up, then half a cosine to 0.
+        past = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+        lr = args.lr * 0.5 * (1 + math.cos(math.pi * past))
+        lr = args.lr * (step + 1) / args.warmup if step < args.warmup else lr
+        scale = run.scaler.get_scale()
+        out = train_step(run, parts, lr)
         done = step + 1
-        # fp16 finds its scale by overflowing, which says nothing until the scale is down at 1.
+        # fp16 finds its scale by overflowing, which is no fault until the scale is down at 1.
         searching = run.scaler.is_enabled() and math.isfinite(out["loss"]) and scale > 1
         readers.update([parts[-1].state] if parts[-1].state else [])
-        unsaved = log.add(parts, step, {**out, "lr": lr}, run.net.logit_scale, searching)
+        unsaved = log.add(parts, step, {**out, "lr": lr}, searching)
         if log.bad == MAX_BAD_STEPS or (done == args.steps and log.skipped >= MAX_BAD_STEPS):
             kept = f"; {args.out}/latest.pt is the last good checkpoint" if saved else ""
             raise DataError(
@@ -785,13 +1128,11 @@ def train(
                 f"was applied; lower --lr{kept}"
             )
         if epoch_path(args, done) or (not log.skipped and done % args.save_every == 0):
-            share_readers(readers, args, rank)
-            unsaved, saved = save_step(run, about, args, rank, done, readers) or unsaved, done
+            unsaved, saved = save_step(run, done, readers) or unsaved, done
         after(done)
     code = code or stop.agreed(rank, unsaved)
     if code and not log.skipped and saved < done:
-        share_readers(readers, args, rank)
-        unsaved = unsaved or save_step(run, about, args, rank, done, readers)
+        unsaved = unsaved or save_step(run, done, readers)
     for error in filter(None, (fault, unsaved)):
         print(f"train.py: error: {error}", file=sys.stderr)
     if rank.number == 0 and code and (code != FAULT or done):
@@ -801,430 +1142,27 @@ def train(
     return 2 if code == FAULT or unsaved else 128 + code if code else 0
 
 
-def loader_fault(error: Exception) -> DataError:
-    """What went wrong while a batch was made, in one sentence; a worker brings its traceback."""
-    told = (str(error).strip().splitlines() or [""])[-1]
-    if not isinstance(error, DataError | OSError | RuntimeError | MemoryError):
-        raise error
-    # torch's frames hold the error, and it them: the loader would outlive its queues.
-    error.__traceback__ = None
-    if isinstance(error, DataError):
-        return DataError(re.sub(r"^[\w.]*DataError: ", "", told))
-    return DataError(f"a batch cannot be loaded ({told or type(error).__name__}); fewer --workers?")
-
-
-def share_readers(readers: dict[int, Any], args: argparse.Namespace, rank: Rank) -> None:
-    """Gather where the readers of shards of all ranks are."""
-    if rank.world > 1 and reads_shards(args):
-        found: list[Any] = [None] * rank.world
-        dist.all_gather_object(found, readers)
-        for others in found:
-            readers.update(others)
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Make a step's random numbers its own, so that a checkpoint need not hold their state."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also note a stack trace
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def save_step(
-    run: Run, about: dict[str, Any], args: argparse.Namespace, rank: Rank, step: int, readers: Any
-) -> DataError | None:
-    """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
-    if rank.number:
-        return None
-    if not all(bool(torch.isfinite(p).all()) for p in run.net.parameters()):
-        return DataError(f"weights are not finite after step {step}, and not saved; lower --lr")
-    content = checkpoint(run, about, args, step, readers)
+def dry_run(run: Run, source: Any) -> None:
+    """Do one step, print what a run would do, write nothing."""
+    args = run.args
     try:
-        save(content, args.out / "latest.pt")
-        if path := epoch_path(args, step):
-            save({key: content[key] for key in ("state_dict", "kit")}, path)
-    except DataError as error:
-        return error
-    return None
-
-
-def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
-    """Where the weights of an epoch, or of the run, that ends with this step go."""
-    if step % args.steps_per_epoch and step != args.steps:
-        return None
-    return args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt"
-
-
-VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
-
-
-def load_validation(args: argparse.Namespace) -> Suite:
-    """What --val names: a suite below --val-root, in whole or in part, or a manifest.
-
-    A manifest's captions are held to each of their negatives, and searched among all images.
-    """
-    if args.val in VAL_SUITES:
-        return load_suite(args.val, args.val_root, partial=True)
-    items: list[Item] = []
-    captions: dict[str, list[str]] = {}
-    for _, record in read_records(Path(args.val), need_image=True):
-        image = str(args.val_root / str(record.image))
-        captions.setdefault(image, []).append(record.caption)
-        for kind, given in record.negatives.items():
-            for negative in [given] if isinstance(given, str) else given or []:
-                items.append(Item((kind,), str(len(items)), (image,), (record.caption, negative)))
-    missing = [image for image in captions if not Path(image).is_file()]
-    if missing or not captions:
-        what = f"{len(missing)} images are not there, the first is {missing[0]}" if missing else ""
-        raise DataError(f"--val {args.val}: {what or 'holds no captions'}; see --val-root")
-    texts = [text for said in captions.values() for text in said]
-    image_of = [i for i, said in enumerate(captions.values()) for _ in said]
-    return Suite("manifest", items, [Retrieval("val", list(captions), texts, image_of)], {}, [])
-
-
-def score_validation(suite: Suite, encoder: Encoder) -> dict[str, float]:
-    """Figures in per cent by name: the suite's averages, then its subsets and costs."""
-    scored = score_suite(suite, encoder)
-    tally = {**scored.subsets, **scored.costs}
-    rows = {
-        row: 100 * mean_of({key: sum(x) / len(x) for key, x in parts.items()})
-        for row, parts in tally.items()
-    }
-    counts = {row: sum(map(len, parts.values())) for row, parts in scored.subsets.items()}
-    known = suite.name in VAL_SUITES
-    trees = named_averages(suite.name, counts) if known else {"mean of types": list(counts)}
-    averages = {name: average(tree, rows, counts) for name, tree in trees.items()}
-    return {**{name: value for name, value in averages.items() if value is not None}, **rows}
-
-
-class Validation:
-    """Scores the run's weights on --val, logs to val.jsonl, and keeps the best as best.pt.
-
-    All ranks call it: each encodes its share. With --distill the moving average is scored too.
-    """
-
-    def __init__(self, run: Run, model: Model, args: argparse.Namespace, rank: Rank) -> None:
-        """Read the suite; the best figure so far is in val.jsonl, where a run goes on."""
-        self.run, self.model, self.args, self.rank = run, model, args, rank
-        self.suite = load_validation(args)
-        headline = read_table("suites").get(args.val, {}).get("headline")
-        self.metric, self.path = args.best or headline, args.out / "val.jsonl"
-        self.best = -math.inf
-        if self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
-            try:
-                self.best = max((float(line["best"]) for line in lines), default=self.best)
-            except (LookupError, TypeError, ValueError):
-                told = "holds a line without the best figure; mend it, or move the file away"
-                raise DataError(f"{self.path}: {told}") from None
-
-    def __call__(self, done: int) -> None:
-        """Score after this step, if it is one of --val-every, the first or the last.
-
-        Raises:
-            DataError: --best is none of the figures, or nothing can be written.
-        """
-        args, nets = self.args, {"current": self.run.net}
-        if done % args.val_every and done != args.steps:
-            return
-        if self.run.teacher is not None:
-            nets["ema"] = self.run.teacher.net
-        options = {"batch_size": None, "precision": args.precision, "workers": 0, "cache": None}
-        options["device"] = str(self.rank.device)
-        for weights, net in nets.items():
-            encoder = Encoder(self.model._replace(net=net), argparse.Namespace(**options))
-            figures = score_validation(self.suite, encoder)
-            self.metric = self.metric or next(iter(figures))
-            if self.metric not in figures:
-                raise DataError(f"--best {self.metric}: is none of {', '.join(figures)}")
-            value = figures[self.metric]
-            better, self.best = value > self.best, max(self.best, value)
-            if self.rank.number == 0:
-                about = {**self.model.about, "recipe": args.recipe, "step": done, **versions()}
-                about |= {"val": args.val, "metric": self.metric, "value": value}
-                if better:
-                    state = {"state_dict": plain_weights(net), "kit": {**about, "weights": weights}}
-                    save(state, args.out / "best.pt")
-                line = {"step": done, "weights": weights, "best": self.best, "figures": figures}
-                append_line(self.path, line)
-                mark = f", the best: {args.out}/best.pt" if better else ""
-                print(f"val {weights} at step {done}: {self.metric} {value:.1f}{mark}", flush=True)
-        self.run.towers.train()
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line of JSON to a file of the run."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise DataError(f"--out {path}: cannot be written ({error.strerror})") from None
-
-
-def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str, float]], None]:
-    """Where --log mirrors metrics.jsonl: takes a step and its figures. Nowhere without --log.
-
-    Raises:
-        DataError: the package is not there.
-    """
-    if args.log is None:
-        return lambda step, figures: None
-    try:
-        if args.log == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(args.out / "tensorboard"), purge_step=start + 1)
-
-            def write(step: int, figures: dict[str, float]) -> None:
-                for key, value in figures.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
-
-            return write
-        wandb: Any = importlib.import_module("wandb")
-        name = hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:16]
-        kept = json.loads((args.out / "args.json").read_text(encoding="utf-8"))
-        which = {"project": "ce-clip", "id": name, "resume": "allow", "name": args.out.name}
-        run = wandb.init(**which, dir=str(args.out), config=kept["options"])
-        return lambda step, figures: run.log(figures, step=step)
-    except ImportError:
-        raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None
-
-
-class Log:
-    """Counts what went by since the last line of metrics.jsonl."""
-
-    def __init__(self, args: argparse.Namespace, rank: Rank, start: int) -> None:
-        """Begin to count at step `start`."""
-        self.args, self.rank, self.start = args, rank, start
-        self.mirror = open_mirror(args, start) if rank.number == 0 else None
-        self.images = self.tokens = self.faults = self.same = 0
-        self.skipped = self.bad = 0  # steps in a row: not applied, and not for fp16's scale
-        self.began = self.mark = time.perf_counter()
-
-    def add(
-        self, parts: list[Batch], step: int, out: dict[str, float], scale: Tensor, searching: bool
-    ) -> DataError | None:
-        """Count a step; at times, and where it was lost, write a line; returns what failed."""
-        args, done, lost = self.args, step + 1, not (out["applied"] or searching)
-        self.skipped = 0 if out["applied"] else self.skipped + 1
-        self.bad = 0 if out["applied"] else self.bad + lost
-        self.images += args.batch_size
-        self.tokens += self.rank.world * sum(part.texts.computed for part in parts)
-        self.same += sum(part.same for part in parts)
-        for fault in (fault for part in parts for fault in part.faults):
-            self.faults += 1
-            print(f"stepped over {fault}", file=sys.stderr)
-        if self.rank.number or not (done % args.log_every == 0 or done == args.steps or lost):
-            return None
-        now = time.perf_counter()
-        left = (now - self.began) / (done - self.start) * (args.steps - done)
-        line: dict[str, Any] = {
-            **{"step": done, "epoch": step // args.steps_per_epoch, **out},
-            "logit_scale": float(scale.detach().exp()),
-            "images_per_second": self.images / (now - self.mark),
-            "text_tokens_per_second": self.tokens / (now - self.mark),
-            **{"memory_mib": memory(self.rank.device), "bad_images": self.faults},
-            "same_negatives": self.same,
-        }
-        said = " ".join(f"{key} {line[key]:.3f}" for key in ("loss", "itc", "imc", "cmr"))
-        skipped = "" if out["applied"] else "  NOT FINITE, step skipped"
-        print(
-            f"step {done}/{args.steps}  {said}  {line['images_per_second']:.0f} images/s  "
-            f"{int(left // 60)}:{int(left % 60):02d} left{skipped}",
-            flush=True,
-        )
-        self.mark, self.images, self.tokens = now, 0, 0
-        try:
-            with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            return DataError(f"--out {args.out}: metrics cannot be written ({why(error)})")
-        if self.mirror:
-            self.mirror(done, {key: value for key, value in line.items() if key != "step"})
-        return None
-
-
-def memory(device: torch.device) -> float:
-    """The peak memory of the GPU, or of this process, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return 0.0  # Windows
-
-
-def dry_run(
-    run: Run, loader: Iterator[list[Batch]], args: argparse.Namespace, data: Mixture | None
-) -> None:
-    """Do one step, tell what a run would be, write nothing."""
-    try:
-        parts = next(loader)
+        parts = next(make_loader(run, source, 0))
     except Exception as error:
         raise loader_fault(error) from None
     finally:
         end_workers()  # they ignore SIGTERM, and Python would wait for them as it ends
-    out, name = train_step(run, parts, 0.0, args), args.model or args.pretrained
+    out = train_step(run, parts, 0.0)
     count = sum(p.numel() for p in run.net.parameters())
-    print(f"{name}: {count / 1e6:.1f} million parameters, recipe {args.recipe}")
-    size = "shards" if data is None else f"{len(data)} captions, {args.steps_per_epoch} an epoch"
+    name, recipe = args.model or args.pretrained, args.loss or args.recipe
+    print(f"{name}: {count / 1e6:.1f} million parameters, recipe {recipe}")
+    size = "shards" if reads_shards(args) else f"{len(source)} captions"
+    size += "" if reads_shards(args) else f", {args.steps_per_epoch} an epoch"
     print(f"{args.steps} steps of {args.batch_size}; {size}")
     print(f"first batch: {', '.join(f'{key} {value:.3f}' for key, value in out.items())}")
     print("dry run: nothing was written")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; options that depend on the data get their defaults here."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    add("--data", nargs="+", metavar="FILE[:WEIGHT]", help="manifests, or .tar shards")
-    add_types(parser)
-    add("--images", type=Path, nargs="+", help="folder of pictures, for all or for each manifest")
-    add("--remote", action="store_true", help="shards may be URLs, or pipe: commands to be run")
-    add("--out", type=Path, help="run directory (default runs/RECIPE)")
-    add("--model", help="open_clip model or config .json (default ViT-B-32-quickgelu; shapes-tiny)")
-    add("--pretrained", help="open_clip tag or checkpoint to start from (default: random weights)")
-    add("--recipe", default="ce-clip", help=f"{', '.join(RECIPES)} (default ce-clip)")
-    add("--steps", type=int, help="length of the run (default: 700 in the shapes world)")
-    add("--epochs", type=int, help="length of the run, instead of --steps (default 5 on photos)")
-    add("--batch-size", type=int, help="of all ranks together (default 512; shapes 64)")
-    add("--micro-batch", type=int, help="pictures a rank encodes at once; exact (default all)")
-    add("--captions", choices=("one", "all"), help="of a picture in a batch (default one)")
-    add("--lr", type=float, help="peak learning rate (default 5e-6; shapes 1e-3)")
-    add("--weight-decay", type=float, default=0.1, help="default 0.1")
-    add("--warmup", type=int, help="steps (default 50)")
-    add("--grad-clip", type=float, help="largest gradient norm, 0 for none (default 0; shapes 1)")
-    add("--on-bad-image", choices=("stop", "skip"), help="default stop")
-    add("--exif", choices=("apply", "ignore"), help="orientation of photos (default apply)")
-    add("--full-decode", action="store_true", help="decode JPEGs whole, however small the crop")
-    add("--precision", choices=list(PRECISIONS), default="fp32", help="default fp32")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
-    add("--workers", type=int, help="loading processes of each rank (default 4; shapes 0)")
-    add("--seed", type=int, default=0, help="of weights, order and crops (default 0)")
-    add("--log-every", type=int, default=20, help="steps between lines of metrics (default 20)")
-    add("--save-every", type=int, help="steps between checkpoints (default 500; shapes 100)")
-    add("--dry-run", action="store_true", help="do one step, tell what would be, write nothing")
-    for add_group in (add_validation_options, add_loss_options, add_method_options):
-        add_group(parser)
-    args = parser.parse_args(argv)
-    check_idle(args)
-    if args.steps is not None and args.epochs is not None:
-        parser.error("give --steps or --epochs, not both")
-    kind = "shapes" if args.data is None else "photos"
-    if args.pretrained and os.path.exists(args.pretrained):
-        args.model = args.model or ""  # the checkpoint's own
-    length = ("steps", "epochs") if args.steps or args.epochs else ()
-    for key, value in {**DEFAULTS["both"], **DEFAULTS[kind]}.items():
-        if getattr(args, key) is None and key not in length:
-            setattr(args, key, value)
-    args.out = args.out or Path("runs") / args.recipe
-    args.captions = args.captions or ("all" if args.recipe == "released" else "one")
-    return args
-
-
-def add_validation_options(parser: argparse.ArgumentParser) -> None:
-    """Options of what is scored and shown while a run goes on; none changes its weights."""
-    add = parser.add_argument_group("while training").add_argument
-    add("--val", help=f"what to score: {', '.join(VAL_SUITES)}, or a manifest with negatives")
-    add("--val-root", type=Path, help="folder of the suites, or of the manifest's images")
-    add("--val-every", type=int, help="steps between scores (default: an epoch)")
-    add("--best", help="figure by which best.pt is kept (default: the suite's headline)")
-    add("--log", choices=("tensorboard", "wandb"), help="where to show metrics.jsonl too")
-
-
-def add_loss_options(parser: argparse.ArgumentParser) -> None:
-    """Options that overrule the recipe; the names are those of CEClipLoss."""
-    add = parser.add_argument_group("loss").add_argument
-    add("--imc", choices=IMC_VARIANTS, help="intra-modal loss (default: the recipe's)")
-    add("--imc-weight", type=float, help="its weight (default 0.2)")
-    add("--cmr-weight", type=float, help="weight of the rank loss (default 0.4)")
-    add("--threshold", choices=THRESHOLDS, help="of the rank loss (default: the recipe's)")
-    add("--cap", type=float, help="largest threshold, in logits (default 10)")
-    add("--fixed-threshold", type=float, help="of --threshold fixed, in logits (default 5)")
-    add("--own-weight", type=float, help="of the softmax over own negatives (default 0)")
-    add("--focal-gamma", type=float, help="how much it spares what is told apart (default 0)")
-    add("--label-smoothing", type=float, help="what its true caption gives up (default 0)")
-
-
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Options of what is tuned, and how."""
-    add = parser.add_argument_group("method").add_argument
-    add("--tune", choices=("all", "text"), default="all", help="text freezes the image tower")
-    add("--lora", type=int, default=0, help="rank; 0 tunes all weights (default 0)")
-    add("--distill", type=float, default=0.0, help="weight of the EMA teacher (default 0)")
-    add("--ema", type=float, help="decay of the teacher (default 0.9996)")
-    add("--caption-weight", type=float, default=0.0, help="of CoCa's captioning loss (default 0)")
-    add("--compile", action="store_true", help="torch.compile the towers")
-    add("--grad-checkpointing", action="store_true", help="save memory, compute a third more")
-
-
-def check_args(args: argparse.Namespace, rank: Rank) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    least = {"lora": 0, "warmup": 0, "workers": 0, "seed": 0}
-    most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1}
-    for name, value in vars(args).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            real, flag = isinstance(value, float), name.replace("_", "-")
-            low, high = least.get(name, int(not real)), most.get(name, 10**6 if real else 2**31)
-            above = ", and above 0" if name in ("lr", "cap") else ""
-            if not low <= value <= high or (above and not value):
-                raise DataError(f"--{flag} {value}: must be a number from {low} to {high}{above}")
-    if args.batch_size % rank.world:
-        raise DataError(f"--batch-size {args.batch_size}: is not divisible by {rank.world} ranks")
-    if args.val is None and (args.val_root or args.val_every or args.best):
-        raise DataError("--val-root, --val-every and --best: need --val, what to score")
-    if args.val not in (None, "shapes") and args.val_root is None:
-        raise DataError(f"--val {args.val}: needs --val-root, the folder of its files or images")
-    if args.lora and (args.distill or args.tune != "all"):
-        raise DataError("--lora: goes with neither --distill nor --tune; leave one out")
-    check_data(args)
-
-
-def check_data(args: argparse.Namespace) -> None:
-    """Refuse --data and --images that do not fit together."""
-    folders, manifests = len(args.images or []), len(args.data or [])
-    if (folders or args.types) and not manifests:
-        flag = "--images" if folders else "--types"
-        raise DataError(f"{flag}: needs --data, the manifest with these images and negatives")
-    if reads_shards(args):
-        if manifests > 1 or not args.steps:
-            raise DataError("--data *.tar: takes one pattern, and needs --steps, not --epochs")
-    elif manifests and folders not in (1, manifests):
-        raise DataError(
-            f"--images: {folders} folders for {manifests} manifests; "
-            "give one folder for all of --data, or one for each"
-        )
-    if len({split_weight(text)[1] is None for text in args.data or []}) == 2:
-        raise DataError("--data: give every manifest a weight (FILE:WEIGHT), or none")
-
-
-def check_idle(args: argparse.Namespace) -> None:
-    """Refuse options that do nothing where they stand."""
-    if args.recipe not in RECIPES:
-        raise DataError(f"--recipe {args.recipe}: is none of {', '.join(RECIPES)}")
-    loss, shapes = make_loss(args), args.data is None
-    o, fixed = loss.options, loss.threshold.mode == "fixed"
-    for names, idle, where in (
-        ("ema", not args.distill, "without --distill"),
-        ("fixed_threshold", not fixed, "without --threshold fixed"),
-        ("cap", fixed, "with --threshold fixed"),
-        ("threshold cap fixed_threshold", not o["cmr_weight"], "where the cmr weight is 0"),
-        ("imc_weight", o["imc"] == "none", "where imc is none"),
-        ("focal_gamma label_smoothing", not o["own_weight"], "without --own-weight"),
-        ("images captions", reads_shards(args), "with shards"),
-        ("remote", not reads_shards(args), "without shards"),
-        ("captions on_bad_image exif full_decode", shapes, "in the shapes world"),
-    ):
-        for name in names.split():
-            if idle and getattr(args, name) not in (None, False):
-                raise DataError(f"--{name.replace('_', '-')}: does nothing {where}; leave it out")
-
-
-def reads_shards(args: argparse.Namespace) -> bool:
-    """Whether --data are webdataset shards."""
-    return any(re.search(r"\.(tar(\.\w+)?|tgz)(:[\d.]+)?$|^pipe:", x) for x in args.data or [])
+# Main
 
 
 def prepare(
@@ -1238,11 +1176,11 @@ def prepare(
     record = run_record(args, rank)
     check_run(args.out, record)
     if os.path.lexists(args.out) and not args.dry_run and rank.number == 0:
-        held.append(lock(args.out))
+        held.append(negatives.lock(args.out))
     fresh = not os.path.lexists(args.out / "latest.pt")
     torch.manual_seed(args.seed)
     start = (args.model or None, args.pretrained) if fresh else (None, str(args.out / "latest.pt"))
-    model = load_model(*start, device=str(rank.device))
+    model = evaluate.load_model(*start, device=str(rank.device))
     if not hasattr(model.net, "logit_scale"):
         raise DataError(
             f"--pretrained {args.pretrained}: is a model of transformers, which evaluate.py scores "
@@ -1257,7 +1195,7 @@ def prepare(
 def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> None:
     """Refuse ranks that would go on from different steps, or with different options or files."""
     options = {key: value for key, value in record["options"].items() if key not in FREE}
-    rest = (options, record["data"])
+    rest = (options, record["data"], record["loss"])
     starts: list[Any] = [(start, rest)] * rank.world
     if rank.world > 1:
         dist.all_gather_object(starts, (start, rest))
@@ -1269,53 +1207,52 @@ def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> Non
             )
         if other != rest:
             raise DataError(
-                f"rank {number} has other options or another --data file; make them alike"
+                f"rank {number} has other options or another --data or --loss file; make them alike"
             )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Build everything, find where a cut-off run was, train; returns the exit code."""
     args = parse_args(argv)
-    rank = start_process(args.device)
+    rank = evaluate.start_process(args.device)
     held: list[Any] = []  # the lock, until this function ends
-    record, model, fresh = together(lambda: prepare(args, rank, held))
-    shards, loss = reads_shards(args), make_loss(args)
-    data = together(lambda: None if shards else make_data(args, model, loss))
-    source = data or together(lambda: make_stream(args, model, loss, rank, 0, {}))
-    note_images(model, data, rank)
+    record, model, fresh = evaluate.together(lambda: prepare(args, rank, held))
+    loss, shards = make_loss(args), reads_shards(args)
+    source: Any = evaluate.together(lambda: make_source(args, model, loss, rank))
     run = make_run(args, model, rank, source.types)
-    args.steps_per_epoch = args.steps if data is None else data.steps[0]
+    args.steps_per_epoch = args.steps if shards else source.steps[0]
     args.steps = args.steps or args.epochs * args.steps_per_epoch
     args.val_every = args.val_every or args.steps_per_epoch
     if args.dry_run:
-        dry_run(run, make_loader(args, data, model, run.loss, rank, 0), args, data)
+        dry_run(run, source)
         return 0
     latest = args.out / "latest.pt"
-    start, readers = together(lambda: (0, {}) if fresh else resume(run, latest, args.steps))
+    start, readers = evaluate.together(lambda: (0, {}) if fresh else resume(run, latest))
     same_start(args.out, rank, start, record)
     if rank.number == 0:
         start_run(args.out, record, start, held)
-    if rank.number == 0 and start and (path := epoch_path(args, start)) and not path.exists():
-        content = checkpoint(run, model.about, args, start)  # it was cut off between its files
-        save({key: content[key] for key in ("state_dict", "kit")}, path)
-    if start >= args.steps:
-        if rank.number == 0:
+        if start and (path := epoch_path(args, start)) and not path.exists():
+            content = checkpoint(run, start)  # it was cut off between its files
+            save({key: content[key] for key in ("state_dict", "kit")}, path)
+        if start >= args.steps:
             print(f"{args.out} is done: {start} steps; nothing to do")
+    if start >= args.steps:
         return 0
     if rank.number == 0:
         count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
         what = f"{count / 1e6:.2f} million weights to train, {model.about['activation']}"
         where = f"{args.steps} steps of {args.batch_size} on {rank.world} x {rank.device.type}"
-        print(f"{model.about['model']} ({what}), recipe {args.recipe}, {where}", end=", captions ")
-        print(f"{text_layout(model.net)}, from step {start}", flush=True)
-    after = Validation(run, model, args, rank) if args.val else lambda done: None
+        layout, recipe = data.text_layout(model.net), args.loss or args.recipe
+        print(f"{model.about['model']} ({what}), recipe {recipe}, {where}", end=", captions ")
+        print(f"{layout}, from step {start}", flush=True)
+    after = Validation(run) if args.val else lambda done: None
     if not start:
         after(0)
     with Stop() as stop:
-        loader = make_loader(args, data, model, run.loss, rank, start, readers)
-        code = train(run, loader, model.about, args, rank, start, stop, readers, after)
+        loader = make_loader(run, source, start, readers)
+        code = train(run, loader, start, stop, readers, after)
     if rank.number == 0 and code == 0:
-        print(f"done: {args.out}/latest.pt")
+        print(f"done: {latest}")
     return code
 
 
@@ -1331,7 +1268,7 @@ def run_main() -> int:
 
 
 if __name__ == "__main__":
-    code = run_script(
+    code = negatives.run_script(
         run_main, "train.py", quiet=lambda: dist.is_initialized() and dist.get_rank() > 0
     )
     gc.collect()  # DistributedDataParallel must go before its group: its threads would abort

@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_losses import Released
 
 import train
-from data import Batch, pack_texts, read_manifest
-from evaluate import PRECISIONS, Model, load_model
+from data import Batch, image_size, normalise, pack_texts, read_manifest
+from evaluate import PRECISIONS, Model, Rank, load_model, start_process
 from negatives import NEGATIVE_TYPES, run_script
 
 # Tokens of COCO's captions with the two ends, Karpathy's test split: 13.5 on average.
@@ -88,7 +88,7 @@ def make_batch(texts: list[list[str]], model: Model, size: tuple[int, int], shar
     pixels = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8)
     valid = torch.full((len(texts), len(NEGATIVE_TYPES)), len(texts[0]) > 1)
     none = torch.zeros(len(texts), dtype=torch.bool)
-    return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, valid, [])
+    return Batch(pixels, pack_texts(flat, model.tokenizer, share=share), none, valid, [])
 
 
 def released_step(
@@ -103,7 +103,7 @@ def released_step(
     b = len(images)
     dtype = PRECISIONS[precision]
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        visual = F.normalize(net.encode_image(train.normalise(images, net)), dim=-1)
+        visual = F.normalize(net.encode_image(normalise(images, net)), dim=-1)
         texts = F.normalize(net.encode_text(tokens), dim=-1)
         negatives = texts[b:].view(b, len(NEGATIVE_TYPES), -1)
         valid = torch.ones(negatives.shape[:2], dtype=torch.bool, device=images.device)
@@ -121,7 +121,7 @@ def make_released(model: Model, texts: list[list[str]], args: argparse.Namespace
     adam = torch.optim.AdamW(model.net.parameters(), lr=1e-6, eps=1e-6)
     flat = [text[0] for text in texts] + [t for text in texts for t in text[1:]]
     tokens = model.tokenizer(flat).to(device)
-    size = train.image_size(model.net)
+    size = image_size(model.net)
     images = torch.randint(0, 256, (len(texts), 3, *size), dtype=torch.uint8).to(device)
     given = (model.net, Released(), adam, images, tokens, args.precision)
     step = functools.partial(released_step, *given)
@@ -134,13 +134,13 @@ def make_open_clip(model: Model, texts: list[list[str]], args: argparse.Namespac
     device = next(net.parameters()).device
     adam = torch.optim.AdamW(net.parameters(), lr=1e-6, eps=1e-6)
     tokens = model.tokenizer([text[0] for text in texts]).to(device)
-    shape = (len(texts), 3, *train.image_size(net))
+    shape = (len(texts), 3, *image_size(net))
     images = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     dtype = PRECISIONS[args.precision]
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            value = loss(*net(train.normalise(images, net), tokens)[:3])
+            value = loss(*net(normalise(images, net), tokens)[:3])
         adam.zero_grad()
         value.backward()
         adam.step()
@@ -151,7 +151,7 @@ def make_open_clip(model: Model, texts: list[list[str]], args: argparse.Namespac
 
 
 def make_ours(
-    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: train.Rank, name: str
+    model: Model, texts: list[list[str]], args: argparse.Namespace, rank: Rank, name: str
 ) -> Way:
     """The step of train.py: "packed", "tree", "parts" (a tree in parts) or "plain" captions."""
     kind = ["--recipe", "clip"] if name == "plain" else ["--imc", "repulsion"]
@@ -159,15 +159,15 @@ def make_ours(
     run = train.make_run(options, model, rank)
     run.towers.train()
     part = args.micro_batch if name == "parts" else len(texts)
-    size = train.image_size(model.net)
+    size = image_size(model.net)
     texts = [text[:1] for text in texts] if name == "plain" else texts
     chunks = [texts[i : i + part] for i in range(0, len(texts), part)]
     parts = [make_batch(chunk, model, size, name != "packed") for chunk in chunks]
     tokens = sum(batch.texts.computed for batch in parts) / len(texts)
-    return Way(functools.partial(train.train_step, run, parts, 1e-6, options), tokens)
+    return Way(functools.partial(train.train_step, run, parts, 1e-6), tokens)
 
 
-def make_ways(args: argparse.Namespace, rank: train.Rank) -> dict[str, Way]:
+def make_ways(args: argparse.Namespace, rank: Rank) -> dict[str, Way]:
     """The ways that --ways names, each with a model of its own."""
     rng = random.Random(rank.number)
     count = args.batch_size // rank.world
@@ -193,7 +193,7 @@ def seconds(step: Callable[[], Any], device: torch.device) -> tuple[float, float
     return time.perf_counter() - start, time.process_time() - used
 
 
-def measure(args: argparse.Namespace, rank: train.Rank) -> dict[str, Any]:
+def measure(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
     """Take turns between the ways, and put their times side by side."""
     ways = make_ways(args, rank)
     for way in ways.values():
@@ -247,7 +247,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
-    rank = train.start_process(args.device)
+    rank = start_process(args.device)
     found = measure(args, rank)
     about = {
         "model": args.model,

@@ -299,7 +299,6 @@ letters); this tokenizer does not."""
 
 def model_card(args: argparse.Namespace, model: Model, digest: str, result: Any) -> str:
     """README.md of the folder: how to load it, what it is, what it scored."""
-    import evaluate
 
     about = model.about
     prefix = {"open_clip": "hf-hub:" if args.push else "local-dir:"}.get(args.to, "")
@@ -315,11 +314,13 @@ def model_card(args: argparse.Namespace, model: Model, digest: str, result: Any)
     lines += ["The licence is the uploader's choice; weights also carry the terms of the weights"]
     lines += ["that they were tuned from and of the training data.", "", "## Results", ""]
     if result:
+        import make_tables
+
         suites = {suite: {**scores} for suite, scores in result["suites"].items()}
         for scores in suites.values():
             scores.pop("versus", None)
         lines += ["Per cent, with 95 % intervals.", ""]
-        lines += [evaluate.markdown({name: {**result, "suites": suites}})]
+        lines += [make_tables.markdown({name: {**result, "suites": suites}})]
     else:
         lines += ["Not evaluated (`--results`)."]
     return "\n".join(lines).rstrip() + "\n"

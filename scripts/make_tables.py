@@ -6,7 +6,8 @@ A table stands between two comments; what is between them is replaced:
   <!-- table: scripts/results/NAME.json SUITE -->
   <!-- end -->
 
-SUITE is a suite of evaluate.py, or "negatives" for a file of negatives_report.py --out.
+SUITE is a suite of evaluate.py, "negatives" for a file of negatives_report.py --out, or "record"
+for the JSON of record of a script of scripts/paper.
 
   python scripts/make_tables.py            # rewrite README.md
   python scripts/make_tables.py --check    # exit code 1 where the README differs
@@ -20,20 +21,292 @@ is outside.
 """
 
 import argparse
+import csv
+import io
+import itertools
 import json
 import math
 import re
 import statistics
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import negatives_report
-
 import evaluate
 from data import DataError
 from negatives import run_script
+
+REFERENCE = ("CE-CLIP", "paper")  # the row from which differences are shown
+SHORT = [("CLIP", "paper"), ("NegCLIP", "paper"), REFERENCE, ("CE-CLIP+", "paper")]
+SHORT += [(model, "vl_compo") for model in ("CLIP", "NegCLIP", "CE-CLIP")]
+
+
+def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Published figures by (model, source), with the averages that follow from them.
+
+    Where only the mean of some subsets is printed it stands for each of them in the averages.
+    """
+    info = evaluate.read_table("suites")[suite]
+    rows = {}
+    for line in evaluate.read_table("published").get(suite, []):
+        values = dict(line["values"])
+        merged = line.get("merged", {})
+        full = {
+            x: value
+            for name, value in merged.items()
+            for x in evaluate.leaves(info["averages"][name])
+        }
+        full.update(values)
+        for name, tree in evaluate.named_averages(suite, full).items():
+            known = _known(tree, info["expected"])
+            value = evaluate.average(tree, full, info["expected"]) if known else None
+            if value is not None:
+                values.setdefault(name, value)
+        rows[line["model"], line["source"]] = values
+    return rows
+
+
+def _known(tree: Any, counts: dict[str, int]) -> bool:
+    """Whether the numbers of items that the tree's weighted means need are known."""
+    if isinstance(tree, dict):
+        return all(name in counts for name in tree["items"])
+    return isinstance(tree, str) or all(_known(member, counts) for member in tree)
+
+
+def _shown(suite: str) -> dict[tuple[str, str], dict[str, float]]:
+    rows = published(suite)
+    short = {key: rows[key] for key in SHORT if key in rows}
+    return short or dict([x for x in rows.items() if x[0][0] in ("CLIP", "NegCLIP", "CE-CLIP")])
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """One table for each suite: subsets, averages and costs down, checkpoints across.
+
+    Beside ours: a reader of the texts alone, the difference of the last checkpoint from the
+    paper's CE-CLIP, and published figures with their source.
+    """
+    lines: list[str] = []
+    for suite in next(iter(results.values()))["suites"]:
+        scored = {label: result["suites"][suite] for label, result in results.items()}
+        first, last = next(iter(scored.values())), list(scored)[-1]
+        rows = {name for part in ("subsets", "averages", "costs") for name in first[part]}
+        others = {key: line for key, line in _shown(suite).items() if rows.intersection(line)}
+        blind = {key: first[key] for key in evaluate.READERS if key in first}
+        best = [key for key in (REFERENCE, ("CE-CLIP", "vl_compo")) if key in others][:1]
+        reference = others[best[0]] if best else {}
+        head = ["", "items", *scored, *(evaluate.READERS[key] for key in blind)]
+        head += [f"{last} - CE-CLIP ({best[0][1]})"] if best else []
+        head += [f"{model} ({source})" for model, source in others]
+        lines += ["", f"### {suite}: per cent correct [95 % interval]", "", *pipe(head)]
+        lines += pipe(["---", *["---:"] * (len(head) - 1)])
+        for part in ("subsets", "averages", "costs"):
+            if part == "costs" and first["costs"] and first["subsets"]:
+                lines += pipe(["*costs*", *[""] * (len(head) - 1)])
+            for name, cell in first[part].items():
+                ours = [_cell_text(result[part][name]) for result in scored.values()]
+                line = [f"**{name}**" if part == "averages" else name, _count(cell), *ours]
+                line += [_figure(reader.get(name)) for reader in blind.values()]
+                ours_last = scored[last][part][name]["accuracy"]
+                known = ours_last is not None and name in reference
+                gain = ours_last - reference[name] if known else None
+                line += [_figure(gain, "+")] if reference else []
+                lines += pipe([*line, *(_figure(column.get(name)) for column in others.values())])
+        lines += _remarks(suite, scored)
+    for suite, why in _left_out(results).items():
+        lines += ["", f"Left out: {suite}: {why}"]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return next(iter(results.values())).get("left_out", {})
+
+
+ABSENT = "--"  # nothing was scored
+
+
+def _cell_text(score: dict[str, Any]) -> str:
+    if score["accuracy"] is None:
+        return ABSENT
+    seen = f", {score['seen']} seen" if score.get("seen") else ""
+    return f"{score['accuracy']:.1f} [{score['low']:.1f}, {score['high']:.1f}]{seen}"
+
+
+def _count(cell: dict[str, Any]) -> str:
+    expected = cell.get("expected", cell["scored"])
+    of = f" of {'?' if expected is None else expected}"
+    return str(cell["scored"]) + ("" if cell["scored"] == expected else of)
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{sign}.1f}"
+
+
+def partly(suites: dict[str, Any]) -> str:
+    """Which suites of a model were scored in part only: "NAME N of M, ..."; or an empty string."""
+    found = []
+    for name, table in suites.items():
+        cells = {
+            evaluate.counted_row(row, part): cell
+            for part in ("subsets", "costs")
+            for row, cell in table[part].items()
+        }
+        total = evaluate.total_cell(list(cells.values()))
+        if total["scored"] != total["expected"]:
+            found.append(f"{name} {_count(total)}")
+    return ", ".join(found)
+
+
+def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
+    """Below a table: ties, what was found out, overlap with training data, paired tests."""
+    info = evaluate.read_table("suites")[suite]
+    rows = {name: {**s["subsets"], **s["costs"]} for name, s in scored.items()}
+    ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
+    rule = next(iter(scored.values())).get("tie_rule", "wrong")
+    lines = ["", f"Ties ({rule}): " + ", ".join(f"{name} {count}" for name, count in ties.items())]
+    for note in (*next(iter(scored.values()))["notes"], info.get("leak")):
+        lines += ["", f"Note: {note}"] if note else []
+    for name, result in scored.items():
+        lines += ["", f"{name}: {result['seen']}"] if "seen" in result else []
+    for name, result in scored.items():
+        for other, table in result.get("versus", {}).items():
+            title = ["", "difference [95 %]", f"only {name}", f"only {other}", "McNemar p"]
+            lines += ["", f"{name} - {other}, paired on the same items:", ""]
+            lines += [*pipe(title), *pipe(["---", *["---:"] * 4])]
+            for row, x in table.items():
+                change = f"{x['difference']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]"
+                lines += pipe([row, change, str(x["gained"]), str(x["lost"]), f"{x['p']:.2g}"])
+    return lines
+
+
+TABLE_1 = ["aro", "valse"]  # of the paper: one table
+
+
+def latex(results: dict[str, dict[str, Any]]) -> str:
+    """Tables of booktabs in the papers' column order: published rows, then ours.
+
+    A star marks figures of part of the items; below the table it says of how many.
+    """
+    suites = list(next(iter(results.values()))["suites"])
+    one = [suite for suite in TABLE_1 if suite in suites]
+    tables = [[suite] for suite in suites if suite not in one] if one else [[x] for x in suites]
+    blocks = [_tabular(names, results) for names in ([one, *tables] if one else tables)]
+    blocks += [f"% left out: {suite}: {why}" for suite, why in _left_out(results).items()]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _tabular(suites: list[str], results: dict[str, dict[str, Any]]) -> str:
+    """One table; columns and published rows that would be empty are left out."""
+    theirs: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    ours: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for suite in suites:
+        for key, values in published(suite).items():
+            theirs[key].update((f"{suite} {row}", _figure(x)) for row, x in values.items())
+        for label, result in results.items():
+            table = result["suites"][suite]
+            for row, cell in {**table["subsets"], **table["averages"], **table["costs"]}.items():
+                if cell["accuracy"] is not None:
+                    star = "" if cell["scored"] == cell["expected"] else "$^*$"
+                    ours[label, "ours"][f"{suite} {row}"] = _figure(cell["accuracy"]) + star
+    filled = set().union(*theirs.values(), *ours.values())
+    columns = [x for suite in suites for x in _columns(suite, results) if x[0] in filled]
+    rows = {key: [line.get(name, ABSENT) for name, _, _ in columns] for key, line in theirs.items()}
+    lines = [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule", *_heads(columns)]
+    body = [[*key, *cells] for key, cells in rows.items() if set(cells) != {ABSENT}]
+    lines += [*map(_tex_row, body), *([r"\midrule"] if body else [])]
+    for label, result in results.items():
+        line = ours[label, "ours"]
+        lines += [_tex_row([label, "ours", *(line.get(name, ABSENT) for name, _, _ in columns)])]
+        part = partly({suite: result["suites"][suite] for suite in suites})
+        if part:
+            lines += [rf"\multicolumn{{{len(columns) + 2}}}{{l}}{{$^*$ {_tex(part)} items}} \\"]
+    return "\n".join([f"% {', '.join(suites)}", *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _columns(suite: str, results: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Name, head and group of each column, in the paper's order where it has a table."""
+    given = evaluate.read_table("suites")[suite].get("columns")
+    if given:
+        return [(f"{suite} {row}", head, group) for row, head, group in given]
+    first = next(iter(results.values()))["suites"][suite]
+    rows = [*first["subsets"], *first["averages"], *first["costs"]]
+    columns = []
+    for row in rows:
+        verdict = evaluate.verdict_of(row)
+        group = evaluate.counted_row(row, "subsets") if verdict else ""
+        columns.append((f"{suite} {row}", verdict or row, group))
+    return columns
+
+
+def _heads(columns: list[tuple[str, str, str]]) -> list[str]:
+    """The heads of the columns, under those of their groups."""
+    above, rules, start = ["", ""], "", 3
+    for group, members in itertools.groupby(columns, key=lambda column: column[2]):
+        end = start + len(list(members)) - 1
+        above.append(rf"\multicolumn{{{end - start + 1}}}{{c}}{{{_tex(group)}}}")
+        rules += rf"\cmidrule(lr){{{start}-{end}}}" if group else ""
+        start = end + 1
+    heads = [_tex_row(["Model", "Source", *(head for _, head, _ in columns)]), r"\midrule"]
+    return [" & ".join(above) + r" \\", rules, *heads] if rules else heads
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cell if cell.endswith("$^*$") else _tex(cell) for cell in cells) + r" \\"
+
+
+def _tex(text: str) -> str:
+    """Text with LaTeX's own characters escaped."""
+    marks = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    return re.sub(r"[_&%#${}\\^~]", lambda m: marks.get(m[0], "\\" + m[0]), text)
+
+
+def long_csv(results: dict[str, dict[str, Any]]) -> str:
+    """Every figure on a line of its own, ours and the published ones."""
+    out = io.StringIO()
+    keys = ["accuracy", "low", "high", "scored", "expected", "ties"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["suite", "model", "source", "part", "row", *keys])
+    for suite in next(iter(results.values()))["suites"]:
+        for label, result in results.items():
+            for part in ("subsets", "averages", "costs"):
+                for row, cell in result["suites"][suite][part].items():
+                    figures = [cell.get(key, "") for key in keys]
+                    writer.writerow([suite, label, "ours", part, row, *figures])
+        for (model, source), values in published(suite).items():
+            for row, value in values.items():
+                writer.writerow([suite, model, source, "published", row, round(value, 2)])
+    for suite in _left_out(results):
+        for label in results:
+            writer.writerow([suite, label, "ours", "left out", "", "", "", "", 0])
+    return out.getvalue()
+
+
+def show(table: str) -> str:
+    """The markdown with the columns of each table lined up for a terminal."""
+    shown: list[str] = []
+    block: list[list[str]] = []
+    for line in [*table.splitlines(), ""]:
+        if line.startswith("|"):
+            block.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        sizes = [max(map(len, column)) for column in zip(*block, strict=True)]
+        for cells in block:
+            if cells[0] == "---":
+                shown.append("  ".join("-" * size for size in sizes))
+                continue
+            rest = [cell.rjust(size) for cell, size in zip(cells[1:], sizes[1:], strict=True)]
+            shown.append("  ".join([cells[0].ljust(sizes[0]), *rest]).rstrip())
+        block = []
+        shown.append(line.rstrip())
+    return "\n".join(shown).rstrip()
+
+
+def pipe(cells: list[str]) -> list[str]:
+    """A row of a markdown table."""
+    return ["| " + " | ".join(cells) + " |"]
+
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -49,18 +322,43 @@ def make_table(path: Path, suite: str) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         if not results:
             raise KeyError
+        if suite == "record":
+            return record_table(results)
         if suite == "negatives":
+            import negatives_report
+
             return negatives_report.markdown(results)
         for result in results.values():
             scores = result["suites"][suite]
             scores.pop("versus", None)  # comparisons of pairs are for results.md
             result["suites"] = {suite: scores}
             result.pop("left_out", None)
-        table = evaluate.markdown(results)
+        table = markdown(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        made = "negatives_report.py" if suite == "negatives" else f"evaluate.py --suite {suite}"
-        raise DataError(f"{path}: holds no results of {suite}; run {made} --out again") from None
+        makers = {"negatives": "scripts/negatives_report.py --out", "record": "scripts/paper"}
+        made = makers.get(suite, f"evaluate.py --suite {suite} --out")
+        raise DataError(f"{path}: holds no results of {suite}; run {made} again") from None
     return table.split("\n", 2)[2]
+
+
+def record_table(record: dict[str, Any]) -> str:
+    """Models down, figures across, each the mean over seeds and half of its interval.
+
+    Averages, R@5 and R@10 are left out.
+    """
+    parts = [x for x in record["rows"] if not re.search(r"\bmean\b|R@(5|10)$", x["row"])]
+    rows = list(dict.fromkeys(x["row"] for x in parts))
+    cells = {(x["name"], x["row"]): x for x in parts}
+    lines = pipe(["", *rows]) + pipe(["---", *["---:"] * len(rows)])
+    for name in dict.fromkeys(x["name"] for x in parts):
+        own = [cells[name, row] for row in rows]
+        lines += pipe([name, *(f"{x['ours']:.1f} ± {half(x):.1f}" for x in own)])
+    return "\n".join(lines) + "\n"
+
+
+def half(x: dict[str, Any]) -> float:
+    """Half of a figure's interval."""
+    return max(x["high"] - x["ours"], x["ours"] - x["low"])
 
 
 def fill(text: str, base: Path) -> str:
@@ -92,7 +390,7 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t fo
 ARO_MEAN = "mean of VG-Relation and VG-Attribution"  # what figure 5a shows, as far as we can tell
 
 
-def judge(
+def judge_table(
     table: str, world: str, results: dict[str, Any], labels: list[str]
 ) -> list[dict[str, Any]]:
     """Hold every figure of a table to what is published of the same model.
@@ -120,7 +418,7 @@ def judge(
             rows = rows or [row for scored in done[:1] for part in PARTS for row in scored[part]]
             kind = ROWS.get(name, ["", "shown"])[1] if right and "base" not in seeds else "shown"
             records += [
-                {"suite": suite, "row": row, "name": name, **compare(row, known, done, kind)}
+                {"suite": suite, "row": row, "name": name, **judge_row(row, known, done, kind)}
                 for row in in_order(suite, rows)
             ]
     return records
@@ -139,9 +437,7 @@ def of_model(suite: str, table: str, name: str) -> dict[str, dict[str, float]]:
         value = dict(enumerate(figure["a"].get(recipe, at_end), 1)).get(int(epoch))
         return {"paper, Figure 5 (read off)": {ARO_MEAN: value}} if value else {}
     model = ROWS.get(name, [""])[0]
-    return {
-        source: line for (who, source), line in evaluate.published(suite).items() if who == model
-    }
+    return {source: line for (who, source), line in published(suite).items() if who == model}
 
 
 def in_order(suite: str, rows: list[str]) -> list[str]:
@@ -151,7 +447,7 @@ def in_order(suite: str, rows: list[str]) -> list[str]:
     return sorted(dict.fromkeys(rows), key=[*first, *rows].index)
 
 
-def compare(
+def judge_row(
     row: str, known: dict[str, dict[str, float]], scored: list[dict[str, Any]], kind: str
 ) -> dict[str, Any]:
     """One figure of one model, over its seeds, beside the published ones.
@@ -175,7 +471,7 @@ def compare(
     half = math.hypot(items, spread(values))
     ours = statistics.mean(values)
     bounds = {"low": max(0.0, ours - half), "high": min(100.0, ours + half)}
-    out |= {"ours": ours, **bounds, "seeds": values}
+    out |= {"ours": ours, **bounds, "seeds": values, "cells": cells}
     out |= {"scored": cells[0]["scored"], "expected": cells[0].get("expected")}
     tolerance = math.hypot(half, items) + 0.05
     out |= {"tolerance": tolerance, "verdict": "shown"}
@@ -241,14 +537,9 @@ def interval(x: dict[str, Any]) -> str:
     return f"{x['ours']:.1f} [{x['low']:.1f}, {x['high']:.1f}]"
 
 
-def pipe(cells: list[str]) -> list[str]:
-    """A row of a markdown table."""
-    return ["| " + " | ".join(cells) + " |"]
-
-
 def run_judge(args: argparse.Namespace) -> int:
     """Print the judgement and write the record; 1 if a reproduced row is outside."""
-    if args.judge not in evaluate.GROUPS or args.record is None:
+    if args.record is None or (args.world == "coco" and args.judge not in evaluate.GROUPS):
         raise DataError(
             f"--judge {args.judge}: wants --record and one of {', '.join(evaluate.GROUPS)}"
         )
@@ -256,11 +547,11 @@ def run_judge(args: argparse.Namespace) -> int:
     if args.results and args.results.is_file():
         try:
             results = json.loads(args.results.read_text(encoding="utf-8"))
-            records = judge(args.judge, args.world, results, args.labels.split(","))
+            records = judge_table(args.judge, args.world, results, args.labels.split(","))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"--results {args.results}: holds no results ({error!r})") from None
     else:
-        records = judge(args.judge, args.world, {}, args.labels.split(","))
+        records = judge_table(args.judge, args.world, {}, args.labels.split(","))
     made = {
         label: {key: value for key, value in result.items() if key != "suites"}
         for label, result in results.items()
@@ -273,7 +564,7 @@ def run_judge(args: argparse.Namespace) -> int:
     args.record.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**content, "made": made, "count": count, "rows": records}, indent=1)
     evaluate.write_text(args.record, text + "\n")
-    print(evaluate.show(judgement(records)))
+    print(show(judgement(records)))
     print(f"\n{RULE}\n{summary}\nrecord: {args.record}")
     return int(count["OUTSIDE"] > 0)
 

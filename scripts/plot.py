@@ -391,6 +391,8 @@ def published_summary(source: str) -> dict[str, Points]:
 
 def draw_tradeoff(results: Results, plt: Any) -> Any:
     """Our models filled, published ones hollow; None where results share no gain and cost."""
+    import make_tables
+
     import evaluate
 
     read = figures_of(results)
@@ -398,7 +400,7 @@ def draw_tradeoff(results: Results, plt: Any) -> Any:
         return None
     theirs: dict[str, dict[str, dict[str, float]]] = {}
     for suite in evaluate.SUITES:
-        for (model, source), values in evaluate.published(suite).items():
+        for (model, source), values in make_tables.published(suite).items():
             theirs.setdefault(f"{model} ({source})", {})[suite] = values
     up = shared(read, "composition")
     costs = {kind: shared(read, kind) for kind in ("zero-shot", "retrieval")}
@@ -410,7 +412,7 @@ def draw_tradeoff(results: Results, plt: Any) -> Any:
     used = {suite for names in (up, *costs.values()) for suite, _ in names}
     title = "Composition: " + ", ".join(f"{suite} ({row})" for suite, row in up)
     for label, result in results.items():
-        few = evaluate.partly({x: table for x, table in result["suites"].items() if x in used})
+        few = make_tables.partly({x: table for x, table in result["suites"].items() if x in used})
         title += f"\n{label}: {few}" * bool(few)
     return draw_panels(panels, title, plt) if panels else None
 
@@ -666,6 +668,60 @@ def draw_gallery(path: Path, count: int, plt: Any) -> Any:
     return figure
 
 
+# Items: what the models say of one image of each subset
+
+
+def pick_items(path: Path, suite: str) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """An item of each subset of one image and two captions, with every model's scores.
+
+    It is the subset's first whose image no subset before it shows.
+    """
+    picked: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for label in json.loads(path.read_text(encoding="utf-8")):
+        shown: dict[str, str] = {}
+        for _, item in read_lines(path.parent / "items" / label / f"{suite}.jsonl"):
+            pair = len(item["images"]) == 1 and len(item["texts"]) == 2
+            if pair and item["subset"] not in shown and item["images"][0] not in shown.values():
+                shown[item["subset"]] = item["images"][0]
+                picked.setdefault(item["subset"], []).append((label, item))
+    return picked
+
+
+def draw_items(path: Path, suite: str, plt: Any) -> Any:
+    """A strip of images, each with its caption, the hard negative and the cosines of both."""
+    picked = list(pick_items(path, suite).items())[:GROUPS_IN_ROW]
+    if not picked:
+        return None
+    from evaluate import load_picture as load_image  # imports torch
+
+    count = max(len(models) for _, models in picked)
+    height = 2.55 + 0.14 * count  # inches: title and image 1.9, captions 0.65, a line each model
+    figure, axes = plt.subplots(1, len(picked), figsize=(1.75 * len(picked), height), squeeze=False)
+    figure.subplots_adjust(0.01, 1 - 1.9 / height, 0.99, 1 - 0.22 / height, wspace=0.06)
+    for axis, (subset, models) in zip(axes[0], picked, strict=True):
+        true, false = (textwrap.fill(text, 27) for text in models[0][1]["texts"])
+        axis.imshow(load_image(models[0][1]["images"][0], 192))
+        axis.set(title=subset, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        lines = [(0.06, true, "#00664A", "sans-serif"), (0.36, false, EDIT, "sans-serif")]
+        for number, (label, item) in enumerate(models):
+            one, two = item["scores"][0]
+            text = f"{label:<9.9}{one:6.2f}{two:6.2f} {'right' if item['correct'] else 'wrong'}"
+            lines.append((0.66 + 0.14 * number, text, "black", "monospace"))
+        for inches, text, colour, family in lines:
+            place = (0, -inches / 1.68)  # of the image's height
+            axis.text(
+                *place,
+                text,
+                transform=axis.transAxes,
+                fontsize=6.5,
+                va="top",
+                color=colour,
+                family=family,
+            )
+    return figure
+
+
 # The command
 
 
@@ -708,6 +764,10 @@ def main(argv: list[str] | None = None) -> None:
     figures: dict[str, Any] = {}
     for suite in {suite: 0 for result in results.values() for suite in result["suites"]}:
         figures[suite] = draw_suite(results, suite, plt)
+    for path in paths:
+        for suite in {suite: 0 for result in results.values() for suite in result["suites"]}:
+            if len(paths) == 1 and (path.parent / "items").is_dir():
+                figures[f"{suite}-items"] = draw_items(path, suite, plt)
     if results:
         figures["tradeoff"] = draw_tradeoff(results, plt)
     if args.published:

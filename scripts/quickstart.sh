@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Install, train base, control and CE-CLIP on the shapes world, compare them. Resumes; deletes nothing.
+# Make negatives, install, train a base, a control and CE-CLIP on the shapes world, compare them.
+# Typed again it goes on where it was cut off; it deletes nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python3 negatives.py --text "A man riding a brown horse on the beach."  # needs nothing installed
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt matplotlib
-python=.venv/bin/python out=runs/quickstart
-$python train.py --recipe clip --steps 400 --out $out/base
-for recipe in clip ce-clip; do
-  name=$([ $recipe = clip ] && echo control || echo ce-clip)
-  $python train.py --recipe $recipe --pretrained $out/base/latest.pt --seed 1 --steps 1000 --out $out/"$name"
-done
-if [ -f $out/results/results.md ]; then
-  cat $out/results/results.md
+export WORLD=shapes OUT=runs/quickstart SEEDS=0
+python=.venv/bin/python
+score=("$python" evaluate.py --suite shapes --cache "$OUT/features" --ckpt base="$OUT/base.0/latest.pt")
+bash scripts/paper/train.sh base
+if [ -f $OUT/results/results.md ]; then
+  cat $OUT/results/results.md
 else
-  $python evaluate.py --ckpt $out/base/latest.pt --ckpt $out/control/latest.pt \
-    --ckpt $out/ce-clip/latest.pt --suite shapes --out $out/results
+  "${score[@]}"
+  bash scripts/paper/train.sh clip ce-clip
+  "${score[@]}" --ckpt control=$OUT/clip.0/latest.pt --ckpt ce-clip=$OUT/ce-clip.0/latest.pt \
+    --baseline control --out $OUT/results
 fi
-$python scripts/plot.py $out/ce-clip $out/results --out $out/figures
-echo "Runs are in $out; the tables in $out/results, the figures in $out/figures."
+$python scripts/plot.py $OUT/ce-clip.0 $OUT/results --out $OUT/figures
+echo "Runs are in $OUT, tables in $OUT/results, figures in $OUT/figures."

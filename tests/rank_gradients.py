@@ -17,7 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from evaluate import load_model
+from evaluate import Rank, load_model
 
 # Recipe, ranks, images of a part; the first of each recipe is one process with one part.
 CASES = [("ce-clip", *case) for case in ((1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (4, 1))]
@@ -35,7 +35,7 @@ def step(recipe: str, world: int, micro: int, number: int, argv: list[str]) -> N
             *("--steps", "2", "--distill", "1", "--captions", "one", "--workers", "0"),
         ]
     )
-    rank = train.Rank(number, world, torch.device("cpu"))
+    rank = Rank(number, world, torch.device("cpu"))
     torch.manual_seed(0)
     model = load_model(args.model)
     run = train.make_run(args, model, rank)
@@ -43,11 +43,10 @@ def step(recipe: str, world: int, micro: int, number: int, argv: list[str]) -> N
     with torch.no_grad():
         for p in run.teacher.parameters():
             p.mul_(1.01)
-    data = train.make_data(args, model, run.loss)
-    loader = train.make_loader(args, data, model, run.loss, rank, 0)
+    loader = train.make_loader(run, train.make_source(args, model, run.loss, rank), 0)
     for parts in loader:
         run.optimizer.zero_grad()
-        values = train.gradients(run, parts, args)
+        values = train.gradients(run, parts)
     if number == 0:
         grads = {n: p.grad.clone() for n, p in run.net.named_parameters() if p.grad is not None}
         content = {"grads": grads, "loss": values["loss"].detach(), "parts": len(parts)}

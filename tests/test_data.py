@@ -169,10 +169,10 @@ def test_shapes_manifest_round_trip(tmp_path, capsys):
     out = tmp_path / "s.jsonl"
     data.main(["shapes", "--out", str(out), "--images", str(tmp_path), "--limit", "3"])
     data.main(["check", str(out), "--images", str(tmp_path)])
-    assert "all 3 pictures decode" in capsys.readouterr().out
+    assert "all 3 images decode" in capsys.readouterr().out
     first = json.loads(out.read_text().splitlines()[0])
     (tmp_path / first["image"]).write_bytes(b"torn")
-    with pytest.raises(DataError, match="1 of 3 pictures"):
+    with pytest.raises(DataError, match="1 of 3 images"):
         data.main(["check", str(out), "--images", str(tmp_path)])
     with pytest.raises(DataError, match="--overwrite"):
         data.main(["shapes", "--out", str(out), "--images", str(tmp_path)])
@@ -180,8 +180,8 @@ def test_shapes_manifest_round_trip(tmp_path, capsys):
 
 def test_split_features_puts_each_text_in_its_place():
     items = [
-        data.Item(torch.zeros(3, 2, 2), data.Captions("a", None, ("b", None, "c", None)), ""),
-        data.Item(torch.zeros(3, 2, 2), data.Captions("d", "e", (None, "f", None, None)), ""),
+        data.Example(torch.zeros(3, 2, 2), data.Captions("a", None, ("b", None, "c", None)), ""),
+        data.Example(torch.zeros(3, 2, 2), data.Captions("d", "e", (None, "f", None, None)), ""),
     ]
     tokenizer = load_model("shapes-tiny").tokenizer
     (batch,) = data.Collate(tokenizer, positives=True, negatives="valid")(items)

@@ -168,15 +168,15 @@ def test_cocas_captioning_loss_is_open_clips(here, tmp_path, part):
     given += ["--batch-size", 4, "--steps", 2, "--caption-weight", 2, "--out", tmp_path / "run"]
     given += ["--micro-batch", part] if part else []
     args = train.parse_args([str(option) for option in given])
-    rank = train.Rank(0, 1, torch.device("cpu"))
+    rank = evaluate.Rank(0, 1, torch.device("cpu"))
     train.check_args(args, rank)
     torch.manual_seed(0)
     model = evaluate.load_model(str(config))
     run = train.make_run(args, model, rank)
-    source = train.make_data(args, model, run.loss)
+    source = train.make_source(args, model, run.loss, rank)
     args.steps_per_epoch = source.steps[0]
-    parts = next(train.make_loader(args, source, model, run.loss, rank, 0))
-    out = train.gradients(run, parts, args)
+    parts = next(train.make_loader(run, source, 0))
+    out = train.gradients(run, parts)
     grads = {name: p.grad.clone() for name, p in run.net.named_parameters() if p.grad is not None}
     # the oracle: open_clip's forward and loss on the captions, ours on the features
     run.net.zero_grad()

@@ -258,7 +258,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
             '{"image": "a.png", "caption": "a", "negatives": {"object": ["b", "\\udc00"]}}',
             "byte 0: holds half a character",
         ),
-        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "pictures of .* are not there"),
+        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "images of .* are not there"),
         ('{"image": "a.png", "caption": "a", "image_id": %s}' % ("1" * 5000), ":1: is not JSON"),
         ("[" * 100_000, ":1: is not JSON"),
     ],

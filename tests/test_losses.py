@@ -178,7 +178,7 @@ def products(*frozen, scale_too=True):
     """Products of all images with all captions that the fused path makes, at K = 4."""
     (image, text, negative, _), valid, _ = batch(32, 4, 16)
     o = losses.Options(imc="released", mask_invalid=False)
-    x = losses._inputs((image, text, negative, None), (valid, None), (9.0, None, None), o)
+    x = losses._inputs((image, text, 9.0, negative, valid, *[None] * 4), o)
     wanted = dict(zip(("images", "texts", "negatives"), NAMES, strict=False))
     needs = [f in wanted and wanted[f] not in frozen for f in x._fields]
     needs[x._fields.index("scale")] = scale_too
@@ -383,14 +383,14 @@ class Widest(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_tensor_of_all_logits_is_ever_made():
     (image, text, negative, _), valid, _ = batch(256, 4, 8, dtype=torch.float32)
     o = losses.Options(imc="released")
-    x = losses._inputs((image, text, negative, None), (valid, None), (9.0, None, None), o)
+    x = losses._inputs((image, text, 9.0, negative, valid, *[None] * 4), o)
     for backend, limit in (("torch", 256 * 4 * 256 / 4), ("plain", None)):
         options = o._replace(backend=backend, workspace_mib=0.05)
         with Widest() as widest:
             if backend == "torch":
                 losses._fused(x, options, [t is not None for t in x], None)
             else:
-                losses._plain(losses._clean(x, options), options, None)
+                losses._reference(losses._clean(x), options, None)
         if limit:
             assert widest.numel < limit
         else:
@@ -404,15 +404,15 @@ MUTANTS = {
         "torch.sub(at, columns.to(q.dtype), out",
         "torch.sub(at, row[:, None], out",
     ),
-    "mask of whole batch forgotten": ("if not counted.all():", "if False:"),
+    "mask of whole batch forgotten": ("if not encoded.all():", "if False:"),
     "kink counted": ("(excess > 0)", "(excess >= -9e9)"),
     "threshold forgotten": ("excess = x.thresholds + own.negative", "excess = own.negative"),
     "own row factor lost": (
         "weight[:, chunk].flatten() * (offset - total).exp()",
         "weight[:, chunk].flatten()",
     ),
-    "captions' keys lost": ("_add_product(step.d_keys, exps.T, q * f[:, None])", "pass"),
-    "scale lost": ("* (f[part, None] * x.scale)", "* f[part, None]"),
+    "captions' keys lost": ("x.scale, None, step.d_keys)", "x.scale, None, None)"),
+    "scale lost": ("* (weight * scale)", "* weight"),
     "captions left out of the scale": ("of_captions + (own.text * d.text).sum()", "of_captions"),
     "numerator without derivative": ("share * (p[:, 0].exp() - 1)", "share * 0"),
     "positives uncounted": ("clamp(min=1)\n    share", "clamp(min=7)\n    share"),
@@ -513,7 +513,7 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not dump.exists():
         pytest.skip("this triton brings no cuobjdump")
-    kernel = losses._kernel()
+    kernel = losses._kernel
     pointers = {name: "*fp32" for name in ("row", "column", "bias", "of_rows", "of_columns")}
     signature = {**{name: "*bf16" for name in ("q", "k", "out")}, **pointers}
     signature |= {"n": "i32", "m": "i32", "first": "i32"}
@@ -555,8 +555,8 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
         ({"focal_gamma": 0.5}, "focal_gamma is 0.5"),
         ({"negatives_in_itc": 1}, "negatives_in_itc is 1; it must be True or False"),
         ({"imc_weight": None}, "imc_weight is None; it must be a finite number"),
-        ({"cmr_weight": -1.0}, "cmr_weight is -1.0; it must be 0 or more"),
-        ({"label_smoothing": 2}, "label_smoothing is 2.0"),
+        ({"cmr_weight": -1.0}, "cmr_weight is -1.0; it must be a finite number, 0 or more"),
+        ({"label_smoothing": 2}, "label_smoothing is 2; it must be a number from 0"),
         ({"logit_scale": torch.ones(2)}, r"logit_scale has shape \[2\]; it must be a scalar"),
         ({"negative_features": None}, "valid is given, but negative_features are missing"),
         ({"text_features": torch.ones(5, 6, dtype=torch.long)}, "it must be of floats"),
@@ -682,7 +682,7 @@ def test_the_first_fused_call_imports_next_to_nothing():
 
 def test_without_negatives_a_recipe_that_needs_them_says_so():
     (image, text, *_), _, _ = batch()
-    losses._say_once.cache_clear()
+    losses._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="ce-clip gets no negative_features: it trains as plain"):
         CEClipLoss("ce-clip")(image, text, 9.0)
     with warnings.catch_warnings():

@@ -61,6 +61,9 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     open_clip.create_model("shapes-tiny", pretrained=str(cut / "epoch_01.pt"))
 
 
+RANK = evaluate.Rank(0, 1, torch.device("cpu"))
+
+
 def put(folder, limit=8):
     """A small manifest with its pictures, as options of train.py."""
     path = folder / "m.jsonl"
@@ -72,21 +75,19 @@ def put(folder, limit=8):
 def prepare(*options):
     """A run and the parts of its first batch."""
     args = train.parse_args(["--steps", "3", "--batch-size", "8", *map(str, options)])
-    rank = train.Rank(0, 1, torch.device("cpu"))
+    rank = evaluate.Rank(0, 1, torch.device("cpu"))
     train.check_args(args, rank)
     torch.manual_seed(0)
     model = load_model(args.model)
     run = train.make_run(args, model, rank)
     run.towers.train()
-    loader = train.make_loader(
-        args, train.make_data(args, model, run.loss), model, run.loss, rank, 0
-    )
+    loader = train.make_loader(run, train.make_source(args, model, run.loss, rank), 0)
     return args, run, next(loader)
 
 
 def gradient(*options):
-    args, run, parts = prepare(*options)
-    out = train.gradients(run, parts, args)
+    _, run, parts = prepare(*options)
+    out = train.gradients(run, parts)
     grads = {n: p.grad for n, p in run.net.named_parameters() if p.grad is not None}
     return out, grads, run
 
@@ -143,7 +144,7 @@ def test_mistakes_get_one_sentence(options, message, tmp_path, monkeypatch):
 def test_batch_must_be_divisible_by_ranks():
     args = train.parse_args(["--batch-size", "9"])
     with pytest.raises(data.DataError, match="not divisible by 2 ranks"):
-        train.check_args(args, train.Rank(0, 2, torch.device("cpu")))
+        train.check_args(args, evaluate.Rank(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -172,12 +173,12 @@ def test_cached_gradients_repeat_the_dropout_of_the_features(tmp_path):
     torch.manual_seed(1)
     features = [train.encode(run.towers, part, args) for part in parts]  # one graph of both parts
     state = torch.get_rng_state()
-    train.batch_loss(run, parts, features, [], 0.0)["loss"].backward()
+    train.batch_loss(run, parts, features, [])["loss"].backward()
     wanted = {n: p.grad.clone() for n, p in run.net.named_parameters() if p.grad is not None}
     run.loss.threshold.reset()
     run.optimizer.zero_grad()
     torch.manual_seed(1)
-    train.gradients(run, parts, args)
+    train.gradients(run, parts)
     same({n: p.grad for n, p in run.net.named_parameters() if p.grad is not None}, wanted)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(features[0][0], train.encode(run.towers, parts[0], args)[0])
@@ -214,7 +215,7 @@ def test_lora_trains_few_weights_and_is_merged_where_weights_are_saved():
     assert tuned
     assert all("parametrizations" in name for name in tuned)
     for _ in range(2):
-        train.train_step(run, parts, 1e-2, args)
+        train.train_step(run, parts, 1e-2)
     after = train.plain_weights(run.net)
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert "transformer.resblocks.0.attn.in_proj_weight" in moved
@@ -233,18 +234,18 @@ def test_lora_trains_few_weights_and_is_merged_where_weights_are_saved():
 def test_the_teacher_pulls_back_and_follows():
     args, run, parts = prepare("--distill", 0.5, "--ema", 0.75)
     plain = gradient()[0]["loss"]
-    assert float(train.gradients(run, parts, args)["distill"]) == 0  # they begin alike
+    assert float(train.gradients(run, parts)["distill"]) == 0  # they begin alike
     run.loss.threshold.reset()
     with torch.no_grad():
         run.teacher.net.text_projection.mul_(-1)
     features = [train.encode(towers, parts[0], args) for towers in (run.towers, run.teacher)]
     drift = (features[0][1] - features[1][1]).detach().square().sum() / 8
-    out = train.gradients(run, parts, args)
+    out = train.gradients(run, parts)
     assert float(drift) > 1
     assert (out["loss"] - plain).item() == pytest.approx(0.5 * float(drift), rel=1e-4)
     name = "ln_final.weight"
     start = run.net.get_parameter(name).clone()
-    train.train_step(run, parts, 1e-2, args)
+    train.train_step(run, parts, 1e-2)
     moved = run.net.get_parameter(name)
     wanted = 0.75 * start + 0.25 * moved
     assert not torch.equal(moved, start)
@@ -363,9 +364,9 @@ def test_sources_are_mixed(tmp_path):
     args.batch_size = 8
     model = load_model("shapes-tiny")
     loss = train.CEClipLoss("ce-clip")
-    assert train.make_data(args, model, loss).shares == [6, 2]
+    assert train.make_source(args, model, loss, RANK).shares == [6, 2]
     args.data = files
-    assert train.make_data(args, model, loss).shares == [4, 4]
+    assert train.make_source(args, model, loss, RANK).shares == [4, 4]
 
 
 def test_shards_train(tmp_path):

@@ -6,7 +6,8 @@
 [ "$WORLD" = coco ] || fail "needs photos; WORLD=$WORLD has one source only"
 read -ra weights <<< "${WEIGHTS:-}"
 [[ ${#weights[@]} = [03] ]] || fail "WEIGHTS=$WEIGHTS: wants one each for COCO, CC3M, VG"
-bash "$here/negatives.sh"
+pass bash "$here/negatives.sh"
+[ -n "$PRETRAINED" ] || pass bash "$here/train.sh" base
 manifests=("$manifest" "$ROOT/negatives/cc3m.jsonl" "$ROOT/negatives/vg.jsonl")
 for name in cc3m vg; do
   [ -d "$ROOT/$name" ] || fail "$ROOT/$name is not there: bash scripts/paper/data.sh $name"
@@ -20,8 +21,9 @@ for i in "${!weights[@]}"; do manifests[i]+=":${weights[i]}"; done
 options=()
 for seed in $SEEDS; do
   out=$(folder ce-clip-plus "$seed")
+  share "$seed"
   train "$out" --recipe ce-clip --data "${manifests[@]}" --images "$images" "$ROOT/cc3m" "$ROOT/vg" \
-    --model "$MODEL" --pretrained "$PRETRAINED" --seed "$seed" "${train_options[@]}"
+    "${shared[@]}" --pretrained "$start"
   options+=(--ckpt "$(label ce-clip-plus "$seed")=$out/latest.pt")
 done
 score ce-clip-plus "${options[@]}"

@@ -1,17 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of this folder share; sourced, never run. A user may set (paths that do not begin
-# with / are from the top of the repository):
-#   WORLD=shapes      the world that the kit draws, with three seeds, in place of COCO
-#   ROOT, OUT         folder of the data (data), of runs and tables (runs/paper, runs/shapes)
-#   SPLIT             images to train on: train2014 (default, the paper's), karpathy, train2017
-#   MODEL, PRETRAINED open_clip's name and tag, or a checkpoint; PRETRAINED= trains a base first
-#   RECIPES           in place of those that a table has, "clip ce-clip"
-#   ENGINE            negatives.py's, if not its default; released: the published negatives
-#   SEEDS, GPUS       seeds of the runs; processes of a run (default: all GPUs)
-#   RELEASED          the authors' checkpoint, to be scored beside ours
-#   ALLOW_MISSING=1   score what is there, as N of M
-#   TRAIN_OPTIONS, EVAL_OPTIONS, NEGATIVES_OPTIONS   more options of the three programs
-#   PYTHON            with the packages of requirements.txt (default: .venv, else python3)
+# What the scripts of this folder share; sourced, never run. README.md lists what a user may set.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
@@ -38,16 +26,30 @@ manifest=$ROOT/negatives/$SPLIT${ENGINE:+.$ENGINE}.jsonl
 read -ra train_options <<< "${TRAIN_OPTIONS:-}"
 read -ra eval_options <<< "${EVAL_OPTIONS:-}"
 
-# Run train.py or evaluate.py on all GPUs; LAUNCH=srun starts one process a task (train.slurm).
-launch() {
-  if [ -n "${LAUNCH:-}" ]; then "$LAUNCH" "$PYTHON" "$@"
-  elif [ "$GPUS" -gt 1 ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$@"
-  else "$PYTHON" "$@"; fi
+# Run a command; a signal to this shell alone stops the command too, and then this script.
+pass() {
+  local code=0 child='' stopped=''
+  trap 'stopped=1; [ -z "$child" ] || kill "$child" 2> /dev/null || true' TERM INT HUP
+  "$@" &
+  child=$!
+  [ -z "$stopped" ] || kill "$child"
+  wait "$child" || code=$?
+  while [ -n "$stopped" ] && kill -0 "$child" 2> /dev/null; do wait "$child" || code=$?; done
+  trap - TERM INT HUP
+  [ -z "$stopped" ] || exit "$code"
+  return "$code"
 }
 
-# Run one process, in a job of SLURM too, whose variables would make it one of many.
-alone() { env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$@"; }
+# Run train.py or evaluate.py on all GPUs; LAUNCH=srun starts one process a task (train.slurm).
+launch() {
+  if [ -n "${LAUNCH:-}" ]; then pass "$LAUNCH" "$PYTHON" "$@"
+  elif [ "$GPUS" -gt 1 ]; then
+    pass "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$@"
+  else pass "$PYTHON" "$@"; fi
+}
+
+# Run one process, in a SLURM job too, whose variables would make it one of many.
+alone() { pass env -u SLURM_PROCID -u SLURM_NTASKS -u SLURM_LOCALID "$PYTHON" "$@"; }
 
 # train OUT OPTIONS...: run train.py into the folder OUT, unless these very options are done there.
 train() {
@@ -59,6 +61,17 @@ train() {
     echo "$*" > "$out.done"
   fi
 }
+
+# share SEED: set `shared`, options of all runs of a seed, and `start`, the weights that they start
+# from: PRETRAINED, or else the base of train.sh.
+share() {
+  shared=(${MODEL:+--model "$MODEL"} --seed "$1" "${train_options[@]}")
+  [ "$GPUS" = 0 ] || shared+=(--precision bf16)
+  start=${PRETRAINED:-$(folder base "$1")/latest.pt}
+}
+
+# The options of a recipe; those of RECIPE-WORLD come on top.
+row() { awk -F'\t' -v r="$1" '$1 == r {print $3}' "$here/recipes.tsv"; }
 
 # The recipes of a table of the paper, in the order of recipes.tsv.
 recipes() {
@@ -85,6 +98,9 @@ checkpoints() {
   done; done
 }
 
+# The JSON of record of a table.
+record() { if [ -n "${RECORDS:-}" ]; then echo "$RECORDS/$1-$WORLD.json"; else echo "$OUT/$1/record.json"; fi; }
+
 # score NAME OPTIONS...: evaluate the checkpoints among the options on the suites of the group
 # NAME, unless that was done with these very weights; then compare with what is published.
 score() {
@@ -105,13 +121,14 @@ score() {
     echo "$given" > "$out/given"
   fi
   alone scripts/make_tables.py --judge "$name" --world "$WORLD" --results "$results" \
-    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$out/record.json"
+    --labels "$(printf '%s\n' "$@" | sed -n 's/=.*//p' | paste -sd,)" --record "$(record "$name")"
 }
 
-# table NAME RECIPE...: train what is missing, score it, compare it.
+# table NAME: train what is missing of its recipes, score them, compare them.
 table() {
-  local name=$1 options; shift
-  bash "$here/train.sh" "$@"
-  mapfile -t options < <(checkpoints "$@")
-  score "$name" "${options[@]}"
+  local names options
+  mapfile -t names < <(recipes "$1")
+  pass bash "$here/train.sh" "${names[@]}"
+  mapfile -t options < <(checkpoints "${names[@]}")
+  score "$1" "${options[@]}"
 }

@@ -6,22 +6,22 @@
 # compares size and checksum where they are published, fetches nothing that is there.
 # BASE_URL=URL takes every file from URL/HOST/PATH; DOWNLOADS=FILE is another table of files.
 . "$(dirname "$0")/common.sh"
-dry=
-if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+dry=; [ "${1:-}" != --dry-run ] || { dry=1; shift; }
 table=${DOWNLOADS:-$here/downloads.tsv}
 suites=" $("$PYTHON" -c 'import json; print(*json.load(open("scripts/suites.json")))') "
 for tool in curl unzip tar; do
   [ -n "$dry" ] || command -v "$tool" > /dev/null || fail "$tool is not there: install it (apt-get install $tool)"
 done
 groups=" $(grep -v '^#' "$table" | cut -f1 | tr ',' '\n' | sort -u | paste -sd' ') "
-[ $# -gt 0 ] || fail "name what to fetch, some of:$groups$suites suites"
+known=$(xargs -n1 <<< "$groups $suites" | sort -u | paste -sd' ')" suites"
+[ $# -gt 0 ] || fail "name what to fetch, some of: $known"
 for name in "$@"; do
-  [[ "$groups$suites suites " == *" $name "* ]] || fail "$name: is none of:$groups$suites suites"
+  [[ " $known " == *" $name "* ]] || fail "$name: is none of: $known"
 done
 asked=" $* "
 [[ $asked != *" suites "* ]] || asked+=${suites/ shapes / }
 
-run() { printf '+ %s\n' "${*@Q}"; [ -n "$dry" ] || "$@"; }
+run() { printf '+ %s\n' "${*@Q}"; [ -n "$dry" ] || pass "$@"; }
 size() { if [ -e "$1" ]; then wc -c < "$1" | tr -d ' '; else echo 0; fi; }
 gigabytes() { awk -v b="$1" 'BEGIN {printf "%.2f GB", b / 1e9}'; }
 
@@ -40,7 +40,7 @@ is_there() { [ -e "$ROOT/$gives" ] && [ ! -e "$archive.unpacking" ]; }
 
 plan() {
   if is_there; then echo "$name: is there: $ROOT/$gives"
-  elif [ "$how" = form ]; then printf '%s\n' "$name: by hand; licence: $licence" "  ${steps//ROOT/$ROOT}"
+  elif [ "$how" = form ]; then printf '%s\n' "$name: by hand; licence: $licence" "  ${steps//ROOT/$place}"
   else
     local text="size not published"
     if [ "$bytes" != - ]; then text=$(gigabytes "$bytes") total=$((total + bytes)); fi
@@ -97,6 +97,7 @@ get() {
 }
 
 total=0
+printf -v place %q "$ROOT"  # as a shell reads it
 each plan
 for name in $asked; do  # suites that the table has no file of
   if [[ $suites == *" $name "* && $groups != *" $name "* ]]; then

@@ -4,13 +4,14 @@
 # where the images are (with matplotlib), then the comparison.
 . "$(dirname "$0")/common.sh"
 mapfile -t names < <(recipes figure5)
-bash "$here/train.sh" "${names[@]}"
-options=()
+pass bash "$here/train.sh" "${names[@]}"
+options=() folders=()
 for seed in $SEEDS; do for recipe in "${names[@]}"; do
+  folders+=("$(folder "$recipe" "$seed")")
   for epoch in "$(folder "$recipe" "$seed")"/epoch_*.pt; do
     name=${epoch##*_}
     options+=(--ckpt "$(label "$recipe epoch ${name%.pt}" "$seed")=$epoch")
   done
-  alone scripts/plot.py "$(folder "$recipe" "$seed")" || echo "figure5: no images of $recipe"
 done; done
+alone scripts/plot.py "${folders[@]}" --out "$OUT/figure5" || echo "figure5: no figures"
 score figure5 "${options[@]}"

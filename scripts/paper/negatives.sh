@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Hard negatives of the training captions: bash scripts/paper/negatives.sh
-# Needs the annotations of data.sh coco and the images of SPLIT; prints what was made, how many
-# images decode, and how many of them stand in a test. Writes $ROOT/negatives/SPLIT.jsonl, once
-# (SPLIT.ENGINE.jsonl with ENGINE; released needs spacy, transformers and a masked model, see --mlm).
+# Needs data.sh coco; prints coverage, how many images decode, how many are test images. Writes
+# $ROOT/negatives/SPLIT.jsonl, once (SPLIT.ENGINE.jsonl with ENGINE; released needs --mlm).
 . "$(dirname "$0")/common.sh"
 mkdir -p "$(dirname "$manifest")"
 if [ "$SPLIT" = karpathy ] && [ ! -f "$captions" ]; then
@@ -17,6 +16,9 @@ elif [ "${NEGATIVES_OPTIONS+set}" ] && [ "${options[*]}" != "$(cat "$manifest.op
 then fail "NEGATIVES_OPTIONS=$NEGATIVES_OPTIONS: $manifest was made with others; move it away to make it anew"
 fi
 if [ ! -f "$manifest.check" ]; then
-  alone data.py check "$manifest" --images "$images" | tee "$manifest.check.partial"
+  code=0
+  alone data.py check "$manifest" --images "$images" > "$manifest.check.partial" || code=$?
+  cat "$manifest.check.partial"
+  [ "$code" = 0 ] || exit "$code"
   mv "$manifest.check.partial" "$manifest.check"
 fi

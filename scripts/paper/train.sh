@@ -11,19 +11,33 @@ for recipe in "$@"; do
 done
 data=()
 if [ "$WORLD" = coco ]; then
-  bash "$here/negatives.sh"
+  pass bash "$here/negatives.sh"
   data=(--data "$manifest" --images "$images")
 fi
-for seed in $SEEDS; do
-  common=("${data[@]}" ${MODEL:+--model "$MODEL"} --seed "$seed" "${train_options[@]}")
-  [ "$GPUS" = 0 ] || common+=(--precision bf16)
-  start=$PRETRAINED
-  if [ -z "$start" ]; then
-    train "$(folder base "$seed")" --recipe clip "${common[@]}"
-    start=$(folder base "$seed")/latest.pt
-  fi
-  for recipe in "$@"; do
-    read -ra options <<< "$(awk -F'\t' -v r="$recipe" '$1 == r {print $3}' "$here/recipes.tsv")"
-    train "$(folder "$recipe" "$seed")" "${options[@]}" "${common[@]}" --pretrained "$start"
+read -ra seeds <<< "$SEEDS"
+cores=1 running=0
+[ "$WORLD" = coco ] || [ "$GPUS" -gt 0 ] || cores=$(nproc)  # small models train side by side
+stop() { jobs -p | xargs -r kill 2> /dev/null || true; wait; exit "$1"; }
+trap 'stop 143' TERM INT HUP
+# Wait until fewer than N runs go on; a run that fails stops the others.
+until_fewer() {
+  for ((; running >= $1; running--)); do wait -n || stop $?; done
+}
+for recipe in base "$@"; do
+  [ "$recipe" != base ] || [ -z "$PRETRAINED" ] || continue
+  read -ra options <<< "$(row "$recipe") $(row "$recipe-$WORLD")"
+  jobs=${#seeds[@]}
+  [ "$recipe" = base ] || jobs=$((jobs * $#))
+  jobs=$((jobs < cores ? jobs : cores))
+  [ "$cores" = 1 ] || export OMP_NUM_THREADS=$((cores / jobs))
+  for seed in $SEEDS; do
+    until_fewer "$jobs"
+    share "$seed"
+    [ "$recipe" = base ] || shared+=(--pretrained "$start")
+    train "$(folder "$recipe" "$seed")" "${options[@]}" "${data[@]}" "${shared[@]}" 2>&1 |
+      sed -u "s/^/$recipe.$seed: /" &
+    running=$((running + 1))
   done
+  [ "$recipe" != base ] || until_fewer 1  # the others start from it
 done
+until_fewer 1
