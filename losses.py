@@ -11,7 +11,7 @@ Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
 
   L = itc + 0.2 imc + 0.4 cmr
 
-  itc  image-text contrast; the hard negatives of the whole batch stand in the images' denominator
+  itc  image-text contrast; the hard negatives of the whole batch are in the images' denominator
   imc  intra-modal contrast: a caption is nearer to its positive than to its negatives
   cmr  cross-modal rank: a caption beats its negative k by a margin theta_k, which grows as the
        model learns (the curriculum)
@@ -116,7 +116,7 @@ class Inputs(NamedTuple):
     positive_valid: Tensor  # [b] bool
     bias: Tensor | None  # scalar, of SigLIP
     thresholds: Tensor  # [K]
-    encoded: Tensor  # [b, K] bool, which stand in the softmaxes: `valid`, or all
+    encoded: Tensor  # [b, K] bool, which are in the softmaxes: `valid`, or all
 
 
 # The terms as plain code, which the fused core must equal
@@ -153,12 +153,12 @@ def intra_modal_loss(
 
     What the numerator n is makes the variant: "paired" S(T, T+), T+ another caption of the image;
     "paper" S(I, T), our best guess of equation 3; "repulsion" a constant, which only pushes. In
-    "released" n is S(T, first negative of the batch), and stands in the sum already.
+    "released" n is S(T, first negative of the batch), and is in the sum already.
 
     Args:
         numerator: logits n [B].
         text_negative: logits S(T, N) with the own negatives [B, K], or those of the batch [B, BK].
-        valid: which of these stand in the denominator, bool of the same shape.
+        valid: which of these are in the denominator, bool of the same shape.
         counts: which items count [B] bool; None means all.
 
     Returns:
@@ -643,7 +643,7 @@ TENSORS = [*list(inspect.signature(CEClipLoss.forward).parameters)[1:9], "thresh
 
 
 class _Step(NamedTuple):
-    """What the parts of one fused step share; a gradient that nobody wants is None."""
+    """What the parts of one fused step share; a gradient that is not needed is None."""
 
     x: Inputs
     o: Options
@@ -835,7 +835,7 @@ def _negatives_softmax(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) ->
     """Softmax rows of towers over the negatives: adds their gradients, returns totals [b] by tower.
 
     A block is a tower (0 images, 1 captions), and of its rows [b] each: the log-sum-exp of what
-    else stands in the denominator, and the derivative of the loss by the row's total.
+    else is in the denominator, and the derivative of the loss by the row's total.
     """
     if not blocks:
         return {}

@@ -4,7 +4,7 @@
   python train.py                                        # the shapes world, minutes on a laptop
   torchrun --nproc_per_node=8 train.py --data negatives.jsonl --images coco \\
       --model ViT-B-32-quickgelu --pretrained openai --recipe ce-clip
-  python train.py --loss scripts/example_loss.py:WithMargin     # a loss of your own
+  python train.py --loss scripts/example_loss.py:WithAlignment  # a loss of your own
 
 The same command resumes a run that was cut off, to the same weights.
 """
@@ -210,12 +210,9 @@ def make_source(
     if args.data is None:
         world = data.ShapesDataset(data.image_size(model.net), 0, args.shapes_negatives or "both")
         return data.Mixture([world], [1], args.batch_size, args.seed, True)
+    named, remedy = " ".join(args.data), "use --imc repulsion or --imc none"
     exif, reduce = args.exif == "apply", not args.full_decode
-    transform, named = (
-        data.train_transform(model.net, exif=exif, reduce=reduce),
-        " ".join(args.data),
-    )
-    remedy = "use --imc repulsion or --imc none"
+    transform = data.train_transform(model.net, exif=exif, reduce=reduce)
     if reads_shards(args):
         if loss.needs_positives:
             told = "--imc paired needs a second caption of each image, which shards lack"
@@ -306,7 +303,7 @@ def loader_fault(error: Exception) -> DataError:
 
 
 class Towers(nn.Module):
-    """Both towers in one forward, as DistributedDataParallel wants it."""
+    """Both towers in one forward, as DistributedDataParallel needs it."""
 
     def __init__(self, net: Any, captioned: bool = False) -> None:
         """Wrap an open_clip model; `captioned` also runs CoCa's decoder on the captions."""
@@ -391,8 +388,9 @@ def loss_faults(spec: str | None) -> Iterator[None]:
     except Exception as error:  # of whatever kind
         if spec is None:
             raise
+        path = os.path.abspath(spec.rpartition(":")[0])
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [x.lineno for x in frames if x.filename == spec.rpartition(":")[0]]
+        lines = [x.lineno for x in frames if os.path.abspath(x.filename) == path]
         lines += [error.lineno] if isinstance(error, SyntaxError) else []
         where = f", line {lines[-1]}" if lines else ""
         told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -861,11 +859,7 @@ class Validation:
         return {**{name: x for name, x in averages.items() if x is not None}, **rows}
 
     def __call__(self, done: int) -> None:
-        """Score after this step, if it is one of --val-every, the first or the last.
-
-        Raises:
-            DataError: --best is none of the figures, or nothing can be written.
-        """
+        """Score after this step, if it is one of --val-every, the first or the last."""
         run, args, nets = self.run, self.run.args, {"current": self.run.net}
         if done % args.val_every and done != args.steps:
             return
@@ -900,11 +894,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str, float]], None]:
-    """Where --log sends the metrics of a step; nowhere without --log.
-
-    Raises:
-        DataError: the package is not there.
-    """
+    """Where --log sends the metrics of a step; nowhere without --log."""
     if args.log is None:
         return lambda step, figures: None
     try:
@@ -1155,8 +1145,9 @@ def dry_run(run: Run, source: Any) -> None:
     count = sum(p.numel() for p in run.net.parameters())
     name, recipe = args.model or args.pretrained, args.loss or args.recipe
     print(f"{name}: {count / 1e6:.1f} million parameters, recipe {recipe}")
-    size = "shards" if reads_shards(args) else f"{len(source)} captions"
-    size += "" if reads_shards(args) else f", {args.steps_per_epoch} an epoch"
+    size = "shards"
+    if not reads_shards(args):
+        size = f"{len(source)} captions, {args.steps_per_epoch} an epoch"
     print(f"{args.steps} steps of {args.batch_size}; {size}")
     print(f"first batch: {', '.join(f'{key} {value:.3f}' for key, value in out.items())}")
     print("dry run: nothing was written")
@@ -1195,20 +1186,19 @@ def prepare(
 def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> None:
     """Refuse ranks that would go on from different steps, or with different options or files."""
     options = {key: value for key, value in record["options"].items() if key not in FREE}
-    rest = (options, record["data"], record["loss"])
-    starts: list[Any] = [(start, rest)] * rank.world
+    mine = (start, options, record["data"], record["loss"])
+    every: list[Any] = [mine] * rank.world
     if rank.world > 1:
-        dist.all_gather_object(starts, (start, rest))
-    for number, (step, other) in enumerate(starts):
-        if step != start:
+        dist.all_gather_object(every, mine)
+    for number, other in enumerate(every):
+        if other[0] != start:
             raise DataError(
                 f"--out {out}: rank {rank.number} goes on from step {start}, rank {number} from "
-                f"step {step}; --out must be one folder on a disk that all ranks share"
+                f"step {other[0]}; --out must be one folder on a disk that all ranks share"
             )
-        if other != rest:
-            raise DataError(
-                f"rank {number} has other options or another --data or --loss file; make them alike"
-            )
+        if other != mine:
+            told = "other options or another --data or --loss file"
+            raise DataError(f"rank {number} has {told}; make them alike")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,28 +34,39 @@ from typing import Any
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    sizes = [64, 256, 1024, 4096, 8192]
-    add("--batch", type=int, nargs="+", default=sizes, help="batch sizes (default 64 to 8192)")
+    add(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[64, 256, 1024, 4096, 8192],
+        help="batch sizes (default 64 to 8192)",
+    )
     add("--k", type=int, default=4, help="negatives of each caption (default 4)")
     add("--width", type=int, default=512, help="width of the features (default 512)")
     ways = ["released", "chunked", "linear"]
-    add("--against", nargs="*", choices=ways, default=ways, help="losses to compare (default all)")
-    add("--rounds", type=int, default=15, help="most rounds of a batch size (default 15)")
-    text = "seconds of a batch size, after three rounds (default 120)"
+    add(
+        "--against",
+        nargs="*",
+        choices=ways,
+        default=ways,
+        help="ways to compare with (default: all)",
+    )
+    add("--rounds", type=int, default=15, help="largest number of rounds (default 15)")
+    text = "seconds for each batch size, after three rounds (default 120)"
     add("--seconds", type=float, default=120, help=text)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default cpu)")
-    text = "type of the features; bf16 is autocast (default fp32)"
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
-    add("--threads", type=int, help="threads of the CPU (default: torch's)")
-    add("--out", type=Path, help="JSON file to write the result to (default: print it only)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default fp32)")
+    add("--threads", type=int, help="threads of the CPU (default all)")
+    add("--out", type=Path, help="JSON file to write (default: none)")
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    parse_args()  # --help is answered before torch is imported
+if __name__ == "__main__":  # --help is answered before torch is imported
+    parse_args()
 
 import torch
 import torch.nn.functional as F

@@ -31,6 +31,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="manifest with negatives (default: synthetic)")
+    parser.add_argument("--model", default="ViT-B-32", help="open_clip model (default ViT-B-32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images of all ranks (default 32)"
+    )
+    parser.add_argument("--micro-batch", type=int, default=8, help="images of a part (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps (default 5)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto"
+    )
+    every = ["released", "packed", "tree", "open_clip", "plain", "parts"]
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=every,
+        default=every[:5],
+        help="what to time (default: all but parts)",
+    )
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # --help is answered before torch is imported
+    parse_args()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -224,24 +258,6 @@ def measure(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
                 result[name][key] = round(statistics.median(ratios), 2)
                 result[name][f"{key}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
     return {"ways": result, "memory_mib_peak": round(train.memory(rank.device))}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="manifest with negatives (default: synthetic)")
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip model (default ViT-B-32)")
-    parser.add_argument("--batch-size", type=int, default=32, help="of all ranks (default 32)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="of 'parts' (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    every = ["released", "packed", "tree", "open_clip", "plain", "parts"]
-    parser.add_argument("--ways", nargs="+", choices=every, default=every[:5], help="what to time")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -30,13 +30,12 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=20, help="runs to kill (default 20)")
-    text = "seed of the moments at which runs are killed (default 0)"
-    parser.add_argument("--seed", type=int, default=0, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
     return parser.parse_args()
 
 
-if __name__ == "__main__":
-    parse_args()  # --help is answered before torch is imported
+if __name__ == "__main__":  # --help is answered before torch is imported
+    parse_args()
 
 import torch
 

@@ -25,6 +25,7 @@ import train
 
 SHORT = ["--batch-size", "4", "--log-every", "1", "--save-every", "1000", "--model", "shapes-tiny"]
 FOLDER = Path(sys.argv[1])
+EXAMPLE = Path(__file__).parents[1] / "scripts/example_loss.py"
 
 
 def run(main, argv, name, environment=None, before=None):
@@ -179,9 +180,44 @@ def meetings(results):
     results["alone"] = [end(pid, "alone")]
 
 
+def killed(results):
+    """A run that is killed, then ended by a signal, then goes on; and one that was left alone."""
+    short = ["--steps", "6", "--save-every", "1", "--workers", "0"]
+    results["whole"] = [end(run(train.run_main, [*options(FOLDER / "whole"), *short], "w"), "w")]
+    out, results["cut"] = FOLDER / "cut", []
+    for number, count in ((signal.SIGKILL, 2), (signal.SIGTERM, 3), (0, 0)):
+        pid = run(train.run_main, [*options(out), *short], "cut", before=slow if number else None)
+        wait_for(lambda count=count: lines(out) >= count)
+        if number:
+            os.kill(pid, number)
+        results["cut"].append({**end(pid, "cut", out), "lines": lines(out)})
+
+
+def slow():
+    """Steps take a while, so that a signal comes amid the run."""
+    whole = train.train_step
+    train.train_step = lambda *inputs: (time.sleep(0.3), whole(*inputs))[1]
+
+
+def ranked(results):
+    """Two ranks with a loss of one's own; then an image of one rank tears while they train."""
+    own = ["--loss", f"{EXAMPLE}:WithAlignment", "--workers", "0"]
+    own += ["--lr", "1e-3", "--batch-size", "8"]
+    argv = [[*options(FOLDER / f"own{count}", 2), *own] for count in (1, 2)]
+    results["one rank"] = [end(run(train.run_main, argv[0], "o"), "o")]
+    pids = [run(train.run_main, argv[1], f"own{i}", e) for i, e in enumerate(ranks())]
+    results["two ranks"] = [end(pid, f"own{i}") for i, pid in enumerate(pids)]
+    out = FOLDER / "torn"
+    argv = [*options(out), "--workers", "0", "--batch-size", "8"]
+    pids = [run(train.run_main, argv, f"torn{i}", e) for i, e in enumerate(ranks())]
+    wait_for(lambda: lines(out) >= 1)
+    (FOLDER / "train_0_000003.png").write_bytes(b"torn")
+    results["torn"] = [end(pid, f"torn{i}", out) for i, pid in enumerate(pids)]
+
+
 if __name__ == "__main__":
     found = {}
     data.main(["shapes", "--out", str(FOLDER / "m.jsonl"), "--images", str(FOLDER), "--limit", "8"])
-    for cases in (signals, hangs, meetings):
+    for cases in (signals, hangs, meetings, killed, ranked):
         cases(found)
         (FOLDER / "results.json").write_text(json.dumps(found, indent=1))

@@ -33,7 +33,38 @@ def forked(tmp_path_factory):
     command = [sys.executable, str(Path(__file__).with_name("fork_runs.py")), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-    return json.loads((folder / "results.json").read_text())
+    return {"folder": folder, **json.loads((folder / "results.json").read_text())}
+
+
+def weights(run):
+    return torch.load(run / "latest.pt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(forked):
+    assert [one["code"] for one in forked["cut"]] == [-9, 143, 0], forked["cut"]
+    assert forked["whole"][0]["code"] == 0, forked["whole"]
+    cut = weights(forked["folder"] / "cut")
+    for key, value in weights(forked["folder"] / "whole").items():
+        assert torch.equal(value, cut[key]), key
+    lines = (forked["folder"] / "cut/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_photos_as_one(forked):
+    assert [one["code"] for one in forked["one rank"] + forked["two ranks"]] == [0, 0, 0], forked
+    two = weights(forked["folder"] / "own2")
+    for key, value in weights(forked["folder"] / "own1").items():
+        assert torch.allclose(value, two[key], atol=2e-4), key
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_where_one_cannot_go_on(forked):
+    assert [one["code"] for one in forked["torn"]] == [2, 2], forked["torn"]
+    said = [one["said"] for one in forked["torn"]]
+    assert any("train_0_000003.png: cannot be decoded" in text for text in said), said
+    assert not any(word in text for word in ("Traceback", "terminate called") for text in said)
 
 
 @pytest.mark.slow

@@ -131,7 +131,8 @@ def test_gradients_of_ranks_equal_one_process(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, (4, port, tmp_path / "out.pt"), nprocs=4)
+    # Forked, for an import of torch in each process takes longer than the test.
+    mp.start_processes(worker, (4, port, tmp_path / "out.pt"), nprocs=4, start_method="fork")
     found = torch.load(tmp_path / "out.pt")
     assert "1 and 4 rows" in found.pop("error")
     # Gathering everything costs 2 (2 + K) blocks, there and back; the fused path sends 4.

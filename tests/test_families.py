@@ -153,8 +153,8 @@ def test_a_family_trains_resumes_and_evaluates(family, here, tmp_path, capsys, m
         texts = data.encode_text(net, data.pack_texts(list(CAPTIONS), model.tokenizer))
         wanted = plain.encode_text(model.tokenizer(list(CAPTIONS)))
         torch.testing.assert_close(texts, wanted, rtol=1e-5, atol=1e-5)
-        pictures = data.encode_image(net, images)
-        torch.testing.assert_close(pictures, plain.encode_image(images), rtol=1e-5, atol=1e-5)
+        found = data.encode_image(net, images)
+        torch.testing.assert_close(found, plain.encode_image(images), rtol=1e-5, atol=1e-5)
 
     evaluate.main(["--ckpt", str(checkpoint), "--suite", "sugarcrepe", "--root", str(here),
                    "--allow-missing", "--no-blind", "--device", "cpu"])  # fmt: skip

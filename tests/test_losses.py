@@ -162,16 +162,19 @@ def test_frozen_towers_leave_the_other_gradients_as_they_are(frozen):
             )
 
 
-class Products(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts multiplications in products of two matrices."""
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts multiplications in products of two matrices; remembers the largest tensor made."""
 
-    total = 0
+    total = numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
             one, two = args[-2:]
             self.total += one.shape[0] * one.shape[1] * two.shape[1]
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        found = out if isinstance(out, list | tuple) else [out]
+        self.numel = max([self.numel, *(x.numel() for x in found if isinstance(x, torch.Tensor))])
+        return out
 
 
 def products(*frozen, scale_too=True):
@@ -182,7 +185,7 @@ def products(*frozen, scale_too=True):
     wanted = dict(zip(("images", "texts", "negatives"), NAMES, strict=False))
     needs = [f in wanted and wanted[f] not in frozen for f in x._fields]
     needs[x._fields.index("scale")] = scale_too
-    with Products() as counter:
+    with Watch() as counter:
         losses._fused(x, o, needs, None)
     return round(counter.total / (32 * 32 * 16))
 
@@ -289,31 +292,22 @@ def test_float32_is_as_exact_as_the_plain_path():
             assert errors[1] <= 1.3 * errors[0] + 1e-6, (scale, errors)
 
 
-def port(released):
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts/bench_losses.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Released()
-
-
 @pytest.mark.parametrize("backend", ["plain", "torch"])
-def test_released_equals_the_port_of_the_released_code_over_steps(backend):
-    loss, other = CEClipLoss("released", backend=backend).double(), port(True)
+def test_released_equals_the_port_of_the_released_code_over_steps(backend, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    port = importlib.import_module("bench_losses").Released()
+    loss = CEClipLoss("released", backend=backend).double()
     for step in range(4):
         features, valid, _ = batch(6, seed=step)
         grads = []
-        for f in (
-            lambda i, t, n, v, s: loss(i, t, s, n, v)["loss"],
-            lambda i, t, n, v, s: other(i, t, n, v, s),
-        ):
-            leaves = [
-                x.clone().requires_grad_() for x in (*features[:3], torch.tensor(6.0).double())
-            ]
+        for f in (lambda i, t, n, v, s: loss(i, t, s, n, v)["loss"], port):
+            inputs = (*features[:3], torch.tensor(6.0).double())
+            leaves = [x.clone().requires_grad_() for x in inputs]
             value = f(*leaves[:3], valid, leaves[3])
             grads.append([value.detach(), *torch.autograd.grad(value, leaves)])
         for a, b in zip(*grads, strict=True):
             assert torch.allclose(a, b, atol=1e-12, rtol=1e-12), step
-        assert torch.allclose(loss.threshold.value, other.theta, atol=1e-12)
+        assert torch.allclose(loss.threshold.value, port.theta, atol=1e-12)
 
 
 def test_thresholds_are_the_gaps_of_the_step_before():
@@ -367,34 +361,17 @@ def test_loss_and_grads_are_those_of_autograd():
         assert torch.equal(by_name[name], grad), name
 
 
-class Widest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        found = out if isinstance(out, list | tuple) else [out]
-        sizes = [x.numel() for x in found if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
-
-
 def test_no_tensor_of_all_logits_is_ever_made():
     (image, text, negative, _), valid, _ = batch(256, 4, 8, dtype=torch.float32)
     o = losses.Options(imc="released")
     x = losses._inputs((image, text, 9.0, negative, valid, *[None] * 4), o)
-    for backend, limit in (("torch", 256 * 4 * 256 / 4), ("plain", None)):
-        options = o._replace(backend=backend, workspace_mib=0.05)
-        with Widest() as widest:
-            if backend == "torch":
-                losses._fused(x, options, [t is not None for t in x], None)
-            else:
-                losses._reference(losses._clean(x), options, None)
-        if limit:
-            assert widest.numel < limit
-        else:
-            assert widest.numel >= 256 * 4 * 256
+    options, whole = o._replace(backend="torch", workspace_mib=0.05), 256 * 4 * 256
+    with Watch() as fused:
+        losses._fused(x, options, [t is not None for t in x], None)
+    with Watch() as plain:
+        losses._reference(losses._clean(x), options, None)
+    assert fused.numel < whole / 4
+    assert plain.numel >= whole
 
 
 # Single changes of the source, each of which the comparison with the plain path must notice.
@@ -567,12 +544,9 @@ def test_kernels_compile_for_hopper_without_spills(tmp_path):
 )
 def test_mistakes_are_named(change, message):
     (image, text, negative, positive), valid, _ = batch()
-    given = {
-        **{"image_features": image, "text_features": text, "logit_scale": 5.0, "valid": valid},
-        **{"negative_features": negative, "positive_features": positive},
-    }
+    features = dict(zip(NAMES, (image, text, negative, positive), strict=True))
     with pytest.raises(ValueError, match=message):
-        ce_clip_loss(**{**given, **change})
+        ce_clip_loss(**{**features, "logit_scale": 5.0, "valid": valid, **change})
 
 
 def test_recipes_and_types_are_checked():

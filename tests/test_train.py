@@ -1,18 +1,16 @@
 import json
-import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 
 import data
 import evaluate
+import losses
 import train
 from evaluate import load_model
 
@@ -20,52 +18,18 @@ ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "6", "--batch-size", "8", "--save-every", "1", "--log-every", "1"]
 
 
-def start(*options, ranks=0):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [
-        sys.executable,
-        *(launch if ranks else []),
-        str(ROOT / "train.py"),
-        *map(str, options),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def weights(run):
     return torch.load(run / "latest.pt", weights_only=True)["state_dict"]
-
-
-@pytest.mark.slow
-def test_killed_run_resumes_to_the_same_bits(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(*SHORT, "--out", whole).wait() == 0
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        process = start(*SHORT, "--out", cut)
-        lines = 0
-        while process.poll() is None and lines < (2 if code == -9 else 4):
-            time.sleep(0.01)
-            metrics = cut / "metrics.jsonl"
-            lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        process.send_signal(number)
-        assert process.wait() == code
-    assert start(*SHORT, "--out", cut).wait() == 0
-    for key, value in weights(whole).items():
-        assert torch.equal(value, weights(cut)[key]), key
-    steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6]
-    process = start(*SHORT, "--out", cut, "--lr", "1")
-    assert process.wait() == 2
-    assert "--lr 0.001 -> 1.0" in process.stderr.read()
-    open_clip.add_model_config(evaluate.TINY_CONFIG)
-    open_clip.create_model("shapes-tiny", pretrained=str(cut / "epoch_01.pt"))
 
 
 RANK = evaluate.Rank(0, 1, torch.device("cpu"))
 
 
+LOSS = str(ROOT / "scripts/example_loss.py:WithAlignment")
+
+
 def put(folder, limit=8):
-    """A small manifest with its pictures, as options of train.py."""
+    """A small manifest with its images, as options of train.py."""
     path = folder / "m.jsonl"
     data.main(["shapes", "--out", str(path), "--images", str(folder), "--limit", str(limit)])
     photos = ["--data", str(path), "--images", str(folder), "--model", "shapes-tiny"]
@@ -99,19 +63,6 @@ def same(found, wanted, tolerance=1e-5):
         assert (found[name] - value).abs().max() <= tolerance * scale, name
 
 
-@pytest.mark.slow
-def test_two_ranks_train_photos_as_one(tmp_path):
-    photos = put(tmp_path)
-    found = []
-    for ranks in (0, 2):
-        out = tmp_path / f"out{ranks}"
-        run = [*photos, "--steps", "2", "--batch-size", "8", "--lr", "1e-3", "--out", out]
-        assert start(*run, ranks=ranks).wait() == 0
-        found.append(weights(out))
-    for key, value in found[0].items():
-        assert torch.allclose(value, found[1][key], atol=2e-4), key
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -132,6 +83,9 @@ def test_two_ranks_train_photos_as_one(tmp_path):
         (["--lora", "4", "--tune", "text"], "goes with neither"),
         (["--model", "RN50", "--micro-batch", "2"], "batch norms"),
         (["--out", "/proc/none"], "cannot be written"),
+        (["--loss", "own:Own"], "--loss own:Own: must be FILE.py:CLASS"),
+        (["--loss", "no.py:Own"], "no.py: cannot be read"),
+        (["--loss", LOSS, "--imc", "x"], "--loss .*ValueError: imc is 'x'"),
     ],
 )
 def test_mistakes_get_one_sentence(options, message, tmp_path, monkeypatch):
@@ -156,9 +110,9 @@ def test_dry_run_writes_nothing(precision, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_small_set_of_pictures_is_refused(tmp_path):
+def test_a_small_set_of_images_is_refused(tmp_path):
     options = put(tmp_path, limit=4)
-    with pytest.raises(data.DataError, match=r"takes 8 pictures of .*, which has 4"):
+    with pytest.raises(data.DataError, match=r"takes 8 \w+ of .*, which has 4"):
         prepare(*options)
     prepare(*options, "--captions", "all")
 
@@ -184,19 +138,14 @@ def test_cached_gradients_repeat_the_dropout_of_the_features(tmp_path):
     assert not torch.equal(features[0][0], train.encode(run.towers, parts[0], args)[0])
 
 
-def test_checkpointing_changes_no_gradient():
-    same(gradient("--grad-checkpointing")[1], gradient()[1])
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiling_changes_no_gradient(tmp_path):
-    config = json.loads(evaluate.TINY_CONFIG.read_text())
-    for tower in ("vision_cfg", "text_cfg"):
-        config[tower] |= {"layers": 1, "width": 32}
+@pytest.mark.parametrize("option", ["--grad-checkpointing", "--compile"])
+def test_what_saves_time_or_memory_changes_no_gradient(option, tmp_path):
+    if option == "--compile" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
     path = tmp_path / "least.json"
-    path.write_text(json.dumps(config))
-    same(gradient("--model", path, "--compile")[1], gradient("--model", path)[1], 1e-4)
+    path.write_text(json.dumps(least()))
+    same(gradient("--model", path, option)[1], gradient("--model", path)[1], 1e-4)
 
 
 def test_tuning_the_text_tower_leaves_the_image_tower():
@@ -280,32 +229,35 @@ def short_run(tmp_path, *options):
     return ["--out", str(tmp_path / "x"), *SHORT, *options]
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch):
-    seen, whole = [], train.batch_loss
+def poison(monkeypatch, bad, seen=None):
+    """Make the loss of the steps of which `bad` is true NaN, and keep the weights of each step."""
+    whole, calls = train.batch_loss, []
 
     def poisoned(run, *rest):
         out = whole(run, *rest)
-        seen.append([p.detach().clone() for p in run.net.parameters()])
-        return {**out, "loss": out["loss"] * float("nan")} if len(seen) in (2, 3) else out
+        calls.append(1)
+        if seen is not None:
+            seen.append([p.detach().clone() for p in run.net.parameters()])
+        return {**out, "loss": out["loss"] * float("nan")} if bad(len(calls)) else out
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch):
+    seen = []
+    poison(monkeypatch, (2, 3, 6).__contains__, seen)
     assert train.main(short_run(tmp_path)) == 0
     lines = [json.loads(x) for x in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
-    assert [line["applied"] for line in lines] == [1, 0, 0, 1, 1, 1]
+    assert [line["applied"] for line in lines] == [1, 0, 0, 1, 1, 0]
     assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[3], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
     assert lines[3]["threshold_object"] == lines[1]["threshold_object"]
+    kept = torch.load(tmp_path / "x/latest.pt", weights_only=True)  # a skipped last step saves too
+    assert kept["train"]["step"] == 6
 
 
 def test_three_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path, monkeypatch):
-    whole, calls = train.batch_loss, []
-
-    def poisoned(*inputs):
-        calls.append(1)
-        out = whole(*inputs)
-        return {**out, "loss": out["loss"] * float("inf")} if len(calls) > 2 else out
-
-    monkeypatch.setattr(train, "batch_loss", poisoned)
+    poison(monkeypatch, lambda call: call > 2)
     with pytest.raises(data.DataError, match="3 steps in a row"):
         train.main(short_run(tmp_path))
     content = torch.load(tmp_path / "x/latest.pt", weights_only=True)
@@ -330,28 +282,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert train.main(short_run(tmp_path)) == 0
     assert torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"] == 6
-
-
-def test_a_torn_checkpoint_is_named(tmp_path):
-    assert train.main(short_run(tmp_path)) == 0
-    latest = tmp_path / "x/latest.pt"
-    latest.write_bytes(latest.read_bytes()[:1000])
-    with pytest.raises(data.DataError, match=r"latest\.pt"):
-        train.main(short_run(tmp_path))
-
-
-@pytest.mark.parametrize(("policy", "code"), [("stop", 2), ("skip", 0)])
-def test_a_picture_that_tears_during_a_run(policy, code, tmp_path, capsys):
-    options = put(tmp_path, limit=12)
-    (tmp_path / "train_0_000003.png").write_bytes(b"torn")
-    run = [*options, "--on-bad-image", policy, "--out", str(tmp_path / "x"), *SHORT]
-    assert train.main([*run, "--workers", "1"]) == code
-    said = capsys.readouterr().err
-    assert "train_0_000003.png: cannot be decoded" in said
-    assert "Traceback" not in said
-    if policy == "skip":
-        lines = (tmp_path / "x/metrics.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1])["bad_images"] >= 2
 
 
 def test_sources_are_mixed(tmp_path):
@@ -381,78 +311,137 @@ def test_shards_train(tmp_path):
         train.main([*photos, "--out", str(tmp_path / "y"), *SHORT])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_the_step_and_it_goes_on(number, code, tmp_path, monkeypatch):
-    before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
-    whole, calls = train.train_step, []
-
-    def interrupted(*inputs):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return whole(*inputs)
-
-    monkeypatch.setattr(train, "train_step", interrupted)
-    try:
-        run = ["--out", str(tmp_path / "x"), "--steps", "3", "--batch-size", "8"]
-        assert train.main(run) == code
-        assert torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"] == 2
-        assert train.main(run) == 0
-        assert len(calls) == 3
-    finally:
-        for kind, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(kind, handler)
-
-
-@pytest.mark.slow
-def test_all_ranks_stop_where_one_cannot_go_on(tmp_path):
-    options = put(tmp_path, limit=8)
-    process = start(*options, *SHORT, "--out", tmp_path / "x", ranks=2)
-    while not (tmp_path / "x/metrics.jsonl").exists():
-        time.sleep(0.01)
-        assert process.poll() is None
-    (tmp_path / "train_0_000003.png").write_bytes(b"torn")
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 1  # torchrun's own, for a rank's 2
-    assert "train_0_000003.png: cannot be decoded" in said
-    assert "terminate called" not in said
-    assert "exitcode  : 2 " in said, said  # torchrun may end the other before it ends itself
-    assert "RuntimeError" not in said, said
-
-
-@pytest.mark.parametrize("option", [[], ["--lora", "2"], ["--distill", "1"]])
-def test_what_a_method_adds_is_resumed_to_the_same_bits(option, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "option", [["--lora", "2"], ["--distill", "1"], ["--loss", "own.py:Plain"]]
+)
+def test_what_a_method_adds_is_resumed_to_the_same_bits(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    train.read_loss.cache_clear()
     run = ["--steps", "4", "--batch-size", "8", "--save-every", "2", *option]
-    assert train.main(["--out", str(tmp_path / "whole"), *run]) == 0
-    monkeypatch.setattr(train, "train_step", stop_at(2, train.train_step))
-    with pytest.raises(KeyboardInterrupt):
-        train.main(["--out", str(tmp_path / "cut"), *run])
-    monkeypatch.undo()
-    assert train.main(["--out", str(tmp_path / "cut"), *run]) == 0
-    for key, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, weights(tmp_path / "cut")[key]), key
-
-
-def stop_at(step, whole):
-    calls = []
+    run += ["--log-every", "1", "--micro-batch", "4", "--model", "least.json"]
+    Path("least.json").write_text(json.dumps(least()))
+    assert train.main(["--out", "whole", *run]) == 0
+    whole, calls = train.train_step, []
 
     def stopping(*inputs):
         calls.append(1)
-        if len(calls) > step:
+        if len(calls) > 2:
             raise KeyboardInterrupt
         return whole(*inputs)
 
-    return stopping
+    monkeypatch.setattr(train, "train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--out", "cut", *run])
+    monkeypatch.setattr(train, "train_step", whole)
+    assert train.main(["--out", "cut", *run]) == 0
+    for key, value in weights(Path("whole")).items():
+        assert torch.equal(value, weights(Path("cut"))[key]), key
+    if "--loss" in option:
+        lines = [json.loads(x) for x in Path("cut/metrics.jsonl").read_text().splitlines()]
+        assert [line["calls"] for line in lines] == [1, 2, 3, 4]
+        assert re.search(r"step 4/4  loss \d\.\d+ pairs \S+ calls 4", capsys.readouterr().out)
+        Path("own.py").write_text(OWN + "\n# another file")
+        with pytest.raises(data.DataError, match=r"own\.py:Plain: changed since the run in"):
+            train.main(["--out", "cut", *run])
 
 
-def test_a_skipped_last_step_still_saves_the_run(tmp_path, monkeypatch):
-    whole, calls = train.batch_loss, []
+def least():
+    """The config of a model with one narrow layer in each tower."""
+    config = json.loads(evaluate.TINY_CONFIG.read_text())
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower] |= {"layers": 1, "width": 32}
+    return config
 
-    def poisoned(*inputs):
-        calls.append(1)
-        out = whole(*inputs)
-        return {**out, "loss": out["loss"] * float("nan")} if len(calls) == 6 else out
 
-    monkeypatch.setattr(train, "batch_loss", poisoned)
-    assert train.main(short_run(tmp_path)) == 0
-    assert torch.load(tmp_path / "x/latest.pt", weights_only=True)["train"]["step"] == 6
+FORWARD = "class Own(torch.nn.Module):\n  def forward(self, image, text, *rest): "
+OWN = """
+import torch
+
+class Plain(torch.nn.Module):  # no constructor, no thresholds, a count that is kept
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, image_features, text_features, logit_scale, negative_features, valid, *rest):
+        self.calls += 1
+        pairs = logit_scale * image_features @ text_features.T
+        loss = torch.nn.functional.cross_entropy(pairs, torch.arange(len(pairs)))
+        return {"loss": loss, "pairs": pairs.mean().detach(), "calls": self.calls}
+"""
+
+
+def test_the_example_of_an_own_loss_adds_its_term(tmp_path):
+    example = ROOT / "scripts/example_loss.py"
+    run = ["--loss", f"{example}:WithAlignment", "--cmr-weight", "0.5", "--steps", "2"]
+    assert train.main([*run, "--batch-size", "8", "--log-every", "1", "--out", str(tmp_path)]) == 0
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        parts = found["itc"] + 0.2 * found["imc"] + 0.5 * found["cmr"] + 0.1 * found["alignment"]
+        assert found["loss"] == pytest.approx(parts, rel=1e-5)
+        assert found["alignment"] > 0.1
+    assert "threshold_relation" in found
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("class Other: pass", "has no class Own of torch.nn.Module"),
+        ("def Own(:", r"own\.py:Own, line 2: SyntaxError"),
+        ("import nothing_of_the_kind", "line 2: ModuleNotFoundError: No module named"),
+        ("class Own(torch.nn.Module):\n  def __init__(self): 1 / 0", "line 3: ZeroDivisionError"),
+        ("class Own(torch.nn.Linear): pass", r"Own: TypeError: .*missing"),
+        ("class Own(torch.nn.Bilinear):\n  def __init__(self): super().__init__(1, 1, 1)",
+         "has parameters, which are not trained; use buffers"),
+        (FORWARD + "return image[0, 0]", "must return a dict with a differentiable 'loss'"),
+        (FORWARD + "return {'loss': image.detach().sum()}", "must return a dict with a differ"),
+        (FORWARD + "return {'loss': image.sum(), 'x': image}", "its part 'x' must be a scalar"),
+        (FORWARD + "return {'loss': image.sum(), 'lr': 1}", "its part 'lr' must have another name"),
+        (FORWARD + "return {'loss': image @ text}", "line 3: RuntimeError: mat1 and mat2"),
+    ],
+)  # fmt: skip
+def test_faults_of_an_own_loss_get_one_sentence(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("import torch\n" + source + "\n")
+    train.read_loss.cache_clear()
+    with pytest.raises(data.DataError, match=message) as told:
+        train.main(["--loss", "own.py:Own", "--steps", "1", "--batch-size", "8", "--out", "x"])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("train.py --help", 0, "--help-all"),
+        ("train.py --help-all", 0, "--focal-gamma"),
+        ("train.py --nonsense", 2, "unrecognized arguments: --nonsense"),
+        ("losses.py", 0, "CEClipLoss"),
+        ("losses.py --help", 0, "CEClipLoss"),
+        ("losses.py x", 2, "unrecognized arguments: x"),
+        ("scripts/example_loss.py", 0, "WithAlignment"),
+        ("scripts/example_open_clip.py --help", 0, "open_clip"),
+        ("scripts/example_transformers.py --help", 0, "transformers"),
+    ],
+)
+def test_help_is_given_before_torch_is_imported(command, code, said):
+    command = [sys.executable, "-X", "importtime", *command.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert not re.search(r"\| +(torch|open_clip|transformers)$", done.stderr, re.MULTILINE)
+
+
+def test_help_is_short_and_names_what_there_is():
+    short, whole = (
+        [x for group in train.make_parser(everything)._action_groups for x in group._group_actions]
+        for everything in (False, True)
+    )
+    assert sum(x.help != "==SUPPRESS==" for x in short) <= 40 < len(whole) == len(short)
+    texts = {x.dest: x.help for x in whole if x.dest not in ("help", "help_all")}
+    for name, text in texts.items():
+        assert re.fullmatch(r"[A-Zo].{20,}\.", text), name
+    assert all(recipe in texts["recipe"] for recipe in losses.RECIPES)
+    assert all(kind in texts["imc"] for kind in losses.IMC_VARIANTS)
+    assert all(mode in texts["threshold"] for mode in losses.THRESHOLDS)
+    (precision,) = (x for x in whole if x.dest == "precision")
+    assert list(precision.choices) == list(evaluate.PRECISIONS)
