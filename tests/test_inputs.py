@@ -232,21 +232,18 @@ def test_features_of_a_cache_that_cannot_be_the_models_are_made_again(spoil, tmp
 
 
 def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
-    data.main(
-        ["shapes", "--out", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--limit", "1"]
-    )
-    line = (tmp_path / "m.jsonl").read_text().splitlines()[0]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    command = ["check", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--model"]
     long = "word " * 40
     for caption, negative in ((long + "red", long + "blue"), ("A dog", "a  DOG")):
-        record = json.loads(line)
-        record["caption"], record["negatives"]["object"] = caption, negative
-        record["negatives"]["relation"] = record["negatives"]["attribute"] = None
+        record = {"image": "a.png", "caption": caption, "negatives": {"object": negative}}
         (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
-        config = str(evaluate.SHAPES_CONFIGS["shapes-tiny"])  # 32 tokens
-        data.main(
-            ["check", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--model", config]
-        )
-        assert "1 negatives are their caption to" in capsys.readouterr().out
+        for model in (str(evaluate.SHAPES_CONFIGS["shapes-tiny"]), "shapes-tiny"):  # of 32 tokens
+            data.main([*command, model])
+            assert "1 negatives are their caption to" in capsys.readouterr().out
+    for model in ("nonsense", "suites", str(tmp_path / "none.json")):
+        with pytest.raises(data.DataError, match="open_clip knows no such model"):
+            data.main([*command, model])
 
 
 @pytest.mark.parametrize(

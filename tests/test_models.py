@@ -1,6 +1,7 @@
 """Models and images that open_clip does not know by name, and files that are not what they say."""
 
 import json
+import re
 
 import open_clip
 import pytest
@@ -76,6 +77,13 @@ def test_a_run_from_a_folder_resumes_and_is_evaluated_without_it(
     assert open_clip.get_model_config("ViT-B-32")["text_cfg"]["width"] == 512
 
 
+TOWERS = {
+    "bert": TINY | {"text_cfg": {"hf_model_name": "a/b"}},
+    "timm": TINY | {"vision_cfg": {"timm_model_name": "hf-hub:a/b"}},
+    "tokenizer": TINY | {"text_cfg": TINY["text_cfg"] | {"hf_tokenizer_name": "a/b"}},
+}
+
+
 @pytest.mark.parametrize(
     ("kit", "message"),
     [
@@ -85,21 +93,9 @@ def test_a_run_from_a_folder_resumes_and_is_evaluated_without_it(
         ({"model": "x", "config": 3}, "holds no model config"),
         ({"model": "x", "config": {"text_cfg": 1, "vision_cfg": {}}}, "holds no model config"),
         ({"model": "x", "config": TINY | {"what": 1}}, "cannot be built .*what"),
-        (
-            {"model": "x", "config": TINY | {"text_cfg": {"hf_model_name": "a/b"}}},
-            "cannot be built",
-        ),
-        (
-            {"model": "x", "config": TINY | {"vision_cfg": {"timm_model_name": "hf-hub:a/b"}}},
-            "cannot be built",
-        ),
-        (
-            {
-                "model": "x",
-                "config": TINY | {"text_cfg": TINY["text_cfg"] | {"hf_tokenizer_name": "a/b"}},
-            },
-            "tokenizer cannot be had",
-        ),
+        ({"model": "x", "config": TOWERS["bert"]}, "cannot be built"),
+        ({"model": "x", "config": TOWERS["timm"]}, "cannot be built"),
+        ({"model": "x", "config": TOWERS["tokenizer"]}, "tokenizer cannot be had"),
     ],
 )
 def test_names_in_a_checkpoint_do_not_reach_the_hub(kit, message, tmp_path, monkeypatch):
@@ -130,13 +126,9 @@ def test_weights_that_are_not_floats_are_refused(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
-        ("vision_cfg", {"image_size": 96}, "visual.positional_embedding resized from 17 to 37"),
-        (
-            "vision_cfg",
-            {"image_size": [32, 96]},
-            "visual.positional_embedding resized from 17 to 13",
-        ),
-        ("text_cfg", {"context_length": 40}, "positional_embedding resized from 32 to 40"),
+        ("vision_cfg", {"image_size": 96}, "visual.positional_embedding .*from 17 to 37"),
+        ("vision_cfg", {"image_size": [32, 96]}, "visual.positional_embedding .*from 17 to 13"),
+        ("text_cfg", {"context_length": 40}, ": positional_embedding .*from 32 to 40"),
     ],
 )
 def test_another_image_size_or_context_resizes_positions(part, change, said, tmp_path, capsys):
@@ -148,7 +140,7 @@ def test_another_image_size_or_context_resizes_positions(part, change, said, tmp
     kit = {"model": "plain", "activation": "gelu"}
     torch.save({"state_dict": plain.net.state_dict(), "kit": kit}, tmp_path / "c.pt")
     found = load_model(str(tmp_path / "other.json"), str(tmp_path / "c.pt"))
-    assert said in capsys.readouterr().err
+    assert re.search(said, capsys.readouterr().err)
     torch.save(plain.net.state_dict(), tmp_path / "d.pt")
     open_clip.add_model_config(tmp_path / "other.json")
     theirs = open_clip.create_model("other", pretrained=str(tmp_path / "d.pt"))
@@ -162,9 +154,8 @@ def test_a_model_that_is_not_square_trains_and_is_scored(tmp_path):
     assert train.main(["--model", str(tmp_path / "wide.json"), "--out", str(out), *SHORT]) == 0
     model = load_model(None, str(out / "latest.pt"))
     assert data.image_size(model.net) == (32, 96)
-    data.main(
-        ["shapes", "--out", str(tmp_path / "m.jsonl"), "--images", str(tmp_path), "--limit", "4"]
-    )
+    command = ["shapes", "--out", str(tmp_path / "m.jsonl"), "--images", str(tmp_path)]
+    data.main([*command, "--limit", "4"])
     photos = data.ManifestDataset(tmp_path / "m.jsonl", tmp_path, data.train_transform(model.net))
     assert photos[0, 0].image.shape == (3, 32, 96)
     args = evaluate.parse_args(["--ckpt", str(out / "latest.pt")])

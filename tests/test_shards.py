@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,9 +43,7 @@ def written(tmp_path_factory):
     """A manifest of 20 images with 3 captions each, as shards of 9 examples."""
     folder = tmp_path_factory.mktemp("written")
     path = manifest(folder, images=20, captions=3)
-    data.main(
-        ["shards", str(path), "--images", str(folder), "--out", str(folder / "s"), "--size", "9"]
-    )
+    data.write_shards(path, folder, folder / "s", 9)
     records = {r.caption: tuple(r.negatives.values()) for r in data.read_manifest(path)}
     return f"{folder}/s/{{000000..000006}}.tar", records
 
@@ -65,9 +64,8 @@ def test_readers_share_a_pass_and_no_batch_has_an_image_twice(ranks, batch, writ
     """Where there are more readers than shards a hash deals out the images."""
     pattern, records = written
     if ranks == 3:
-        folder = pattern.rpartition("/s/")[0]
-        options = [f"{folder}/m.jsonl", "--images", folder, "--out", str(tmp_path / "one")]
-        data.main(["shards", *options])
+        folder = Path(pattern).parents[1]
+        data.write_shards(folder / "m.jsonl", folder, tmp_path / "one", 10_000)
         pattern = f"{tmp_path}/one/000000.tar"
     place = [(0, rank, ranks) for rank in range(ranks)]
     streams = [ShardStream(pattern, plainly, 0, here, batch=batch) for here in place]
@@ -84,17 +82,9 @@ def test_readers_share_a_pass_and_no_batch_has_an_image_twice(ranks, batch, writ
 def test_a_stream_goes_on_where_it_was(cut, bad, written, tmp_path):
     pattern = written[0]
     if bad:  # some examples cannot be used
-        pattern = tar(
-            tmp_path / "a.tar",
-            {
-                f"{i:02}.{kind}": content
-                for i in range(33)
-                for kind, content in (
-                    ("jpg", image(colour=i) if i % 4 else b"torn"),
-                    ("txt", f"caption {i}".encode()),
-                )
-            },
-        )
+        samples = {f"{i:02}.jpg": image(colour=i) if i % 4 else b"torn" for i in range(33)}
+        texts = {f"{i:02}.txt": f"caption {i}".encode() for i in range(33)}
+        pattern = tar(tmp_path / "a.tar", dict(sorted({**samples, **texts}.items())))
     make = lambda **more: ShardStream(pattern, plainly, 0, (0, 0, 1), "skip", batch=4, **more)  # noqa: E731
     whole = list(itertools.islice(make(), 30))
     slot, state = whole[cut - 1][-1].state
@@ -179,17 +169,9 @@ def test_a_caption_of_null_is_that_of_the_txt(tmp_path):
 
 
 def test_shards_without_negatives_are_refused_where_the_recipe_needs_some(tmp_path):
-    path = tar(
-        tmp_path / "a.tar",
-        {
-            **good(1),
-            **good(2),
-            "3.jpg": image(),
-            "3.json": json.dumps(
-                {"caption": "a", "negatives": dict.fromkeys(data.NEGATIVE_TYPES)}
-            ).encode(),
-        },
-    )
+    none = {"caption": "a", "negatives": dict.fromkeys(data.NEGATIVE_TYPES)}
+    third = {"3.jpg": image(), "3.json": json.dumps(none).encode()}
+    path = tar(tmp_path / "a.tar", {**good(1), **good(2), **third})
     run = ["--data", path, "--model", "shapes-tiny", "--steps", "1", "--batch-size", "2"]
     run += ["--workers", "0", "--out", str(tmp_path / "x")]
     assert train.main([*run, "--recipe", "negclip"]) == 2
