@@ -667,25 +667,20 @@ def test_ce_clip_plus_trains_on_three_sources(coco):
     assert (out / "ce-clip-plus/record.json").exists()
 
 
-def test_runs_on_other_negatives_and_seeds_have_names_of_their_own():
+@pytest.mark.parametrize(
+    ("engine", "seeds", "folder", "label", "manifest"),
+    [
+        ("", "1", "ce-clip.1", "ce-clip", "train2014"),
+        ("", "1 2", "ce-clip.1", "ce-clip seed 1", "train2014"),
+        ("released", "1", "ce-clip-on-released.1", "ce-clip on released negatives",
+         "train2014.released"),
+    ],
+)  # fmt: skip
+def test_runs_have_names_of_their_own(engine, seeds, folder, label, manifest):
     show = f'. {PAPER}/common.sh; folder ce-clip 1; label ce-clip 1; echo "$manifest"'
-    for engine, seeds, wanted in (
-        ("", "1", ["o/ce-clip.1", "ce-clip", "data/negatives/train2014.jsonl"]),
-        ("", "1 2", ["o/ce-clip.1", "ce-clip seed 1", "data/negatives/train2014.jsonl"]),
-        (
-            "released",
-            "1",
-            [
-                *("o/ce-clip-on-released.1", "ce-clip on released negatives"),
-                "data/negatives/train2014.released.jsonl",
-            ],
-        ),
-    ):
-        env = {"PATH": os.environ["PATH"], "ENGINE": engine, "SEEDS": seeds, "OUT": "o"}
-        said = subprocess.run(
-            ["bash", "-c", show], env=env, capture_output=True, text=True, check=True
-        ).stdout
-        assert said.splitlines() == wanted
+    env = {"PATH": os.environ["PATH"], "ENGINE": engine, "SEEDS": seeds, "OUT": "o"}
+    said = subprocess.check_output(["bash", "-c", show], env=env, text=True)
+    assert said.splitlines() == [f"o/{folder}", label, f"data/negatives/{manifest}.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -774,17 +769,12 @@ def test_a_signal_to_the_script_alone_stops_what_it_started(script, tmp_path):
 def test_karpathys_split_trains_on_no_test_image(coco):
     root = coco["ROOT"]
     photo_folder(root, [f"val2014/COCO_val2014_{k:012d}.jpg" for k in (21, 22)])
-    splits = {"train": 0, "restval": 21, "test": 22}
+    text = "A man riding a brown horse on the beach."
     images = [
-        {
-            "filepath": "train2014" if split == "train" else "val2014",
-            "filename": f"COCO_{'train' if split == 'train' else 'val'}2014_{k:012d}.jpg",
-            "cocoid": k,
-            "split": split,
-            "sentences": [{"raw": "A man riding a brown horse on the beach."}],
-        }
-        for split, k in splits.items()
-    ]
+        {"filepath": f"{pool}2014", "filename": f"COCO_{pool}2014_{k:012d}.jpg", "cocoid": k,
+         "split": split, "sentences": [{"raw": text}]}
+        for pool, split, k in (("train", "train", 0), ("val", "restval", 21), ("val", "test", 22))
+    ]  # fmt: skip
     (root / "karpathy/dataset_coco.json").write_text(json.dumps({"images": images}))
     done = bash("negatives.sh", **{**coco, "SPLIT": "karpathy"})
     assert done.returncode == 0, done.stderr
