@@ -145,12 +145,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="activation to use instead of the checkpoint's own; gelu reproduces the published "
         "evaluation (default: the checkpoint's)",
     )
-    add = parser.add_argument_group("rules").add_argument
-    add(
-        "--allow-missing",
-        action="store_true",
-        help="score the items whose files are there, and print N of M, instead of stopping",
-    )
+    rules = parser.add_argument_group("rules")
+    add = rules.add_argument
+    add("--allow-missing", action="store_true", help="score what is there, and print N of M items")
     add(
         "--ties",
         choices=("wrong", "official"),
@@ -158,12 +155,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="count equal scores as wrong, or decide them as the suite's own code does "
         "(default: wrong)",
     )
-    blind = parser.add_mutually_exclusive_group().add_argument
-    blind(
-        "--no-blind",
-        action="store_true",
-        help="leave out the n-gram model that answers from the texts alone, without images",
-    )
+    blind = rules.add_mutually_exclusive_group().add_argument
+    blind("--no-blind", action="store_true", help="leave out the n-gram reader of the texts alone")
     blind(
         "--mlm",
         metavar="DIR",
@@ -524,7 +517,9 @@ def _pixels(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(side, dict):
         side = side.get("height") or side["shortest_edge"]
     return {
-        **{"size": side, "mean": config["image_mean"], "std": config["image_std"]},
+        "size": side,
+        "mean": config["image_mean"],
+        "std": config["image_std"],
         "interpolation": "bilinear" if config.get("resample") == 2 else "bicubic",
         "resize_mode": "shortest" if config.get("do_center_crop") else "squash",
     }
@@ -1345,11 +1340,16 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
             scored.ties[row] += tie
         scored.records.append(
             {
-                **{"suite": suite.name, "subset": item.path[0], "part": item.path[1:]},
-                **{"id": item.id, "images": item.images, "texts": item.texts},
+                "suite": suite.name,
+                "subset": item.path[0],
+                "part": item.path[1:],
+                "id": item.id,
+                "images": item.images,
+                "texts": item.texts,
                 **({"tags": item.tags} if item.tags else {}),
                 "scores": [[float(f"{x:.9g}") for x in line] for line in scores],
-                **{**result, "tie": tie},
+                **result,
+                "tie": tie,
             }
         )
     for cost in suite.costs:

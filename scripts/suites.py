@@ -155,7 +155,7 @@ def own_records(given: str, root: Path | None) -> Iterator[tuple[str, Any]]:
     if function:
         try:
             space: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
-            exec(compile(text, path, "exec"), space)
+            exec(compile(text, path, "exec", dont_inherit=True), space)
             for number, record in enumerate(space[function](root), 1):
                 yield f"{given} record {number}", record
         except KeyError as error:
@@ -734,8 +734,12 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
                 continue
         yield Classes(
             folder.name,
-            *(list(images), list(labels), prompts, bool(known.get("per_class"))),
-            *([image for image, _ in train], [label for _, label in train]),
+            list(images),
+            list(labels),
+            prompts,
+            bool(known.get("per_class")),
+            [image for image, _ in train],
+            [label for _, label in train],
         )
 
 

@@ -292,7 +292,7 @@ def test_whatsup_pairs_and_sets_are_as_its_code_counts_them(missing):
         assert 0 < set_correct < pair_correct
 
 
-def test_sugarcrepe_pp_asks_both_positives_with_and_without_the_picture():
+def test_sugarcrepe_pp_asks_both_positives_with_and_without_the_image():
     encoder = Fixed(5)
     items = []
     for i in range(200):
@@ -449,7 +449,7 @@ def test_hateful_memes_is_the_area_under_the_curve(kinds):
     assert cell["zero-shot hateful_memes"]["accuracy"] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_ranked_figures_join_the_mean_of_sets_and_are_resampled_by_picture():
+def test_ranked_figures_join_the_mean_of_sets_and_are_resampled_by_image():
     n = 400
     rng = np.random.default_rng(0)
     shown = [[int(x)] for x in rng.integers(2, size=n)]
@@ -489,7 +489,7 @@ def test_voc_and_memes_are_read_as_elevater_does(tmp_path):
     assert suite.expected["zero-shot voc2007"] == 2
     left = suite.costs[1]
     assert (len(left.images), left.shown) == (1, [[]])
-    with pytest.raises(data.DataError, match="no class has pictures"):
+    with pytest.raises(data.DataError, match="no class has images"):
         evaluate.score_suite(suite_of("zeroshot", [], [left]), Random(0))
     (main / "sofa_test.txt").unlink()
     with pytest.raises(data.DataError, match=r"voc2007: cannot be read .*sofa_test.txt"):
@@ -687,7 +687,7 @@ def test_probe_minimises_its_objective():
 
 def photo(path, size=(40, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    shade = zlib.crc32(str(path).encode())  # every picture has a colour of its own
+    shade = zlib.crc32(str(path).encode())  # every image has a colour of its own
     Image.new("RGB", size, (shade % 256, shade // 256 % 256, 9)).convert(mode).save(path)
 
 
@@ -697,7 +697,7 @@ def write(path, content):
 
 
 def make_root(root):
-    """A few rows of every suite in its official format, with their pictures."""
+    """A few rows of every suite in its official format, with their images."""
     pools = (
         "val2017/000000000009.jpg",
         "flickr30k/1.jpg",
@@ -801,8 +801,8 @@ def make_spatial(root):
         photo(root / f"spec/{kind}/b.png")
         texts = {"query": "a.png", "keys": ["x", "y", "z"], "label": 1}
         write(root / f"spec/{kind}/image2text.json", [texts])
-        pictures = {"query": "x", "keys": ["a.png", "b.png"], "label": 0}
-        write(root / f"spec/{kind}/text2image.json", [pictures])
+        choices = {"query": "x", "keys": ["a.png", "b.png"], "label": 0}
+        write(root / f"spec/{kind}/text2image.json", [choices])
 
 
 def make_lists(root, box):
@@ -858,8 +858,8 @@ def test_every_suite_reads_its_official_format(name, root):
     assert len({(item.path, item.id) for item in suite.items}) == len(suite.items)
     assert suite.items or suite.costs
     for item in suite.items[:20]:
-        picture = evaluate.load_image(item.images[0], 32) if item.images else None
-        assert picture is None or picture.mode == "RGB"
+        image = evaluate.load_image(item.images[0], 32) if item.images else None
+        assert image is None or image.mode == "RGB"
     rows = {item.path[0] for item in suite.items}
     known = json.loads((ROOT / "scripts/suites.json").read_text())[name]
     assert rows <= set(suite.expected) | {"atom", "swap", "negate", "eqben_mini"}
@@ -941,7 +941,7 @@ def test_imagenet_folders_are_wordnet_numbers_in_order(tmp_path):
     assert cost.prompts[2][0] == "a bad photo of a great white shark."
 
 
-def test_a_coco_photo_is_found_in_any_pool(tmp_path):
+def test_a_coco_pngis_found_in_any_pool(tmp_path):
     source = suites.Source("valse", tmp_path, False, {}, [])
     photo(tmp_path / "train2014/COCO_train2014_000000000025.jpg")
     for name in ("000000000025.jpg", "val2014/COCO_val2014_000000000025.jpg"):
@@ -951,8 +951,8 @@ def test_a_coco_photo_is_found_in_any_pool(tmp_path):
 def test_parquet_is_taken_apart_at_first_use(tmp_path, monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 6)).save(buffer, "PNG")
-    picture = {"bytes": buffer.getvalue(), "path": None}
-    row = {"image_0": picture, "image_1": picture, "text_0": "a", "text_1": "b"}
+    png = {"bytes": buffer.getvalue(), "path": None}
+    row = {"image_0": png, "image_1": png, "text_0": "a", "text_1": "b"}
     (tmp_path / "vismin").mkdir()
     (tmp_path / "vismin/test-0.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -1039,7 +1039,7 @@ def encoder_of(path, *options):
     return evaluate.Encoder(evaluate.load_model(None, str(path)), args)
 
 
-def test_each_picture_crop_and_text_is_encoded_once(tmp_path, root):
+def test_each_image_crop_and_text_is_encoded_once(tmp_path, root):
     encoder = encoder_of(tiny(tmp_path / "a.pt"))
     name = str(root / "val2017/000000000009.jpg")
     names = [name, Crop(name, (0, 0, 9, 9)), name, Crop(name, (0, 0, 9, 9))]
@@ -1064,9 +1064,9 @@ def test_features_do_not_depend_on_the_batch_and_equal_the_models(tmp_path, root
     with torch.no_grad():
         plain = model.net.encode_text(model.tokenizer(texts), normalize=True)
         image = two.transform(Image.open(names[0]).convert("RGB"))
-        picture = model.net.encode_image(image[None], normalize=True)
+        row = model.net.encode_image(image[None], normalize=True)
     np.testing.assert_allclose(two.texts(texts).rows, plain.numpy(), atol=2e-6)
-    np.testing.assert_allclose(two.images(names[:1]).rows, picture.numpy(), atol=2e-6)
+    np.testing.assert_allclose(two.images(names[:1]).rows, row.numpy(), atol=2e-6)
 
 
 def test_cache_is_by_content_and_by_model(tmp_path, root):
@@ -1109,16 +1109,16 @@ def test_a_torn_cache_file_is_a_miss_and_made_again(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["picture", "items"])
+@pytest.mark.parametrize("fault", ["image", "items"])
 def test_a_mistake_on_one_rank_is_told_by_all_with_exit_code_2(fault, tmp_path, root):
-    """The second picture is the second rank's; the items are written by the first alone."""
+    """The second image is the second rank's; the items are written by the first alone."""
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     rows = [[f"vg/{i}.jpg", "a", f"vg/{i}.jpg", "b"] for i in (3, 4)]
     write(tmp_path / "cola/COLA_multiobjects_matching_benchmark.json", rows)
     for i in (3, 4):
         photo(tmp_path / f"vg/{i}.jpg")
-    if fault == "picture":
-        write(tmp_path / "vg/4.jpg", "no picture")
+    if fault == "image":
+        write(tmp_path / "vg/4.jpg", "no image")
     path, out = tiny(tmp_path / "m/latest.pt"), tmp_path / "out"
     command = [sys.executable, ROOT / "evaluate.py", "--ckpt", path, "--suite", "cola,bivlc"]
     command += ["--root", tmp_path, "--allow-missing", "--batch-size", 1, "--out", out]
@@ -1140,7 +1140,7 @@ def test_a_mistake_on_one_rank_is_told_by_all_with_exit_code_2(fault, tmp_path, 
     ]
     said = [run.communicate(timeout=60)[1] for run in runs]
     message = {
-        "picture": "vg/4.jpg: cannot be decoded",
+        "image": "vg/4.jpg: cannot be decoded",
         "items": "items.partial: cannot be written",
     }
     for run, text in zip(runs, said, strict=True):
@@ -1468,7 +1468,7 @@ def test_overwriting_replaces_all_items_and_an_error_none(tmp_path, root):
     again = ("--out", out, "--overwrite")
     broken = tmp_path / "broken"
     shutil.copytree(root, broken, dirs_exist_ok=True)
-    write(broken / "vg/VG_100K/1.jpg", "no picture")
+    write(broken / "vg/VG_100K/1.jpg", "no image")
     with pytest.raises(data.DataError, match="cannot be decoded"):
         run("--ckpt", b, "--suite", "bivlc,cola", "--allow-missing", "--root", broken, *again)
     kept = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -1567,7 +1567,7 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
         evaluate.load_model("shapes-tiny", str(tmp_path / "x.pt"))
 
 
-def test_faults_of_rows_and_pictures_name_the_place(tmp_path, root):
+def test_faults_of_rows_and_images_name_the_place(tmp_path, root):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     path = tiny(tmp_path / "m/latest.pt")
     file = tmp_path / "sugarcrepe/swap_obj.json"
@@ -1584,14 +1584,14 @@ def test_faults_of_rows_and_pictures_name_the_place(tmp_path, root):
     write(tmp_path / "cola/COLA_multiobjects_matching_benchmark.json", [["one"]])
     with pytest.raises(data.DataError, match="not as the official files have it"):
         evaluate.load_suite("cola", tmp_path, False)
-    write(tmp_path / "val2017/000000000009.jpg", "no picture")
+    write(tmp_path / "val2017/000000000009.jpg", "no image")
     for workers in (0, 1):
         some = ("--allow-missing", "--root", tmp_path, "--workers", workers)
         with pytest.raises(data.DataError, match=r"000000000009.jpg: cannot be decoded"):
             run("--ckpt", path, "--suite", "sugarcrepe", *some)
 
 
-def test_missing_pictures_are_refused_or_counted(tmp_path, capsys, monkeypatch, root):
+def test_missing_images_are_refused_or_counted(tmp_path, capsys, monkeypatch, root):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     expect_two(monkeypatch, "sugarcrepe")
     row = {"filename": "000000000404.jpg", "caption": "a", "negative_caption": "b"}
@@ -1803,7 +1803,7 @@ def test_tables_of_a_readme_follow_the_results(tmp_path, root, capsys):
 
 
 @pytest.mark.slow
-def test_tradeoff_picture_needs_gains_and_costs(tmp_path, capsys):
+def test_tradeoff_image_needs_gains_and_costs(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is optional")
     assert script("plot_tradeoff.py", "--out", tmp_path / "a.png") == 0
     assert (tmp_path / "a.png").stat().st_size > 10_000
