@@ -74,6 +74,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_losses import Released
+from run_metrics import memory
 
 import train
 from data import Batch, image_size, normalise, pack_texts, read_manifest
@@ -257,7 +258,7 @@ def measure(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
                 ratios = [ours[i] / theirs[i] for ours, theirs in pairs]
                 result[name][key] = round(statistics.median(ratios), 2)
                 result[name][f"{key}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
-    return {"ways": result, "memory_mib_peak": round(train.memory(rank.device))}
+    return {"ways": result, "memory_mib_peak": round(memory(rank.device))}
 
 
 def main() -> None:
