@@ -2032,7 +2032,7 @@ GOOD = {"images": "a.png", "texts": ["a", "b"]}
         ({**GOOD, "true": True}, "true is True"),
         ({**GOOD, "subset": "red text"}, "subset is 'red text'"),
         ({**GOOD, "subset": ""}, "subset is ''"),
-        ({**GOOD, "crop": [5, 0, 5, 9]}, r"crop is \\[5, 0, 5, 9\\]"),
+        ({**GOOD, "crop": [5, 0, 5, 9]}, r"crop is \[5, 0, 5, 9\]"),
         ({**GOOD, "tags": [1]}, "tags must be a list of strings"),
     ],
 )
@@ -2057,8 +2057,8 @@ def test_faults_of_own_records_name_file_and_line(record, message, tmp_path):
     ("name", "content", "message"),
     [
         ("none.json", None, "none.json cannot be read"),
-        ("a.jsonl", "{", r"a\\.jsonl:1: is no JSON"),
-        ("a.json", "[\n{]", r"a\\.json:2: is no JSON"),
+        ("a.jsonl", "{", r"a\.jsonl:1: is no JSON"),
+        ("a.json", "[\n{]", r"a\.json:2: is no JSON"),
         ("a.json", "{}", "must be a list of records"),
         ("a.json", "[]", "holds no records"),
         ("a.py:load", "x = 1", "defines no load"),
