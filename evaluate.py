@@ -145,12 +145,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="activation to use instead of the checkpoint's own; gelu reproduces the published "
         "evaluation (default: the checkpoint's)",
     )
-    add = parser.add_argument_group("rules").add_argument
-    add(
-        "--allow-missing",
-        action="store_true",
-        help="score the items whose files are there, and print N of M, instead of stopping",
-    )
+    rules = parser.add_argument_group("rules")
+    add = rules.add_argument
+    add("--allow-missing", action="store_true", help="score what is there, and print N of M items")
     add(
         "--ties",
         choices=("wrong", "official"),
@@ -158,12 +155,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="count equal scores as wrong, or decide them as the suite's own code does "
         "(default: wrong)",
     )
-    blind = parser.add_mutually_exclusive_group().add_argument
-    blind(
-        "--no-blind",
-        action="store_true",
-        help="leave out the n-gram model that answers from the texts alone, without images",
-    )
+    blind = rules.add_mutually_exclusive_group().add_argument
+    blind("--no-blind", action="store_true", help="leave out the n-gram reader of the texts alone")
     blind(
         "--mlm",
         metavar="DIR",
@@ -217,6 +210,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and wrong options are answered before torch is imported
 
+# Threads that wait sleep: spinning, they stall every step while another process runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -235,7 +231,6 @@ from data import (
     make_scene,
     open_image,
     pack_tokens,
-    photo_number,
     run_script,
     say,
     writing,
@@ -501,17 +496,14 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
         pixels = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
         preprocess = _pixels(pixels)
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError) as error:
-        raise DataError(
-            f"{folder}: cannot be loaded by transformers ({error_line(error)})"
-        ) from None
+        why = error_line(error)
+        raise DataError(f"{folder}: cannot be loaded by transformers ({why})") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise DataError(
-            f"{folder}: lacks weights, such as {min(loading['missing_keys'], default='')}"
-        )
+        lacks = min(loading["missing_keys"], default="")
+        raise DataError(f"{folder}: lacks weights, such as {lacks}")
     if not hasattr(net, "get_text_features"):
-        raise DataError(
-            f"{folder}: a {net.config.model_type} has no text features; use CLIP, SigLIP"
-        )
+        kind = net.config.model_type
+        raise DataError(f"{folder}: a {kind} has no text features; use CLIP, SigLIP")
     length = net.config.text_config.max_position_embeddings
 
     def tokenise(texts: list[str]) -> torch.Tensor:
@@ -528,7 +520,9 @@ def _pixels(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(side, dict):
         side = side.get("height") or side["shortest_edge"]
     return {
-        **{"size": side, "mean": config["image_mean"], "std": config["image_std"]},
+        "size": side,
+        "mean": config["image_mean"],
+        "std": config["image_std"],
         "interpolation": "bilinear" if config.get("resample") == 2 else "bicubic",
         "resize_mode": "shortest" if config.get("do_center_crop") else "squash",
     }
@@ -702,14 +696,8 @@ class Suite(NamedTuple):
 
 
 Loaded = Iterator["TestItem | Retrieval | Classes"]  # what a loader of a suite yields
-OWN = {
-    "files": [],
-    "where": "put the images beside the file, or below --root",
-    "licence": "your own",
-    "blind": True,
-    "expected": {},
-    "averages": {},
-}
+OWN = {"where": "put the images beside the file, or below --root", "blind": True}
+OWN |= {"expected": {}, "averages": {}}
 
 
 def suite_info(name: str) -> dict[str, Any]:
@@ -919,7 +907,7 @@ def keep_found(
     """
     wanted = [image for item in items for image in item.images]
     wanted += [image for cost in costs for image in cost.images]
-    files = dict.fromkeys(_file(image) for image in wanted)
+    files = dict.fromkeys(file_of(image) for image in wanted)
     missing = {file for file in files if is_file(file) and not os.path.isfile(file)}
     if missing and (not partial or len(missing) == len(files)):
         none = partial or len(missing) == len(files)
@@ -928,7 +916,7 @@ def keep_found(
             f"{len(missing)} of {len(files)} images are missing, the first is {min(missing)}; "
             f"get them: {where}{rest}"
         )
-    found = [x for x in items if not missing.intersection(_file(image) for image in x.images)]
+    found = [x for x in items if not missing.intersection(file_of(image) for image in x.images)]
     return found, [left for cost in costs if (left := _keep_cost(cost, missing)).images]
 
 
@@ -944,7 +932,8 @@ def _keep_cost(cost: Retrieval | Classes, missing: set[str]) -> Retrieval | Clas
     return cost._replace(images=images, texts=[t for t, _ in pairs], image_of=[i for _, i in pairs])
 
 
-def _file(image: str | Crop) -> str:
+def file_of(image: str | Crop) -> str:
+    """The file of an image."""
     return image.path if isinstance(image, Crop) else image
 
 
@@ -1354,11 +1343,16 @@ def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
             scored.ties[row] += tie
         scored.records.append(
             {
-                **{"suite": suite.name, "subset": item.path[0], "part": item.path[1:]},
-                **{"id": item.id, "images": item.images, "texts": item.texts},
+                "suite": suite.name,
+                "subset": item.path[0],
+                "part": item.path[1:],
+                "id": item.id,
+                "images": item.images,
+                "texts": item.texts,
                 **({"tags": item.tags} if item.tags else {}),
                 "scores": [[float(f"{x:.9g}") for x in line] for line in scores],
-                **{**result, "tie": tie},
+                **result,
+                "tie": tie,
             }
         )
     for cost in suite.costs:
@@ -1413,12 +1407,13 @@ def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
         true[i, list(labels)] = True
     columns = [1] if cost.metric == "auc" else range(len(cost.prompts))
     rule = area_under_curve if cost.metric == "auc" else average_precision_11
-    sorted_by = [np.argsort(-scores[:, c], kind="stable") for c in columns]
-    lines = [
-        (order, true[order, c], _run_ends(scores[order, c]))
-        for order, c in zip(sorted_by, columns, strict=True)
-        if true[:, c].any() and not true[:, c].all()
-    ]
+    lines = []
+    for c in columns:
+        if true[:, c].any() and not true[:, c].all():
+            order = np.argsort(-scores[:, c], kind="stable")
+            line = scores[order, c]
+            ends = np.flatnonzero(np.append(line[1:] != line[:-1], True))  # of equal scores
+            lines.append((order, true[order, c], ends))
     if not lines:
         raise DataError(f"{cost.name}: no class has images that show it and others; get the rest")
 
@@ -1435,11 +1430,6 @@ def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
     value = figure(np.ones(n, dtype=int))
     ties = sum(int(np.isin(scores[true[:, c], c], scores[~true[:, c], c]).sum()) for c in columns)
     return Figure(value, np.where(np.isnan(draws), value, draws), n, n), ties
-
-
-def _run_ends(line: np.ndarray) -> np.ndarray:
-    """Where runs of equal scores end in a sorted line."""
-    return np.flatnonzero(np.append(line[1:] != line[:-1], True))
 
 
 def average_precision_11(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
@@ -1673,16 +1663,14 @@ def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
     Verdicts of pairs (text, image, group) are averaged each for itself.
     """
     rows = list(rows)
-    trees = dict(suite_info(suite)["averages"])
-    if suite not in SUITES:
-        subsets = list(dict.fromkeys(counted_row(row, "subsets") for row in rows))
-        trees = {f"mean of {len(subsets)} subsets": subsets} if len(subsets) > 1 else {}
-    named = {}
+    named: dict[str, Any] = {}
     for verdict in ("", *VERDICTS):
-        own = {row for row in rows if verdict_of(row) == verdict}
-        for name, tree in trees.items():
+        own = [row for row in rows if verdict_of(row) == verdict]
+        if suite not in SUITES and len(own) > 1:
+            named[f"{verdict}: mean of {len(own)} subsets".removeprefix(": ")] = own
+        for name, tree in suite_info(suite)["averages"].items():
             grown = _rename(tree, f" {verdict}" if verdict else "")
-            if own and leaves(grown) <= own:
+            if own and leaves(grown) <= {*own}:
                 named[f"{verdict}: {name}" if verdict else name] = grown
     return named
 
@@ -1840,9 +1828,9 @@ def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
     part, ends = "subsets", list(dict.fromkeys(verdict_of(row) for row in scored.subsets))
     if suite.name == "retrieval":
         part, ends = "costs", [f"R@{k}" for k in RECALLS]
-    rows = {**scored.subsets, **scored.costs}
+    there = {counted_row(row, part) for row in {**scored.subsets, **scored.costs}}
     for name in subset_names(suite.name, suite.expected):
-        absent[part] += [row for end in ends if (row := f"{name} {end}".strip()) not in rows]
+        absent[part] += [f"{name} {end}".strip() for end in ends if name not in there]
     return absent
 
 
@@ -1949,10 +1937,13 @@ def evaluate(
         kept = {key: value for key, value in known if key not in ("config", "preprocess")}
         results[label] = {**kept, **about, "suites": {}}
         for name, suite in suites.items():
-            scored = _score(label if len(models) > 1 else "", suite, encoder, args.ties)
+            try:
+                scored = score_suite(suite, encoder, args.ties)
+            except DataError as error:
+                raise DataError(f"{label}: {error}" if len(models) > 1 else str(error)) from None
             result = {**summarise(suite, scored), "tie_rule": args.ties}
             result.update(blind.get(name, {}))
-            mark_seen(result, suite, photos, args.root)
+            script("suites").mark_seen(result, suite, photos, args.root)
             if len(results) > 1:
                 base = next(iter(results))
                 result["versus"] = {base: compare(name, scored, before[name])}
@@ -1961,61 +1952,6 @@ def evaluate(
             folder = args.out / ITEMS / (label if len(models) > 1 else "") if writes else None
             together(functools.partial(write_items, folder, name, scored))
     return results
-
-
-def mark_seen(
-    result: dict[str, Any], suite: Suite, photos: torch.Tensor | None, root: Path | None
-) -> None:
-    """Count in each figure of a suite how many of its items show a photo of the training set.
-
-    Args:
-        result: of `summarise`; its cells and the whole of it get `seen`.
-        suite: its items and costs.
-        photos: `photo_number` of each training image, or None: nothing is known, nothing noted.
-        root: a photo of Visual Genome that COCO has too is known by ROOT/vg/image_data.json.
-    """
-    if photos is None or suite.name == "shapes":
-        return
-    known, twins = set(photos.tolist()), coco_twins(root)
-    seen: Counter[str] = Counter()
-
-    def trained(image: str | Crop) -> bool:
-        name = _file(image)
-        number = Path(name).stem.removeprefix("v7w_")
-        return photo_number(name) in known or photo_number(name, twins.get(number)) in known
-
-    for item in suite.items:
-        seen[item.path[0]] += any(trained(image) for image in item.images)
-    for cost in suite.costs:
-        flags = [is_file(_file(image)) and trained(image) for image in cost.images]
-        seen[f"{cost.name} image to text"] = seen[f"zero-shot {cost.name}"] = sum(flags)
-        seen[f"probe {cost.name}"] = sum(flags)
-        if isinstance(cost, Retrieval):
-            seen[f"{cost.name} text to image"] = sum(flags[i] for i in cost.image_of)
-    for part in ("subsets", "costs"):
-        for row, cell in result[part].items():
-            cell["seen"] = seen[counted_row(row, part)]
-    counted = {counted_row(row, part) for part in ("subsets", "costs") for row in result[part]}
-    total = sum(seen[stem] for stem in counted)
-    result["seen"] = f"{total} items show one of its {len(known)} training images"
-
-
-@functools.cache
-def coco_twins(root: Path | None) -> dict[str, str]:
-    """COCO's id, as "coco ID", of each photo of Visual Genome that COCO has too."""
-    try:
-        table = json.loads(((root or Path()) / "vg/image_data.json").read_text(encoding="utf-8"))
-        return {str(x["image_id"]): f"coco {x['coco_id']}" for x in table if x.get("coco_id")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _score(label: str, suite: Suite, encoder: Encoder, ties: str) -> Scored:
-    """Score a suite; with several models a mistake is told with the label of its own."""
-    try:
-        return score_suite(suite, encoder, ties)
-    except DataError as error:
-        raise DataError(f"{label}: {error}" if label else str(error)) from None
 
 
 def discard(out: Path | None) -> None:
@@ -2065,23 +2001,18 @@ def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def knows_model(name: str) -> bool:
-    """Whether open_clip, or a config file, has a model of this name."""
-    import open_clip
-
-    return open_clip.get_model_config(register(name)) is not None
-
-
 def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:
     """Labels with model name and weights; a label defaults to the name of the run."""
     if args.pretrained:
         if "/" in args.pretrained and not os.path.exists(args.pretrained):
             raise DataError(f"--pretrained {args.pretrained}: no such checkpoint; check the path")
-        label = _short(args.pretrained) if os.path.exists(args.pretrained) else args.pretrained
-        label = f"{_short(args.model)} {label}" if args.model else label
+        label = Path(args.pretrained).name if os.path.exists(args.pretrained) else args.pretrained
+        label = f"{Path(args.model).name} {label}" if args.model else label
         return {_plain_label(label, "--pretrained"): (args.model, args.pretrained)}
     if not args.ckpt:  # main() asked for one of them
         return {_plain_label(args.model.split("/")[-1], "--model"): (args.model, None)}
+    import open_clip
+
     named: dict[str, tuple[str | None, str | None]] = {}
     for given in args.ckpt:
         label, _, what = given.rpartition("=") if not os.path.exists(given) else ("", "", given)
@@ -2090,7 +2021,7 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
             pair, short = (args.model, what), Path(what).resolve().parent.name
         elif what.startswith("hf-hub:"):
             pair, short = (what, None), what.split("/")[-1]
-        elif tag and knows_model(name):
+        elif tag and open_clip.get_model_config(register(name)):
             pair, short = (name, tag), f"{name} {tag}"
         else:
             raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
@@ -2098,13 +2029,7 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
         if label in named:
             raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
         named[label] = pair
-    if args.baseline not in (None, *named):
-        raise DataError(f"--baseline {args.baseline}: is none of the labels {', '.join(named)}")
     return named
-
-
-def _short(path: str) -> str:
-    return path.rstrip("/").split("/")[-1]
 
 
 def _plain_label(label: str, flag: str) -> str:
@@ -2229,13 +2154,19 @@ def main(argv: list[str] | None = None) -> None:
     together(lambda: check_args(args))
     named = together(lambda: name_models(args))
     first = args.baseline or next(iter(named))
+    if first not in named:
+        raise DataError(f"--baseline {first}: is none of the labels {', '.join(named)}")
     named = {first: named[first], **named}
     load = functools.partial(load_model, activation=args.activation, device=args.device)
     builds: dict[str, Build] = {
         label: functools.partial(load, *what) for label, what in named.items()
     }
     models = together(lambda: check_models(builds))
-    suites, left_out = load_once(args)
+    # The first rank reads the suites, and may unpack files; the others get them from it.
+    loaded: list[Any] = [together(lambda: load_suites(args) if rank_and_ranks()[0] == 0 else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(loaded)
+    suites, left_out = loaded[0]
     try:
         results = evaluate(models, suites, args)
     except DataError:
@@ -2246,15 +2177,6 @@ def main(argv: list[str] | None = None) -> None:
     together(lambda: report(results, args) if rank_and_ranks()[0] == 0 else None)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def load_once(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
-    """Read the suites on the first rank, which may unpack files, and give them to the others."""
-    first = rank_and_ranks()[0] == 0
-    loaded: list[Any] = [together(lambda: load_suites(args) if first else None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(loaded)
-    return loaded[0]
 
 
 def report(results: dict[str, Any], args: argparse.Namespace) -> None:

@@ -9,10 +9,10 @@
   action     a verb becomes another in the same form that excludes it
 
 A caption is tagged, its noun phrases are found, and all edits that grammar allows are proposed.
-No edit says what a caption of the same image says.  Which one is drawn depends on how well it fits
-its place by the counts of the file, and on how little its words give it away: a reader of words
-learns to tell negatives while they are drawn to hide from it.  Where no edit is safe the negative
-is null, and --stats names the rule.  All words are in scripts/words.txt.
+Edits that another caption of the image confirms are dropped.  The rest are drawn by two scores: how
+well the new words fit their place by the counts of the file, and how little they give the negative
+away (a classifier on words, pairs and triples is trained against the draws).  Where no edit is
+left the negative is null, and --stats names the rule.  All words are in scripts/words.txt.
 
   python negatives.py captions.json --out negatives.jsonl --stats
   python negatives.py --text "A man riding a brown horse on the beach."
@@ -1002,11 +1002,11 @@ COUNTS, READER, FLOWS = 2**22, 2**20, 2**18  # sizes of hashed tables
 SLOTS = (1.0, 1.0, 0.7, 0.7)  # weight of the word before, behind, and of the next ones that carry
 PRIOR = 4.0  # captions' worth of belief that neighbours go together as their kinds do
 LEARNED = 200_000  # captions, the first of the file, that are counted
-FEWEST = 500  # captions that the game needs
+FEWEST = 500  # captions that the classifier needs
 CHUNK = 512  # captions in a block
 FIT, HIDE = 1.0, 2.0  # weight of fit, and of hiding from the reader, in nats
 FLOW = (4.5, 4.2, 4.0, 3.8)  # how many times as often as it goes out a word may come in, by type
-SAMPLE = 25_000  # captions, the first of the file, that the game is played on
+SAMPLE = 25_000  # captions, the first of the file, that the classifier is trained on
 ROUNDS = 20
 FREE = 3  # two words seen together less often are no fixed expression
 MAX_OPTIONS = 12  # of one place that are weighed
@@ -1228,16 +1228,10 @@ def weigh(
     learned: Learned,
     options: Options,
 ) -> Candidates:
-    """Lay out all candidates of a block and judge them.
+    """Lay out all candidates of a block, and say which rule refuses each.
 
-    Args:
-        block: S sentences.
-        proposals: of each sentence one for each type.
-        images: [S] uint32 hashes of the images.
-        seeds: [S] uint32 hashes of seed, image and caption.
-        learned: from the file's captions; its reader and flows may be those of a game under way.
-        options: types, floor and ceiling.
-    """  # fmt: skip
+    ``images`` and ``seeds`` are [S] uint32 hashes, of the images and of seed, image and caption.
+    """
     swaps, moves = lay_out(block, proposals)
     # Swaps, one candidate an option; of many options MAX_OPTIONS are drawn.
     sizes = np.array([len(hashed) for _, _, hashed, _ in swaps], np.int64)
@@ -1409,7 +1403,7 @@ def draw(c: Candidates, learned: Learned, options: Options) -> tuple[Any, Any, A
 
 
 def learn(texts: Sequence[str], images: Sequence[str], options: Options) -> Learned:
-    """Count words and neighbours, note what is told of each image, and play the game.
+    """Count words and neighbours, note what is told of each image, and train the classifier.
 
     Args:
         texts: captions of a file; words are counted in the first LEARNED.
@@ -1440,10 +1434,11 @@ def learn(texts: Sequence[str], images: Sequence[str], options: Options) -> Lear
 
 
 def play(texts: Sequence[str], images: Sequence[str], learned: Learned, options: Options) -> None:
-    """Teach a reader to tell negatives by their words, while they are drawn to hide from it.
+    """Train a classifier to tell negatives from captions while they are drawn to evade it.
 
-    A logistic regression on words, pairs and triples of words (Adagrad); a word that comes in more
-    than FLOW times as often as it goes out gets dearer, and in the end is refused now and then.
+    Logistic regression on words, pairs and triples of words (Adagrad).  A word that is put in more
+    than FLOW times as often as it is taken out loses score, and from round 4 on is also refused
+    with a probability that brings it down to FLOW.
     """
     blocks = [
         candidates(texts[at : at + CHUNK], images[at : at + CHUNK], learned, options)[2]

@@ -46,27 +46,133 @@ from negatives import NEGATIVE_TYPES, DataError, why
 VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
 
 
-def make_parser(everything: bool = False) -> argparse.ArgumentParser:
-    """The command line of train_options.json, with help on common options or on `everything`."""
+def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: PLR0915
+    """The command line, with help on the common options or on `everything`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train.py", "train.py [options]", __doc__, formatter_class=raw)
     parser.add_argument("--help-all", action="help", help="show the rare options too, and exit")
-    kinds: dict[str, Any] = {"int": int, "float": float, "str": str, "path": Path}
-    kinds["types"] = negatives.split_types
-    table = Path(__file__).parent / "scripts/train_options.json"
-    for title, options in json.loads(table.read_text(encoding="utf-8")).items():
-        group = parser.add_argument_group(title)
-        for flag, given in options.items():
-            given["help"] = given["help"] if everything or title != "rare" else argparse.SUPPRESS
-            if "type" in given:
-                letter = {"int": "N", "float": "X", "str": "NAME"}.get(given["type"])
-                given = {"metavar": letter, **given, "type": kinds[given["type"]]}
-            group.add_argument(flag, **given)
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    text = "manifests (.jsonl) or shards (.tar) with negatives (default: the shapes world)"
+    add("--data", nargs="+", metavar="FILE[:WEIGHT]", help=text)
+    text = "folder of the images: one for all manifests, or one for each"
+    add("--images", type=Path, nargs="+", metavar="DIR", help=text)
+    text = "types of negatives to read, as counting,negation (default: all in the manifests)"
+    add("--types", type=negatives.split_types, metavar="A,B", default=[], help=text)
+    text = "captions of one image that a batch may hold (default one; recipe released: all)"
+    add("--captions", choices=("one", "all"), help=text)
+    text = "edits behind the shapes world's negatives; lexicon: negatives.py (default both)"
+    add("--shapes-negatives", choices=("both", "exchange", "replace", "lexicon"), help=text)
+    text = "what to do about an image that cannot be decoded (default stop)"
+    add("--on-bad-image", choices=("stop", "skip"), help=text)
+    text = "loading processes of each rank (default 4; shapes world 0)"
+    add("--workers", type=int, metavar="N", help=text)
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    text = "open_clip model or config .json (default ViT-B-32-quickgelu; shapes-resnet)"
+    add("--model", metavar="NAME", help=text)
+    text = "open_clip tag or checkpoint to start from (default: random)"
+    add("--pretrained", metavar="NAME", help=text)
+    text = "train all weights, or the text tower's alone (default all)"
+    add("--tune", choices=("all", "text"), default="all", help=text)
+    text = "rank of LoRA updates to train in place of weights; 0 is off (default 0)"
+    add("--lora", type=int, metavar="N", default=0, help=text)
+    text = "precision of the towers (default fp32)"
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help=text)
+    text = "where to train; auto prefers a GPU (default auto)"
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    text = "bundle of loss options: clip, negclip, ce-clip or released (default ce-clip)"
+    add("--recipe", metavar="NAME", help=text)
+    text = "length of the run in steps (default 600 in the shapes world)"
+    add("--steps", type=int, metavar="N", help=text)
+    text = "length of the run in epochs, not in --steps (default 5 with --data)"
+    add("--epochs", type=int, metavar="N", help=text)
+    text = "images in a step, over all ranks (default 512; shapes world 64)"
+    add("--batch-size", type=int, metavar="N", help=text)
+    text = "images that a rank encodes at once; the gradients stay exact (default: all)"
+    add("--micro-batch", type=int, metavar="N", help=text)
+    text = "peak learning rate of AdamW (default 5e-6; shapes world 1e-3)"
+    add("--lr", type=float, metavar="X", help=text)
+    text = "weight decay of AdamW, on matrices alone (default 0.1)"
+    add("--weight-decay", type=float, metavar="X", default=0.1, help=text)
+    text = "steps in which the learning rate rises to --lr (default 50)"
+    add("--warmup", type=int, metavar="N", help=text)
+    text = "largest gradient norm; 0 is off (default 0; shapes world 1)"
+    add("--grad-clip", type=float, metavar="X", help=text)
+    text = "seed of weights, order and crops (default 0)"
+    add("--seed", type=int, metavar="N", default=0, help=text)
+    group = parser.add_argument_group("loss")
+    add = group.add_argument
+    text = "loss of your own: a torch.nn.Module with the forward of CEClipLoss"
+    add("--loss", metavar="FILE.py:CLASS", help=text)
+    text = "intra-modal loss: none, paired, paper, repulsion or released (default: the recipe's)"
+    add("--imc", metavar="NAME", help=text)
+    text = "weight of the intra-modal loss (default 0.2)"
+    add("--imc-weight", type=float, metavar="X", help=text)
+    text = "weight of the cross-modal rank loss (default 0.4)"
+    add("--cmr-weight", type=float, metavar="X", help=text)
+    text = "margins of the rank loss: adaptive, fixed, max or released (default: the recipe's)"
+    add("--threshold", metavar="NAME", help=text)
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    text = "run directory, for checkpoints and metrics (default runs/RECIPE)"
+    add("--out", type=Path, metavar="DIR", help=text)
+    text = "steps between checkpoints (default 500; shapes world 100)"
+    add("--save-every", type=int, metavar="N", help=text)
+    text = "steps between lines of metrics (default 20)"
+    add("--log-every", type=int, metavar="N", default=20, help=text)
+    text = "where else to log what metrics.jsonl holds (default: nowhere)"
+    add("--log", choices=("tensorboard", "wandb"), help=text)
+    text = "score during the run: shapes, sugarcrepe, retrieval or a manifest (default: nothing)"
+    add("--val", metavar="NAME", help=text)
+    text = "folder of the suite of --val, or of the images of its manifest"
+    add("--val-root", type=Path, metavar="DIR", help=text)
+    text = "steps between scores of --val (default: an epoch)"
+    add("--val-every", type=int, metavar="N", help=text)
+    text = "do one step, print what a run would do, and write nothing"
+    add("--dry-run", action="store_true", help=text)
+    group = parser.add_argument_group("rare")
+    add = group.add_argument
+    text = "turn photos as their EXIF says, or not (default apply)"
+    add("--exif", choices=("apply", "ignore"), help=text)
+    text = "decode JPEGs at full size, however small the crop is"
+    add("--full-decode", action="store_true", help=text)
+    text = "allow shards that are URLs, or pipe: commands, which are then run"
+    add("--remote", action="store_true", help=text)
+    add("--compile", action="store_true", help="compile the towers with torch.compile")
+    text = "recompute activations in the backward pass: less memory, a third more compute"
+    add("--grad-checkpointing", action="store_true", help=text)
+    text = "largest margin of the rank loss, in logits (default 10)"
+    add("--cap", type=float, metavar="X", help=text)
+    text = "margin under --threshold fixed, in logits (default 5)"
+    add("--fixed-threshold", type=float, metavar="X", help=text)
+    text = "weight of the softmax of each image over its caption and its own negatives (default 0)"
+    add("--own-weight", type=float, metavar="X", help=text)
+    text = "focusing exponent of the loss that --own-weight adds: 0, or 1 and more (default 0)"
+    add("--focal-gamma", type=float, metavar="X", help=text)
+    text = "label smoothing of the loss that --own-weight adds, from 0 to below 1 (default 0)"
+    add("--label-smoothing", type=float, metavar="X", help=text)
+    text = "weight of the squared distance to the features of an EMA teacher (default 0: off)"
+    add("--distill", type=float, metavar="X", default=0.0, help=text)
+    text = "decay of the teacher of --distill per step (default 0.9996)"
+    add("--ema", type=float, metavar="X", help=text)
+    text = "weight of CoCa's captioning loss (default 0)"
+    add("--caption-weight", type=float, metavar="X", default=0.0, help=text)
+    text = "figure of --val that best.pt is chosen by (default: the suite's headline)"
+    add("--best", metavar="NAME", help=text)
+    if not everything:
+        for action in group._group_actions:
+            action.help = argparse.SUPPRESS
     return parser
 
 
 if __name__ == "__main__":  # --help is answered before torch is imported, which takes seconds
     make_parser("--help-all" in sys.argv).parse_args()
+
+# Threads that wait sleep: spinning, they stall every step while another process runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: MIT
-"""Time the loader against bare JPEG decoding and resizing, and measure what an index costs.
+"""Time the training loader against bare JPEG decoding, and measure the index of a manifest.
 
   python scripts/bench_data.py --images DIR --out scripts/results/data.json
   python scripts/bench_data.py                 # synthetic photos of 640 x 480
 
-Bare is what no loader can do without: open, decode, resize to 224.  The loader adds reading the
-line, a random crop, tokenising and packing five captions an image, and stacking the batch; it runs
-in one process, as one worker of --workers does.
+Bare is the least that any loader does: open, decode, resize to 224 pixels.  The training loader
+also reads the caption's line, crops at random, tokenises and packs five texts an image, and stacks
+the batch; it is timed in this process, as one worker of --workers runs it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def loader(mixture: Mixture, tokenizer: Any, steps: int) -> float:
 
 
 def index_cost(folder: Path, lines: int, transform: Any) -> dict[str, Any]:
-    """Memory and time of a manifest's index; one image file stands for all, under many names."""
+    """Memory and time of a manifest's index; 1,000 empty files stand for all images."""
     path = folder / "long.jsonl"
     shared = [f"{'./' * (i // 1000)}{i % 1000}.jpg" for i in range(5000)]
     write_manifest(path, shared, lines)

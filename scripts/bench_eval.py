@@ -116,17 +116,19 @@ def main() -> None:
     fast = [record["correct"] for record in scored.records]
     wall, work = median(seconds), median(cpu)
     result = {
-        **{
-            "suite": own.suite,
-            "items": len(suite.items),
-            "expected": sum(suite.expected.values()),
-            "model": Path(own.model or own.ckpt).name,
-        },
+        "suite": own.suite,
+        "items": len(suite.items),
+        "expected": sum(suite.expected.values()),
+        "model": Path(own.model or own.ckpt).name,
         "images": len({image for item in suite.items for image in item.images}),
         "texts": len({text for item in suite.items for text in item.texts}),
-        **{"threads": torch.get_num_threads(), "cpus": os.cpu_count()},
-        **{"torch": torch.__version__, "python": platform.python_version()},
-        **{"seconds": seconds, "cpu seconds": cpu, "hash seconds": hash_seconds},
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "seconds": seconds,
+        "cpu seconds": cpu,
+        "hash seconds": hash_seconds,
         "ratio": wall["one at a time"] / wall["evaluate.py"],
         "cpu ratio": work["one at a time"] / work["evaluate.py"],
         "same verdicts": sum(a == b for a, b in zip(slow, fast, strict=True)),

@@ -35,7 +35,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="make_tables.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with code 1 if a table of --file is not as its results are",
+    )
+    text = "pages to rewrite (default: README.md and scripts/*.md, those with tables)"
+    parser.add_argument("--file", type=Path, nargs="+", metavar="PAGE", help=text)
+    add = parser.add_argument_group("judge").add_argument
+    add(
+        "--judge",
+        metavar="TABLE",
+        help="hold --results to the published figures of this group of suites, such as table3",
+    )
+    add("--results", type=Path, help="results.json of evaluate.py; a missing file means not run")
+    add(
+        "--labels",
+        default="",
+        help="comma list of the checkpoints in --results that belong to the table (default: none)",
+    )
+    add(
+        "--world",
+        choices=("coco", "shapes"),
+        default="coco",
+        help="data that the checkpoints were trained on; nothing is published of shapes "
+        "(default: coco)",
+    )
+    add("--record", type=Path, help="JSON file to write: every figure with its verdict")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help is answered before torch is imported
+
+sys.path.insert(0, str(ROOT))
 import evaluate
 from data import DataError
 from negatives import run_script
@@ -347,7 +390,6 @@ def pipe(cells: list[str]) -> list[str]:
     return ["| " + " | ".join(cells) + " |"]
 
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -610,20 +652,8 @@ def run_judge(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Rewrite the file, or say which tables differ."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    args = parse_args(argv)
     pages = [ROOT / "README.md", *sorted((ROOT / "scripts").glob("*.md"))]
-    text = "pages to rewrite (default: README.md and scripts/*.md, those with tables)"
-    parser.add_argument("--file", type=Path, nargs="+", metavar="PAGE", help=text)
-    add = parser.add_argument_group("judge").add_argument
-    add("--judge", metavar="TABLE", help="hold --results to what is published; a group of suites")
-    add("--results", type=Path, help="results.json of evaluate.py; missing means not run")
-    add("--labels", default="", help="comma list of the checkpoints that belong to the table")
-    add("--world", choices=("coco", "shapes"), default="coco", help="default coco")
-    add("--record", type=Path, help="JSON to write: every figure with its verdict")
-    args = parser.parse_args(argv)
     if args.judge:
         sys.exit(run_judge(args))
     given = args.file or [page for page in pages if BLOCK.search(page.read_text("utf-8"))]

@@ -6,7 +6,7 @@ for the costs. Suites of plain rows are described in suites.json under "records"
 `load_rows`; each other suite has a loader of its own. evaluate.py calls them by LOADERS.
 
 Chapters: reading rows, suites of your own, plain rows, ARO, other suites, class sets, what is
-there.
+there, and what of it was trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-from data import DataError
+from data import DataError, photo_number
 from evaluate import (
     EVAL_SEED,
     SUITES,
@@ -155,7 +155,7 @@ def own_records(given: str, root: Path | None) -> Iterator[tuple[str, Any]]:
     if function:
         try:
             space: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
-            exec(compile(text, path, "exec"), space)
+            exec(compile(text, path, "exec", dont_inherit=True), space)
             for number, record in enumerate(space[function](root), 1):
                 yield f"{given} record {number}", record
         except KeyError as error:
@@ -338,7 +338,7 @@ def load_aro(source: Source) -> Loaded:
             source.notes.append(f"{name}-Order: parts of speech from {tagger}, seed {EVAL_SEED}")
         same = 0
         for (key, image, caption), tagged in zip(captions, words, strict=True):
-            shuffled = shuffle_words(tagged, random.Random(f"{EVAL_SEED}:{name}:{key}"))
+            shuffled = shuffle_words(caption, tagged, random.Random(f"{EVAL_SEED}:{name}:{key}"))
             texts = tuple(pre_caption(text) for text in (caption, *shuffled))
             same += texts[0] in texts[1:]
             yield TestItem((f"{name}-Order",), key, (photos(source, image),), texts)
@@ -416,9 +416,27 @@ def guess_tags(caption: str) -> Tagged:
     return [(word, "" if skip else "noun") for word, skip in zip(words, known, strict=True)]
 
 
-def shuffle_words(tagged: Tagged, rng: random.Random) -> list[str]:
-    """ARO's four shuffles: content words, the others, within groups of three, groups of three."""
-    words = [word for word, _ in tagged]
+def treebank_words(caption: str) -> list[str]:
+    """Split a caption as nltk's word_tokenize does, from whose words ARO cuts its groups of three.
+
+    The Penn Treebank's rule: punctuation stands alone, but full stops only at the end of a
+    sentence; "isn't" is "is" and "n't"; double quotes become `` and ''.
+    """
+    text = re.sub(r'(^|[\s(\[{<])"', r"\1 `` ", caption)
+    text = text.replace('"', " '' ")
+    text = re.sub(r"(\.\.\.|--|[;@#$%&?!()\[\]{}<>]|[,:](?!\d))", r" \1 ", text)
+    text = re.sub(r"(?<=[^.\s])\.(?=[\])}>'\s]*$|\s+[A-Z])", " .", text)
+    text = re.sub(r"(?i)(n't|'(?:s|m|d|ll|re|ve))(?!\w)", r" \1", text)
+    text = re.sub(r"(?<=\w)'(?=\s|$)", " '", text)
+    return re.sub(r"(?i)\b(can)(not)\b", r"\1 \2", text).split()
+
+
+def shuffle_words(caption: str, tagged: Tagged, rng: random.Random) -> list[str]:
+    """ARO's four shuffles: content words, the others, within groups of three, groups of three.
+
+    The first two take the words of the tagger, the others those of `treebank_words`.
+    """
+    words, pieces = [word for word, _ in tagged], treebank_words(caption)
 
     def shuffled(*kinds: str) -> list[str]:
         out = list(words)
@@ -428,7 +446,7 @@ def shuffle_words(tagged: Tagged, rng: random.Random) -> list[str]:
                 out[i] = words[j]
         return out
 
-    threes = [words[i : i + 3] for i in range(0, len(words), 3)]
+    threes = [pieces[i : i + 3] for i in range(0, len(pieces), 3)]
     within = [word for three in threes for word in rng.sample(three, len(three))]
     groups = [word for three in rng.sample(threes, len(threes)) for word in three]
     return [" ".join(x) for x in (shuffled("noun", "adjective"), shuffled(""), within, groups)]
@@ -716,8 +734,12 @@ def _class_sets(source: Source, probe: bool) -> Iterator[Classes]:
                 continue
         yield Classes(
             folder.name,
-            *(list(images), list(labels), prompts, bool(known.get("per_class"))),
-            *([image for image, _ in train], [label for _, label in train]),
+            list(images),
+            list(labels),
+            prompts,
+            bool(known.get("per_class")),
+            [image for image, _ in train],
+            [label for _, label in train],
         )
 
 
@@ -897,7 +919,7 @@ LOADERS: dict[str, Callable[[Source], Loaded]] = {
 } | {name: load_rows for name in SUITES if "records" in read_table("suites")[name]}
 
 
-# What is there
+# What is there, and what of it was trained on
 
 
 def list_suites(root: Path | None) -> None:
@@ -945,3 +967,52 @@ def download_sizes() -> dict[str, str]:
         more = f" and {unknown[name]} files of unpublished size" if unknown[name] else ""
         words[name] = f"{total / 1e9:.2f} GB{more}"
     return words
+
+
+def mark_seen(result: dict[str, Any], suite: Suite, photos: Any, root: Path | None) -> None:
+    """Count in each figure of a suite how many of its items show a photo of the training set.
+
+    Args:
+        result: of `summarise`; its cells and the whole of it get `seen`.
+        suite: its items and costs.
+        photos: `photo_number` of each training image, or None: nothing is known, nothing noted.
+        root: a photo of Visual Genome that COCO has too is known by ROOT/vg/image_data.json.
+    """
+    if photos is None or suite.name == "shapes":
+        return
+    known, twins = set(photos.tolist()), coco_twins(root)
+    seen: Counter[str] = Counter()
+
+    def trained(image: str | Crop) -> bool:
+        name = evaluate.file_of(image)
+        number = Path(name).stem.removeprefix("v7w_")
+        return photo_number(name) in known or photo_number(name, twins.get(number)) in known
+
+    for item in suite.items:
+        seen[item.path[0]] += any(trained(image) for image in item.images)
+    for cost in suite.costs:
+        flags = [
+            evaluate.is_file(evaluate.file_of(image)) and trained(image) for image in cost.images
+        ]
+        seen[f"{cost.name} image to text"] = seen[f"zero-shot {cost.name}"] = sum(flags)
+        seen[f"probe {cost.name}"] = sum(flags)
+        if isinstance(cost, Retrieval):
+            seen[f"{cost.name} text to image"] = sum(flags[i] for i in cost.image_of)
+    for part in ("subsets", "costs"):
+        for row, cell in result[part].items():
+            cell["seen"] = seen[evaluate.counted_row(row, part)]
+    counted = {
+        evaluate.counted_row(row, part) for part in ("subsets", "costs") for row in result[part]
+    }
+    total = sum(seen[stem] for stem in counted)
+    result["seen"] = f"{total} items show one of its {len(known)} training images"
+
+
+@functools.cache
+def coco_twins(root: Path | None) -> dict[str, str]:
+    """COCO's id, as "coco ID", of each photo of Visual Genome that COCO has too."""
+    try:
+        table = json.loads(((root or Path()) / "vg/image_data.json").read_text(encoding="utf-8"))
+        return {str(x["image_id"]): f"coco {x['coco_id']}" for x in table if x.get("coco_id")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -24,6 +24,13 @@ import negatives
 import train
 from negatives import NEGATIVE_TYPES, DataError, main, read_captions
 
+
+@pytest.fixture(autouse=True)
+def short_game(monkeypatch):
+    """What is drawn does not matter here, only that it is the same."""
+    monkeypatch.setattr("negatives.ROUNDS", 2)
+
+
 SCRIPT = Path(__file__).parent.parent / "negatives.py"
 IMAGE = "val2014/COCO_val2014_000000000009.jpg"
 CAPTION = "A dog on a couch."
@@ -614,6 +621,29 @@ def test_an_answer_is_one_span_or_an_exchange(caption, text, how):
     if how:
         plain = [re.sub(r"\s+", " ", x).rstrip(" .!").lower() for x in (caption, text)]
         assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "taken"),
+    [
+        ("relation", "A red chair on a man with a blue hat", True),
+        ("relation", "A man under a red chair with a blue hat", True),
+        ("relation", "A man on a red bench with a blue hat", False),
+        ("relation", "A man on a blue chair with a red hat", False),
+        ("attribute", "A man on a blue chair with a red hat", True),
+        ("attribute", "A man on a green chair with a blue hat", True),
+        ("attribute", "A man under a red chair with a blue hat", False),
+        ("attribute", "A woman on a red chair with a blue hat", False),
+        ("object", "A man on a red chair with a blue scarf", True),
+        ("object", "A man on a red chair with a pink hat", False),
+        ("action", "A man under a red chair with a blue hat", False),
+    ],
+)
+def test_an_answer_changes_what_its_type_names(name, text, taken):
+    caption = "A man on a red chair with a blue hat"
+    found = negatives._accepted(name, caption, {name: text}, (), [])
+    assert (found.text == text) == taken
+    assert taken or found.how == f"it changes something else than the {name}"
 
 
 DOGS = [

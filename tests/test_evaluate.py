@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -290,7 +292,7 @@ def test_whatsup_pairs_and_sets_are_as_its_code_counts_them(missing):
         assert 0 < set_correct < pair_correct
 
 
-def test_sugarcrepe_pp_asks_both_positives_with_and_without_the_picture():
+def test_sugarcrepe_pp_asks_both_positives_with_and_without_the_image():
     encoder = Fixed(5)
     items = []
     for i in range(200):
@@ -447,7 +449,7 @@ def test_hateful_memes_is_the_area_under_the_curve(kinds):
     assert cell["zero-shot hateful_memes"]["accuracy"] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_ranked_figures_join_the_mean_of_sets_and_are_resampled_by_picture():
+def test_ranked_figures_join_the_mean_of_sets_and_are_resampled_by_image():
     n = 400
     rng = np.random.default_rng(0)
     shown = [[int(x)] for x in rng.integers(2, size=n)]
@@ -487,7 +489,7 @@ def test_voc_and_memes_are_read_as_elevater_does(tmp_path):
     assert suite.expected["zero-shot voc2007"] == 2
     left = suite.costs[1]
     assert (len(left.images), left.shown) == (1, [[]])
-    with pytest.raises(data.DataError, match="no class has pictures"):
+    with pytest.raises(data.DataError, match="no class has images"):
         evaluate.score_suite(suite_of("zeroshot", [], [left]), Random(0))
     (main / "sofa_test.txt").unlink()
     with pytest.raises(data.DataError, match=r"voc2007: cannot be read .*sofa_test.txt"):
@@ -685,7 +687,7 @@ def test_probe_minimises_its_objective():
 
 def photo(path, size=(40, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    shade = zlib.crc32(str(path).encode())  # every picture has a colour of its own
+    shade = zlib.crc32(str(path).encode())  # every image has a colour of its own
     Image.new("RGB", size, (shade % 256, shade // 256 % 256, 9)).convert(mode).save(path)
 
 
@@ -695,7 +697,7 @@ def write(path, content):
 
 
 def make_root(root):
-    """A few rows of every suite in its official format, with their pictures."""
+    """A few rows of every suite in its official format, with their images."""
     pools = (
         "val2017/000000000009.jpg",
         "flickr30k/1.jpg",
@@ -799,8 +801,8 @@ def make_spatial(root):
         photo(root / f"spec/{kind}/b.png")
         texts = {"query": "a.png", "keys": ["x", "y", "z"], "label": 1}
         write(root / f"spec/{kind}/image2text.json", [texts])
-        pictures = {"query": "x", "keys": ["a.png", "b.png"], "label": 0}
-        write(root / f"spec/{kind}/text2image.json", [pictures])
+        choices = {"query": "x", "keys": ["a.png", "b.png"], "label": 0}
+        write(root / f"spec/{kind}/text2image.json", [choices])
 
 
 def make_lists(root, box):
@@ -856,8 +858,8 @@ def test_every_suite_reads_its_official_format(name, root):
     assert len({(item.path, item.id) for item in suite.items}) == len(suite.items)
     assert suite.items or suite.costs
     for item in suite.items[:20]:
-        picture = evaluate.load_image(item.images[0], 32) if item.images else None
-        assert picture is None or picture.mode == "RGB"
+        image = evaluate.load_image(item.images[0], 32) if item.images else None
+        assert image is None or image.mode == "RGB"
     rows = {item.path[0] for item in suite.items}
     known = json.loads((ROOT / "scripts/suites.json").read_text())[name]
     assert rows <= set(suite.expected) | {"atom", "swap", "negate", "eqben_mini"}
@@ -896,7 +898,7 @@ def test_special_rules_of_the_loaders(root):
 
 
 def test_vl_checklist_takes_the_first_thousand_that_are_there(root, tmp_path):
-    make_root(tmp_path)
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     there = [["VG_100K/1.jpg", {"POS": ["p"], "NEG": ["n"]}]]
     gone = [["VG_100K/404.jpg", {"POS": ["p"], "NEG": ["n"]}]]
     write(tmp_path / "vl_checklist/data/Relation/vg/spatial.json", 3 * gone + 1200 * there)
@@ -939,7 +941,7 @@ def test_imagenet_folders_are_wordnet_numbers_in_order(tmp_path):
     assert cost.prompts[2][0] == "a bad photo of a great white shark."
 
 
-def test_a_coco_photo_is_found_in_any_pool(tmp_path):
+def test_a_coco_pngis_found_in_any_pool(tmp_path):
     source = suites.Source("valse", tmp_path, False, {}, [])
     photo(tmp_path / "train2014/COCO_train2014_000000000025.jpg")
     for name in ("000000000025.jpg", "val2014/COCO_val2014_000000000025.jpg"):
@@ -949,8 +951,8 @@ def test_a_coco_photo_is_found_in_any_pool(tmp_path):
 def test_parquet_is_taken_apart_at_first_use(tmp_path, monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 6)).save(buffer, "PNG")
-    picture = {"bytes": buffer.getvalue(), "path": None}
-    row = {"image_0": picture, "image_1": picture, "text_0": "a", "text_1": "b"}
+    png = {"bytes": buffer.getvalue(), "path": None}
+    row = {"image_0": png, "image_1": png, "text_0": "a", "text_1": "b"}
     (tmp_path / "vismin").mkdir()
     (tmp_path / "vismin/test-0.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -979,7 +981,7 @@ def test_order_uses_the_tags_of_spacy_where_it_is(monkeypatch):
     assert [kind for _, kind in one] == ["adjective", "noun", "", "adjective", "noun"]
     assert name == "spaCy 0 en_core_web_sm"
     for seed in range(20):  # nouns change places with nouns, adjectives with adjectives
-        words = suites.shuffle_words(one, random.Random(seed))[0].split()
+        words = suites.shuffle_words("big dogs in bigger Rome", one, random.Random(seed))[0].split()
         assert {words[0], words[3]} == {"big", "bigger"}
         assert {words[1], words[4]} == {"dogs", "Rome"}
     monkeypatch.setitem(sys.modules, "spacy", None)
@@ -989,7 +991,7 @@ def test_order_uses_the_tags_of_spacy_where_it_is(monkeypatch):
 def test_order_shuffles_are_seeded_and_keep_the_words():
     caption = "A small dog bites a big old man near the red bus"
     tagged = suites.guess_tags(caption)
-    one, two = (suites.shuffle_words(tagged, random.Random("0:x")) for _ in range(2))
+    one, two = (suites.shuffle_words(caption, tagged, random.Random("0:x")) for _ in range(2))
     assert one == two
     assert len(one) == 4
     for text in one:
@@ -1013,13 +1015,21 @@ def test_captions_are_cleaned_as_aro_does():
 # Features
 
 
-def tiny(path, seed=0, **extra):
+@functools.cache
+def weights(seed=0):
     torch.manual_seed(seed)
     open_clip.add_model_config(evaluate.SHAPES_CONFIGS["shapes-tiny"])
-    net = open_clip.create_model("shapes-tiny")
-    kit = {"model": "shapes-tiny", "activation": "gelu"}
+    return open_clip.create_model("shapes-tiny").state_dict()
+
+
+def state(seed=0):
+    return dict(weights(seed))
+
+
+def tiny(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": net.state_dict(), "kit": kit, **extra}, path)
+    kit = {"model": "shapes-tiny", "activation": "gelu"}
+    torch.save({"state_dict": state(seed), "kit": kit}, path)
     return path
 
 
@@ -1029,7 +1039,7 @@ def encoder_of(path, *options):
     return evaluate.Encoder(evaluate.load_model(None, str(path)), args)
 
 
-def test_each_picture_crop_and_text_is_encoded_once(tmp_path, root):
+def test_each_image_crop_and_text_is_encoded_once(tmp_path, root):
     encoder = encoder_of(tiny(tmp_path / "a.pt"))
     name = str(root / "val2017/000000000009.jpg")
     names = [name, Crop(name, (0, 0, 9, 9)), name, Crop(name, (0, 0, 9, 9))]
@@ -1054,9 +1064,9 @@ def test_features_do_not_depend_on_the_batch_and_equal_the_models(tmp_path, root
     with torch.no_grad():
         plain = model.net.encode_text(model.tokenizer(texts), normalize=True)
         image = two.transform(Image.open(names[0]).convert("RGB"))
-        picture = model.net.encode_image(image[None], normalize=True)
+        row = model.net.encode_image(image[None], normalize=True)
     np.testing.assert_allclose(two.texts(texts).rows, plain.numpy(), atol=2e-6)
-    np.testing.assert_allclose(two.images(names[:1]).rows, picture.numpy(), atol=2e-6)
+    np.testing.assert_allclose(two.images(names[:1]).rows, row.numpy(), atol=2e-6)
 
 
 def test_cache_is_by_content_and_by_model(tmp_path, root):
@@ -1099,16 +1109,16 @@ def test_a_torn_cache_file_is_a_miss_and_made_again(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["picture", "items"])
-def test_a_mistake_on_one_rank_is_told_by_all_with_exit_code_2(fault, tmp_path):
-    """The second picture is the second rank's; the items are written by the first alone."""
-    make_root(tmp_path)
+@pytest.mark.parametrize("fault", ["image", "items"])
+def test_a_mistake_on_one_rank_is_told_by_all_with_exit_code_2(fault, tmp_path, root):
+    """The second image is the second rank's; the items are written by the first alone."""
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     rows = [[f"vg/{i}.jpg", "a", f"vg/{i}.jpg", "b"] for i in (3, 4)]
     write(tmp_path / "cola/COLA_multiobjects_matching_benchmark.json", rows)
     for i in (3, 4):
         photo(tmp_path / f"vg/{i}.jpg")
-    if fault == "picture":
-        write(tmp_path / "vg/4.jpg", "no picture")
+    if fault == "image":
+        write(tmp_path / "vg/4.jpg", "no image")
     path, out = tiny(tmp_path / "m/latest.pt"), tmp_path / "out"
     command = [sys.executable, ROOT / "evaluate.py", "--ckpt", path, "--suite", "cola,bivlc"]
     command += ["--root", tmp_path, "--allow-missing", "--batch-size", 1, "--out", out]
@@ -1130,7 +1140,7 @@ def test_a_mistake_on_one_rank_is_told_by_all_with_exit_code_2(fault, tmp_path):
     ]
     said = [run.communicate(timeout=60)[1] for run in runs]
     message = {
-        "picture": "vg/4.jpg: cannot be decoded",
+        "image": "vg/4.jpg: cannot be decoded",
         "items": "items.partial: cannot be written",
     }
     for run, text in zip(runs, said, strict=True):
@@ -1161,11 +1171,6 @@ def test_two_ranks_give_the_same_results_as_one(tmp_path, root):
 
 
 # Models
-
-
-def state():
-    open_clip.add_model_config(evaluate.SHAPES_CONFIGS["shapes-tiny"])
-    return open_clip.create_model("shapes-tiny").state_dict()
 
 
 def test_released_training_checkpoints_are_read_without_their_objects(tmp_path):
@@ -1320,7 +1325,9 @@ def test_a_whole_evaluation_writes_every_output(tmp_path, root, capsys):
     assert (cell["scored"], cell["expected"]) == (2, 692)
     assert "2 of 692" in printed
     assert "two - a, paired" in printed
-    assert "CE-CLIP (paper)" in printed
+    assert "CE-CLIP (paper)" not in printed
+    assert "| CE-CLIP (paper) |" in (out / "results.md").read_text()
+    assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 120
     tex = (out / "results.tex").read_text()
     # ARO and VALSE are one table, as in the paper.
     assert tex.count(r"\toprule") == len(evaluate.PAPER) - 1 == tex.count(r"\bottomrule")
@@ -1354,17 +1361,35 @@ def test_both_readers_of_texts_are_shown(tmp_path, root, monkeypatch):
 
 
 def check_tables(tex):
-    """Every line has the cells that the columns ask for; gives the lines by first suite."""
+    """Parse the LaTeX: groups and environments close, rows have the table's number of cells.
+
+    Gives the rows of each table by its first comment.
+    """
     tables = {}
-    for block in tex.split("% ")[1:]:
-        if not block.startswith("left out"):
-            wanted = len(block.split(r"\begin{tabular}{")[1].split("}")[0])
-            lines = [x for x in block.splitlines() if x.endswith(r"\\")]
-            tables[block.split("\n")[0]] = lines
-            for line in lines:
-                cells = line.replace(r"\&", "").removesuffix(r"\\").split("&")
-                spans = [re.match(r" ?\\multicolumn{(\d+)}", cell) for cell in cells]
-                assert sum(int(span[1]) if span else 1 for span in spans) == wanted
+    for block in tex.split("\n% ")[1:]:
+        if block.startswith("left out"):
+            continue
+        depth, open_environments = 0, []
+        plain = re.sub(r"\\\\|\\[{}&%#_$]", "", block)
+        for mark in re.findall(r"\\(begin|end)\{(\w+)\}|([{}])", plain):
+            depth += {"{": 1, "}": -1, "": 0}[mark[2]]
+            assert depth >= 0
+            if mark[0] == "begin":
+                open_environments.append(mark[1])
+            elif mark[0] == "end":
+                assert open_environments.pop() == mark[1]
+        assert (depth, open_environments) == (0, [])
+        assert block.count(r"\caption{") == block.count(r"\label{tab:") == 1
+        assert block.count(r"\footnotesize") == ("$^*$" in block)
+        wanted = len(block.split(r"\begin{tabular}{")[1].split("}")[0])
+        lines = [x for x in block.splitlines() if x.endswith(r"\\")]
+        tables[block.split("\n")[0]] = lines
+        for line in lines:
+            cells = line.replace(r"\&", "").removesuffix(r"\\").split("&")
+            spans = [re.match(r" ?\\multicolumn{(\d+)}", cell) for cell in cells]
+            assert sum(int(span[1]) if span else 1 for span in spans) == wanted
+    labels = re.findall(r"\\label{(.*?)}", tex)
+    assert len(set(labels)) == len(labels) == len(tables)
     return tables
 
 
@@ -1388,8 +1413,9 @@ def test_latex_has_the_papers_tables_with_stars_for_parts(monkeypatch):
         r"Model & Source & Obj. & Obj. & Obj. & items \\",
         r"CLIP & paper & 90.9 & -- & -- & -- \\",  # LSS has nothing to say, no Att. either
         r"a\_b & ours & 50.0 & 50.0$^*$ & 50.0 & 50.0$^*$ \\",
-        r"\multicolumn{6}{l}{$^*$ sugarcrepe 13 of 19 items} \\",
     ]
+    assert r"\footnotesize $^*$ sugarcrepe 13 of 19 items (a\_b)" in tex
+    assert r"\caption{sugarcrepe: per cent correct.}" in tex
     assert r"\cmidrule(lr){3-3}\cmidrule(lr){4-4}\cmidrule(lr){5-5}\cmidrule(lr){6-6}" in tex
     assert tables["cola"][0] == r" &  & \multicolumn{2}{c}{cola} \\"
     assert tables["cola"][1:] == [
@@ -1441,8 +1467,8 @@ def test_overwriting_replaces_all_items_and_an_error_none(tmp_path, root):
     }
     again = ("--out", out, "--overwrite")
     broken = tmp_path / "broken"
-    make_root(broken)
-    write(broken / "vg/VG_100K/1.jpg", "no picture")
+    shutil.copytree(root, broken, dirs_exist_ok=True)
+    write(broken / "vg/VG_100K/1.jpg", "no image")
     with pytest.raises(data.DataError, match="cannot be decoded"):
         run("--ckpt", b, "--suite", "bivlc,cola", "--allow-missing", "--root", broken, *again)
     kept = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -1487,7 +1513,11 @@ def test_list_names_files_places_licences_and_counts(root, capsys):
     assert "sugarcrepe: partly, 14 of 7511 items" in printed
     assert printed.count("  licence: ") == printed.count("  where: ") == len(evaluate.SUITES)
     run("--list")
-    assert "sugarcrepe: missing, 0 of 7511 items (no --root)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "sugarcrepe: missing, 0 of 7511 items (pass --root DIR to look for its files)" in printed
+    assert "  size: 0.82 GB and 1 files of unpublished size\n  get: ROOT=DIR bash " in printed
+    assert "bash scripts/paper/data.sh sugarcrepe\n" in printed
+    assert "without that every download is refused" in printed
 
 
 @pytest.mark.parametrize(
@@ -1537,8 +1567,8 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
         evaluate.load_model("shapes-tiny", str(tmp_path / "x.pt"))
 
 
-def test_faults_of_rows_and_pictures_name_the_place(tmp_path):
-    make_root(tmp_path)
+def test_faults_of_rows_and_images_name_the_place(tmp_path, root):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     path = tiny(tmp_path / "m/latest.pt")
     file = tmp_path / "sugarcrepe/swap_obj.json"
     good = file.read_text()
@@ -1554,15 +1584,15 @@ def test_faults_of_rows_and_pictures_name_the_place(tmp_path):
     write(tmp_path / "cola/COLA_multiobjects_matching_benchmark.json", [["one"]])
     with pytest.raises(data.DataError, match="not as the official files have it"):
         evaluate.load_suite("cola", tmp_path, False)
-    write(tmp_path / "val2017/000000000009.jpg", "no picture")
+    write(tmp_path / "val2017/000000000009.jpg", "no image")
     for workers in (0, 1):
         some = ("--allow-missing", "--root", tmp_path, "--workers", workers)
         with pytest.raises(data.DataError, match=r"000000000009.jpg: cannot be decoded"):
             run("--ckpt", path, "--suite", "sugarcrepe", *some)
 
 
-def test_missing_pictures_are_refused_or_counted(tmp_path, capsys, monkeypatch):
-    make_root(tmp_path)
+def test_missing_images_are_refused_or_counted(tmp_path, capsys, monkeypatch, root):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     expect_two(monkeypatch, "sugarcrepe")
     row = {"filename": "000000000404.jpg", "caption": "a", "negative_caption": "b"}
     good = {"filename": "000000000009.jpg", "caption": "a", "negative_caption": "b"}
@@ -1604,8 +1634,8 @@ def expect_two(monkeypatch, name):
         ("imagecode/valid_data.json", 1, "valid_data.json: video: 0 of 2 items"),
     ],
 )
-def test_a_subset_with_too_few_rows_is_refused(name, content, message, tmp_path, monkeypatch):
-    make_root(tmp_path)
+def test_a_subset_with_too_few_rows_is_refused(name, content, message, tmp_path, monkeypatch, root):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     suite = name.split("/")[0]
     expect_two(monkeypatch, suite)
     path = tmp_path / name
@@ -1639,8 +1669,8 @@ def test_a_subset_with_too_few_rows_is_refused(name, content, message, tmp_path,
         ),
     ],
 )
-def test_a_text_in_the_place_of_a_list_is_no_list_of_letters(suite, file, old, new, tmp_path):
-    make_root(tmp_path)
+def test_a_text_in_the_place_of_a_list_is_no_list_of_letters(suite, file, old, new, tmp_path, root):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     path = tmp_path / file
     text = path.read_text()
     assert old in text
@@ -1649,8 +1679,8 @@ def test_a_text_in_the_place_of_a_list_is_no_list_of_letters(suite, file, old, n
         evaluate.load_suite(suite, tmp_path, True)
 
 
-def test_texts_that_are_none_and_odd_bytes_name_the_file(tmp_path):
-    make_root(tmp_path)
+def test_texts_that_are_none_and_odd_bytes_name_the_file(tmp_path, root):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "sugarcrepe/add_att.json"
     row = {"filename": "000000000009.jpg", "caption": "a", "negative_caption": 7}
     write(path, {"5": row})
@@ -1687,7 +1717,7 @@ def test_more_rows_than_expected_are_a_note_and_few_where_the_number_is_no_fact(
 
 
 def test_what_is_absent_is_said_in_every_output(tmp_path, root, capsys):
-    make_root(tmp_path)
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     for name in ("sugarcrepe/swap_obj.json", "bivlc/rows.jsonl", "karpathy/flickr30k_test.json"):
         (tmp_path / name).unlink()
     (tmp_path / "crepe/atom").rename(tmp_path / "crepe/other")
@@ -1936,3 +1966,175 @@ def test_an_empty_box_is_told(tmp_path):
     photo(tmp_path / "a.png")
     with pytest.raises(evaluate.DataError, match="is empty"):
         evaluate.load_image(evaluate.Crop(str(tmp_path / "a.png"), (1, 1, 1, 5)), 8)
+
+
+# Benchmarks of the user's own
+
+
+def own_files(folder):
+    """The same three items as .jsonl, .json and a loader."""
+    photo(folder / "a.png")
+    photo(folder / "b.png")
+    rows = [
+        {"images": "a.png", "texts": ["a dog", "a cat"], "subset": "nouns", "crop": [1, 2, 9, 8]},
+        {"images": ["a.png"], "texts": ["a dog", "one dog", "a cat"], "true": 2, "subset": "two"},
+        {"images": ["a.png", "b.png"], "texts": ["a b", "b a"], "subset": "pairs", "id": "x"},
+    ]
+    write(folder / "my.jsonl", "\n\n".join(map(json.dumps, rows)))
+    write(folder / "mine.json", json.dumps(rows, indent=1))
+    write(folder / "maker.py", f"def load(root):\n    yield from {rows!r}\n")
+    return [folder / "my.jsonl", folder / "mine.json", f"{folder}/maker.py:load"]
+
+
+def test_own_benchmarks_get_intervals_pairing_and_tables(tmp_path, capsys):
+    files = own_files(tmp_path)
+    read = [evaluate.load_suite(str(file), None, False) for file in files]
+    assert [suite.name for suite in read] == ["my", "mine", "maker"]
+    assert read[0].items == read[1].items == read[2].items
+    one, two, three = read[0].items
+    assert one.images == (Crop(str(tmp_path / "a.png"), (1, 2, 9, 8)),)
+    assert (one.path, one.true, two.true, three.id) == (("nouns",), 1, 2, "x")
+    out = tmp_path / "out"
+    a, b = tiny(tmp_path / "a/latest.pt", 0), tiny(tmp_path / "b/latest.pt", 1)
+    names = ",".join(map(str, files))
+    run("--ckpt", a, "--ckpt", b, "--suite", names, "--baseline", "b", "--out", out)
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["b", "a"]
+    assert list(results["a"]["suites"]) == ["my", "mine", "maker"]
+    assert results["a"]["suites"]["my"]["subsets"] == results["a"]["suites"]["maker"]["subsets"]
+    versus = results["a"]["suites"]["my"]["versus"]["b"]
+    assert set(versus) == {"nouns", "two", "pairs text", "pairs image", "pairs group"}
+    assert versus["nouns"]["low"] is versus["nouns"]["high"] is None  # one item: no interval
+    page = (out / "results.md").read_text()
+    assert "### my: per cent correct" in page
+    assert "| **mean of 2 subsets** | 2 |" in page
+    assert "texts only on fewer than 100 items" in page
+    assert set(check_tables((out / "results.tex").read_text())) == {"my", "mine", "maker"}
+    printed = capsys.readouterr().out
+    assert "a - b, paired on the same items" in printed
+    assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 120
+
+
+GOOD = {"images": "a.png", "texts": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (["a"], "is no record"),
+        ({**GOOD, "txts": []}, "has the field 'txts'"),
+        ({"texts": ["a", "b"]}, "images must be a list of strings, not None"),
+        ({**GOOD, "texts": "a b"}, "texts must be a list of strings, not 'a b'"),
+        ({**GOOD, "texts": ["a", 7]}, "texts must be a list of strings"),
+        ({**GOOD, "texts": ["a"]}, "1 images with 1 texts; wanted"),
+        ({**GOOD, "images": ["a.png"] * 3}, "3 images with 2 texts; wanted"),
+        ({**GOOD, "true": 2}, "true is 2"),
+        ({**GOOD, "true": True}, "true is True"),
+        ({**GOOD, "subset": "red text"}, "subset is 'red text'"),
+        ({**GOOD, "subset": ""}, "subset is ''"),
+        ({**GOOD, "crop": [5, 0, 5, 9]}, r"crop is \[5, 0, 5, 9\]"),
+        ({**GOOD, "tags": [1]}, "tags must be a list of strings"),
+    ],
+)
+def test_faults_of_own_records_name_file_and_line(record, message, tmp_path):
+    photo(tmp_path / "a.png")
+    text = json.dumps(record)
+    places = {
+        "my.jsonl": f"{json.dumps(GOOD)}\n\n{text}",
+        "my.json": f"[{json.dumps(GOOD)},\n\n{text}]",
+    }
+    for name, content in places.items():
+        write(tmp_path / name, content)
+        with pytest.raises(data.DataError, match=rf"{name}:3: .*{message}") as caught:
+            evaluate.load_suite(str(tmp_path / name), None, False)
+        assert "\n" not in str(caught.value)
+    write(tmp_path / "my.py", f"def load(root):\n    return [{GOOD!r}, {record!r}]\n")
+    with pytest.raises(data.DataError, match=rf"my.py:load record 2: .*{message}"):
+        evaluate.load_suite(f"{tmp_path}/my.py:load", None, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.json", None, "none.json cannot be read"),
+        ("a.jsonl", "{", r"a\.jsonl:1: is no JSON"),
+        ("a.json", "[\n{]", r"a\.json:2: is no JSON"),
+        ("a.json", "{}", "must be a list of records"),
+        ("a.json", "[]", "holds no records"),
+        ("a.py:load", "x = 1", "defines no load"),
+        ("a.py:load", "def load(root):\n    return [][1]", "failed with IndexError"),
+        ("a.py:load", "def load(root)", "failed with SyntaxError"),
+        ("sugarcrepe.json", "[]", "is a suite of the kit; rename the file"),
+        ("a b|c.json", "[]", "may hold letters"),
+        ("a.json", json.dumps([{**GOOD, "images": "none.png"}]), "put the images beside the file"),
+    ],
+)
+def test_files_that_are_no_benchmark_are_told(name, content, message, tmp_path):
+    if content is not None:
+        write(tmp_path / name.split(":")[0], content)
+    with pytest.raises(data.DataError, match=message) as caught:
+        evaluate.load_suite(str(tmp_path / name), None, False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_baseline_that_is_no_label_and_two_files_of_one_name_are_told(tmp_path):
+    with pytest.raises(data.DataError, match="--baseline x: is none of the labels m"):
+        run("--ckpt", f"m={tiny(tmp_path / 'a.pt')}", "--baseline", "x")
+    with pytest.raises(data.DataError, match=r"a/x.json and b/x.jsonl have one name"):
+        evaluate.name_suites("a/x.json,b/x.jsonl")
+
+
+def test_a_part_is_not_held_to_the_whole_suites_published_figure():
+    cell = {"accuracy": 50.0, "low": 40.0, "high": 60.0, "ties": 0}
+    cells = {"add_att": {**cell, "scored": 692, "expected": 692}}
+    cells["add_obj"] = {**cell, "scored": 99, "expected": 2062}
+    suite = {"subsets": cells, "averages": {}, "costs": {}, "notes": []}
+    blind = {"blind": {"add_att": 50.0, "add_obj": 50.0}}
+    page = make_tables.markdown({"m": {"suites": {"sugarcrepe": {**suite, **blind}}}})
+    lines = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines()}
+    assert lines["| add_att"][3:5] == ["50.0", f"{50 - float(lines['| add_att'][7]):+.1f}"]
+    assert lines["| add_obj"][3:5] == ["50.0*", ""]
+
+
+def test_wide_tables_go_on_below_with_their_first_column():
+    rows = [["", *(f"model {i}" for i in range(30))], ["---"] * 31, ["a b", *map(str, range(30))]]
+    shown = make_tables.show("\n".join(line for row in rows for line in make_tables.pipe(row)))
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [int(x) for line in lines if line.startswith("a b") for x in line[3:].split()] == list(
+        range(30)
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["evaluate.py", "scripts/interpolate.py", "scripts/make_tables.py"]
+)
+def test_help_comes_before_the_heavy_imports(name):
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']; "
+        "sys.path.insert(0, '.')\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: print(sorted({'torch', 'open_clip', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("[]\n")
+    assert "usage: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A dog isn't here.", "A dog is n't here ."),
+        ("Two men's hats, at 5:30; 1,000 of them", "Two men 's hats , at 5:30 ; 1,000 of them"),
+        ('A "big" sign (red) reads: stop!', "A `` big '' sign ( red ) reads : stop !"),
+        ("A dog. A cat cannot run...", "A dog . A cat can not run ..."),
+        ("the dogs' bowl in a U.S. city -- yes", "the dogs ' bowl in a U.S. city -- yes"),
+    ],
+)
+def test_groups_of_three_are_cut_from_the_treebanks_words(caption, words):
+    assert suites.treebank_words(caption) == words.split()
+    tagged = [(word, "noun") for word in caption.split()]
+    for text in suites.shuffle_words(caption, tagged, random.Random(0))[2:]:
+        assert sorted(text.split()) == sorted(words.split())

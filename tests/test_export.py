@@ -9,6 +9,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -79,8 +80,8 @@ def test_each_library_loads_what_was_trained(load, activation, tmp_path):
     export.main([str(path), "--out", str(folder), "--to", to, "--license", "cc-by-4.0"])
     noise = torch.rand(50, 70, 3, generator=torch.Generator().manual_seed(0)) * 255
     photo = Image.fromarray(noise.byte().numpy())
-    pixels = evaluate.PreprocessCfg(**model.net.visual.preprocess_cfg)
-    images = evaluate.image_transform_v2(pixels, is_train=False)(photo)[None]
+    pixels = PreprocessCfg(**model.net.visual.preprocess_cfg)
+    images = image_transform_v2(pixels, is_train=False)(photo)[None]
     want = (*features(model.net, images, model.tokenizer(TEXTS)), model.net.logit_scale)
     again = evaluate.load_model(None, str(folder))  # evaluate.py reads it too
     assert again.about["activation"].replace("_", "") == activation

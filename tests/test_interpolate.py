@@ -48,6 +48,10 @@ def two_checkpoints(folder):
         (["--suite", "cola", "--root", "."], "cannot be read"),
         (["--suite", "cola", "--root", ".", "--allow-missing"], "none of its files"),
         (["--suite", "bivlc", "--root", ".", "--allow-missing"], "one of costs"),
+        (["--suite", "my.json"], "my.json:1: "),
+        (["--suite", "shapes", "--workers", "-1"], "--workers 0 or more"),
+        (["--suite", "shapes", "--model", "x"], "--model: is set by this script"),
+        (["--cache", "c"], "--cache: needs --suite"),
         (["--alpha", "0.5", "1.5"], "--alpha 1.5: must be from 0 to 1"),
         (["--alpha", "0.5", "0.5000001"], "given twice"),
         (["--alpha", "0.25", "0.5"], "alpha_0.5.pt: exists"),
@@ -65,6 +69,7 @@ def test_every_mistake_is_found_before_a_mix_is_written(options, message, tmp_pa
     if "exists" in message:
         (tmp_path / "m").mkdir()
         (tmp_path / "m/alpha_0.5.pt").touch()
+    (tmp_path / "my.json").write_text("{}")
     there = set(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=message):
         interpolate.main([*run, "--out", "m", *options])

@@ -464,9 +464,9 @@ def test_photos_of_visual_genome_are_known_by_cocos_number(tmp_path):
     suite = evaluate.Suite("aro", [item], [], {}, [])
     photos = torch.tensor([data.photo_number(f"{KARPATHY_TEST:012d}.jpg")])
     result = {"subsets": {"s": {}}, "costs": {}}
-    evaluate.mark_seen(result, suite, photos, tmp_path)
+    evaluate.script("suites").mark_seen(result, suite, photos, tmp_path)
     assert result["subsets"]["s"]["seen"] == 1
-    evaluate.mark_seen(result, suite, photos, tmp_path / "no")
+    evaluate.script("suites").mark_seen(result, suite, photos, tmp_path / "no")
     assert result["subsets"]["s"]["seen"] == 0
 
 

@@ -27,11 +27,6 @@ CANNOT = {
     "python3 -m venv .venv": "installs packages",
     "bash scripts/paper/data.sh": "downloads COCO",
 }
-# Features that come with other branches: their commands run as soon as the file has the text.
-WAITING = {
-    "--loss": ("scripts/example_loss.py", "WithAlignment"),
-    "--suite my": ("evaluate.py", "my.json"),
-}
 MODEL = {
     "embed_dim": 16,
     "quick_gelu": True,
@@ -122,12 +117,6 @@ def commands(block):
     return [line for line in re.split(r"(?<!\\)\n", block) if line.strip()]
 
 
-def waits(command):
-    """Whether a command needs a feature that is not there yet."""
-    files = [(ROOT / name, text) for flag, (name, text) in WAITING.items() if flag in command]
-    return any(not path.exists() or text not in path.read_text() for path, text in files)
-
-
 def test_every_block_runs_in_order(clone, shell):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     pytest.importorskip("transformers", reason="pip install transformers")
@@ -138,7 +127,7 @@ def test_every_block_runs_in_order(clone, shell):
             (clone / "block.py").write_text(block)
             block = "python block.py\n"
         for command in commands(block):
-            if not command.startswith(tuple(CANNOT)) and not waits(command):
+            if not command.startswith(tuple(CANNOT)):
                 done = shell(command, clone)
                 assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
                 said += done.stdout

@@ -1,12 +1,18 @@
 """The shapes world's captions and negatives, and the results of record that come from it."""
 
 import itertools
+import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 import data
 import evaluate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import make_tables
 
 SCENES = [data.make_scene("train", 0, index) for index in range(300)]
 
@@ -29,7 +35,7 @@ def test_what_a_bag_of_words_can_reach():
     """The ceiling: half of the items whose captions have the same words, and all others."""
     same = {name: [] for name in data.EDITS}
     for item in evaluate.load_shapes(None):
-        if isinstance(item, evaluate.Item):
+        if isinstance(item, evaluate.TestItem):
             one, two = map(bag, item.texts)
             same[item.path[0]].append(one == two)
     ceiling = {name: 100 - 50 * sum(equal) / len(equal) for name, equal in same.items()}
@@ -64,3 +70,41 @@ def test_what_the_world_does_not_know_is_not_called_false():
     assert not data.is_false(scene, f"{one} beside {two}")
     assert data.is_false(scene, f"{one} below {two}")
     assert data.is_false(scene, f"a pink umbrella above {two}")
+
+
+RESULTS = Path(__file__).parents[1] / "scripts/results"
+
+
+def cells_of_record():
+    """(file, row, cell) of every figure in the shapes world's results that is no average."""
+    for label, result in json.loads((RESULTS / "quickstart.json").read_text()).items():
+        tables = result["suites"]["shapes"]
+        for row, cell in {**tables["subsets"], **tables["costs"]}.items():
+            yield label, row, cell
+    for path in RESULTS.glob("*-shapes.json"):
+        for line in json.loads(path.read_text())["rows"]:
+            for cell in line["cells"] if "mean" not in line["row"] else ():
+                yield f"{path.name} {line['name']}", line["row"], cell
+
+
+def test_intervals_of_record_are_those_of_this_code():
+    cells = list(cells_of_record())
+    assert len(cells) >= 42
+    for where, row, cell in cells:
+        right = round(cell["accuracy"] / 100 * cell["scored"])
+        verdicts = [True] * right + [False] * (cell["scored"] - right)
+        figure = evaluate.figure_of("shapes", row, {(): verdicts})
+        now = evaluate.cell_of(figure.value, figure.draws, figure.effective, figure.items)
+        assert [now[x] for x in ("accuracy", "low", "high")] == pytest.approx(
+            [cell[x] for x in ("accuracy", "low", "high")]
+        ), (where, row)
+
+
+def test_means_of_record_are_those_of_this_code():
+    for path in RESULTS.glob("*-shapes.json"):
+        for line in json.loads(path.read_text())["rows"]:
+            tables = [
+                {"subsets": {line["row"]: x}, "averages": {}, "costs": {}} for x in line["cells"]
+            ]
+            now = make_tables.judge_row(line["row"], {}, tables, "shown")
+            assert now == pytest.approx({key: line[key] for key in now}), (path, line["row"])
