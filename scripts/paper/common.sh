@@ -9,7 +9,7 @@ GPUS=${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 case $WORLD in
   coco) OUT=${OUT:-runs/paper} SEEDS=${SEEDS:-0}
     MODEL=${MODEL:-ViT-B-32-quickgelu} PRETRAINED=${PRETRAINED-openai} ;;
-  shapes) OUT=${OUT:-runs/shapes} SEEDS=${SEEDS:-0 1 2} MODEL=${MODEL:-} PRETRAINED=${PRETRAINED-} ;;
+  shapes) OUT=${OUT:-runs/shapes} SEEDS=${SEEDS:-1 2 3} MODEL=${MODEL:-} PRETRAINED=${PRETRAINED-} ;;
   *) echo "WORLD=$WORLD: is neither coco nor shapes" >&2; exit 2 ;;
 esac
 fail() { echo "$(basename "$0"): error: $*" >&2; exit 2; }
@@ -66,7 +66,7 @@ train() {
 share() {
   shared=(${MODEL:+--model "$MODEL"} --seed "$1" "${train_options[@]}")
   [ "$GPUS" = 0 ] || shared+=(--precision bf16)
-  start=${PRETRAINED:-$(folder base "$1")/latest.pt}
+  start=${PRETRAINED:-$(folder base 0)/latest.pt}
 }
 
 # The options of a recipe; those of RECIPE-WORLD come on top.
@@ -90,7 +90,7 @@ checkpoints() {
   local seed recipe
   if [ -e "$PRETRAINED" ]; then printf '%s\n' --ckpt "CLIP=$PRETRAINED"
   elif [ -n "$PRETRAINED" ]; then printf '%s\n' --ckpt "CLIP=$MODEL:$PRETRAINED"
-  else set -- base "$@"; fi
+  else printf '%s\n' --ckpt "base=$(folder base 0)/latest.pt"; fi
   [ -z "${RELEASED:-}" ] || printf '%s\n' --ckpt "released weights=$RELEASED"
   for recipe in "$@"; do for seed in $SEEDS; do
     printf '%s\n' --ckpt "$(label "$recipe" "$seed")=$(folder "$recipe" "$seed")/latest.pt"

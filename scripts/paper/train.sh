@@ -2,7 +2,7 @@
 # Fine-tune CLIP by recipes of recipes.tsv: bash scripts/paper/train.sh RECIPE...
 # Needs data.sh coco, or WORLD=shapes. Runs are in $OUT/RECIPE.SEED, and resume; skips what is done.
 . "$(dirname "$0")/common.sh"
-known=$(grep -v '^#' "$here/recipes.tsv" | cut -f1 | paste -sd' ')
+known=$(grep -v '^#\|^[a-z-]*-shapes' "$here/recipes.tsv" | cut -f1 | paste -sd' ')
 [ $# -gt 0 ] || fail "name recipes: $known"
 for recipe in "$@"; do
   [[ " $known " == *" $recipe "* ]] || fail "$recipe: is not in recipes.tsv, which has $known"
@@ -12,7 +12,6 @@ if [ "$WORLD" = coco ]; then
   pass bash "$here/negatives.sh"
   data=(--data "$manifest" --images "$images")
 fi
-read -ra seeds <<< "$SEEDS"
 cores=1 running=0
 [ "$WORLD" = coco ] || [ "$GPUS" -gt 0 ] || cores=$(nproc)  # small models train side by side
 stop() { jobs -p | xargs -r kill 2> /dev/null || true; wait; exit "$1"; }
@@ -22,16 +21,14 @@ until_fewer() { for ((; running >= $1; running--)); do wait -n || stop $?; done;
 for recipe in base "$@"; do
   [ "$recipe" != base ] || [ -z "$PRETRAINED" ] || continue
   read -ra options <<< "$(row "$recipe") $(row "$recipe-$WORLD")"
-  jobs=${#seeds[@]}
-  [ "$recipe" = base ] || jobs=$((jobs * $#))
+  seeds=0 jobs=1
+  [ "$recipe" = base ] || { read -ra seeds <<< "$SEEDS"; jobs=$((${#seeds[@]} * $#)); }
   jobs=$((jobs < cores ? jobs : cores))
   [ "$cores" = 1 ] || export OMP_NUM_THREADS=$((cores / jobs))
-  for seed in $SEEDS; do
+  for seed in "${seeds[@]}"; do
     until_fewer "$jobs"
     share "$seed"
     [ "$recipe" = base ] || shared+=(--pretrained "$start")
-    # The shapes world draws other scenes for another seed: none that the base has seen.
-    [ "$recipe" = base ] || [ -n "$PRETRAINED" ] || shared+=(--seed "$((seed + 1))")
     train "$(folder "$recipe" "$seed")" "${options[@]}" "${data[@]}" "${shared[@]}" 2>&1 |
       sed -u "s/^/$recipe.$seed: /" &
     running=$((running + 1))
