@@ -227,7 +227,7 @@ def test_features_of_a_cache_that_cannot_be_the_models_are_made_again(spoil, tmp
     torch.save(kept | {"rows": spoil(kept["rows"].clone())}, file)
     again = evaluate.Encoder(model, args)
     assert not again.known
-    assert "is torn, made again" in capsys.readouterr().err
+    assert "is damaged; recomputed" in capsys.readouterr().err
     np.testing.assert_allclose(again.texts(["a dog", "a cat"]).rows, rows, atol=1e-6)
 
 
