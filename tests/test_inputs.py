@@ -151,7 +151,7 @@ PHOTOS = ["--data", "m.jsonl", "--images", "."]
         (["--warmup", "-1"], "--warmup -1: must be a number from 0"),
         (["--cap", "1e99"], r"--cap 1e\+99: must be a number from 0"),
         (["--lr", "0"], "--lr 0.0: must be a number .*above 0"),
-        (["--lora", "100000"], "--lora 100000: a weight of the model is"),
+        (["--lora", "100000"], "--lora 100000: the model has a"),
         (["--ema", "1.5", "--distill", "1"], "--ema 1.5: must be a number from 0 to 1"),
         (["--out", "x" * 300], "cannot be written"),
         (["--model", "deep.json"], "deep.json: is no model config"),

@@ -185,5 +185,5 @@ def test_wandb_takes_the_metrics_offline(folder, tmp_path, monkeypatch):
 def test_a_missing_package_is_named(folder, tmp_path, monkeypatch, name):
     monkeypatch.setitem(train.sys.modules, "wandb", None)
     monkeypatch.setitem(train.sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(data.DataError, match=f"--log {name}: is missing; pip install {name}"):
+    with pytest.raises(data.DataError, match=f"--log {name}: is not installed; pip install {name}"):
         run(folder, tmp_path / "run", "--steps", 1, "--log", name)
