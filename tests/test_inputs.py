@@ -240,7 +240,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
         (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
         for model in (str(evaluate.SHAPES_CONFIGS["shapes-tiny"]), "shapes-tiny"):  # of 32 tokens
             data.main([*command, model])
-            assert "1 negatives are their caption to" in capsys.readouterr().out
+            assert "1 negatives have their caption's tokens in" in capsys.readouterr().out
     for model in ("nonsense", "suites", str(tmp_path / "none.json")):
         with pytest.raises(data.DataError, match="open_clip knows no such model"):
             data.main([*command, model])
@@ -255,7 +255,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
             '{"image": "a.png", "caption": "a", "negatives": {"object": ["b", "\\udc00"]}}',
             "byte 0: holds half a character",
         ),
-        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "images of .* are not there"),
+        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "images of .* are missing"),
         ('{"image": "a.png", "caption": "a", "image_id": %s}' % ("1" * 5000), ":1: is not JSON"),
         ("[" * 100_000, ":1: is not JSON"),
     ],
