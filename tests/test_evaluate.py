@@ -1527,7 +1527,7 @@ def test_list_names_files_places_licences_and_counts(root, capsys):
         (["--suite", "winoground", "--root", "."], "accept the licence at huggingface.co"),
         (["--suite", "valse"], "--root is needed"),
         (["--suite", "valse", "--root", "none"], "no such folder"),
-        (["--out", "/proc/none"], "cannot be made"),
+        (["--out", "/proc/none"], "cannot be created"),
         (["--batch-size", "0"], "--batch-size must be 1"),
         (["--pretrained", "x"], "give one of"),
     ],
