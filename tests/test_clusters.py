@@ -98,7 +98,7 @@ def test_a_second_signal_ends_a_run_that_waits_in_cpp(forked):
         ("no file", [2, 2], "none.jsonl: cannot be read"),
         ("no checkpoint", [2, 2], r"rank 0 resumes from step \d, rank 1 from step 0"),
         ("evaluate", [2, 2], "none.pt: no such checkpoint"),
-        ("alone", [2], "the others did not come to localhost:"),
+        ("alone", [2], "the others did not reach localhost:"),
     ],
 )
 def test_runs_that_meet(case, codes, message, forked):

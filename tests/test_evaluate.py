@@ -1477,7 +1477,7 @@ def test_overwriting_replaces_all_items_and_an_error_none(tmp_path, root):
     assert [str(p.relative_to(out)) for p in out.rglob("*.jsonl")] == ["items/cola.jsonl"]
     assert not (out / evaluate.ITEMS).exists()
     (out / "items/mine.txt").touch()
-    with pytest.raises(data.DataError, match=r"mine.txt is in the way"):
+    with pytest.raises(data.DataError, match=r"mine.txt exists, not replaced"):
         run("--ckpt", b, "--suite", "cola", *some, *again)
 
 

@@ -194,7 +194,7 @@ def test_overwrite_replaces_regular_files_alone(kind, tmp_path):
     command = ["shapes", "--out", str(out), "--images", str(tmp_path / "i"), "--limit", "1"]
     with pytest.raises(data.DataError, match="regular file"):
         data.main([*command, "--overwrite"])
-    with pytest.raises(data.DataError, match=r"results\.md is in the way"):
+    with pytest.raises(data.DataError, match=r"results\.md exists, not replaced"):
         evaluate.check_out(folder, True)
     assert not (tmp_path / "i").exists()
     assert kind != "link" or (tmp_path / "precious").read_text() == "mine"

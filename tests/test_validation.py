@@ -131,7 +131,7 @@ def test_a_resumed_run_scores_on(folder, tmp_path):
     assert again[:2] == before[:2]
     (tmp_path / "run/val.jsonl").write_text('{"step": 0}\n')
     torch.save(checkpoint, tmp_path / "run/latest.pt")
-    with pytest.raises(data.DataError, match=r"val\.jsonl: holds a line without the best figure"):
+    with pytest.raises(data.DataError, match=r"val\.jsonl: holds a line without the best score"):
         run(folder, tmp_path / "run", "--steps", 2, *val)
 
 
@@ -143,7 +143,7 @@ def test_a_resumed_run_scores_on(folder, tmp_path):
         (["--val", "sugarcrepe"], "--val sugarcrepe: needs --val-root"),
         (["--val", "no.jsonl", "--val-root", "."], r"no\.jsonl"),
         (["--val", "shapes", "--val-every", "0"], "--val-every 0: must be"),
-        (["--val", "M", "--val-root", "nowhere"], "4 images are not there, the first is nowhere"),
+        (["--val", "M", "--val-root", "nowhere"], "4 images are missing, the first is nowhere"),
         (["--val", "M", "--val-root", "F", "--best", "x"], "--best x: is none of mean of types"),
     ],
 )
