@@ -2080,7 +2080,7 @@ def test_files_that_are_no_benchmark_are_told(name, content, message, tmp_path):
 def test_a_baseline_that_is_no_label_and_two_files_of_one_name_are_told(tmp_path):
     with pytest.raises(data.DataError, match="--baseline x: is none of the labels m"):
         run("--ckpt", f"m={tiny(tmp_path / 'a.pt')}", "--baseline", "x")
-    with pytest.raises(data.DataError, match=r"a/x.json and b/x.jsonl have one name"):
+    with pytest.raises(data.DataError, match=r"a/x.json and b/x.jsonl have the same name"):
         evaluate.name_suites("a/x.json,b/x.jsonl")
 
 
