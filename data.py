@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From captions and images to batches, and through packed text towers.
+"""Manifests, shards and the shapes world: from captions and images to batches and features.
 
 A manifest is JSON lines, one caption a line, written by negatives.py:
 
@@ -14,7 +14,7 @@ types are NEGATIVE_TYPES, or those that a first line {"manifest": 1, "types": [.
   python data.py check negatives.jsonl --images coco
 
 Chapters: the command line; manifests and images; the shapes world (scenes of one to three coloured
-shapes, drawn on demand, whose captions and hard negatives are known exactly); data sets (shapes,
+shapes, drawn on demand, with exactly known captions and hard negatives); data sets (shapes,
 manifest, mixture, shards); batches; packed captions and towers; overlap with test images;
 converters; the command.
 """
@@ -119,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_types(parser: argparse.ArgumentParser) -> None:
-    """The option --types, which train.py has too."""
+    """Add the option --types."""
     text = (
         "Types of negatives to read, as counting,negation (default: all that the manifest names)."
     )
@@ -127,7 +127,7 @@ def add_types(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistakes come before the slow imports
+    parse_args()  # --help and wrong options are answered before the slow imports
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def read_manifest(path: str | Path, types: Sequence[str] = ()) -> Iterator[Recor
 
 
 def _encodable(record: Record, place: str) -> Record:
-    """Refuse lone surrogates, which no tokenizer and no file name can hold."""
+    """Refuse lone surrogates, which cannot be encoded as UTF-8."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -167,21 +167,21 @@ def draw_negatives(record: Record, rng: random.Random) -> tuple[str | None, ...]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image as 8-bit RGB; a ValueError if its values are no colours."""
+    """Decode an image as 8-bit RGB; a ValueError if its values are not colours."""
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() >= 2**16:
-            raise ValueError("its values are no colours; save it with 8 or 16 bits a channel")
-        image = Image.fromarray((grey >> 8).astype(np.uint8))  # Pillow would leave it white
+            raise ValueError("its values are not colours; save it with 8 or 16 bits a channel")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))  # convert("RGB") gives white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(file: Any, name: str = "", use: Callable[..., Any] = to_rgb) -> Any:
     """Open an image, a path or a stream, and return what `use` makes of it.
 
-    Messages call it `name`, by default the path. A DataError if the file is missing, or is no image
-    that can be used.
+    Messages name it `name`, by default the path. A DataError if the file is missing or cannot be
+    decoded.
     """
     name = name or str(file)
     try:
@@ -191,18 +191,18 @@ def open_image(file: Any, name: str = "", use: Callable[..., Any] = to_rgb) -> A
         raise DataError(f"{name}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
-        why = "no kind of image that Pillow knows" if unknown else error
+        why = "not an image format that Pillow knows" if unknown else error
         raise DataError(f"{name}: cannot be decoded ({why})") from None
 
 
 def train_transform(
     model: Any, least: float = 0.9, *, exif: bool = True, reduce: bool = True
 ) -> Transform:
-    """Crop a random part of an image, `least` to all of its area, and resize it for the model.
+    """Crop a random part of an image (area `least` to 1 of it), and resize it for the model.
 
     The crop is that of torchvision's RandomResizedCrop, drawn from the caller's generator. `exif`
-    turns photos upright, or "left of" may become false; `reduce` decodes JPEGs at 1/2, 1/4 or 1/8
-    where the crop stays at least as large as the result.
+    applies the EXIF orientation, without which "left of" may be false; `reduce` decodes JPEGs at
+    1/2, 1/4 or 1/8 where the crop stays at least as large as the result.
     """
     size = image_size(model)
     mode = Image.Resampling[model.visual.preprocess_cfg.get("interpolation", "bicubic").upper()]
@@ -219,11 +219,11 @@ def _crop(
     reduce: bool,
 ) -> Tensor:
     """Return uint8 [3, *size]."""
-    held = 1  # EXIF's number of how the camera was held; from 5 on it lay on its side
+    held = 1  # EXIF orientation; 5 to 8 swap width and height
     with contextlib.suppress(Exception):  # Pillow raises many kinds for broken EXIF
         held = int(image.getexif().get(0x0112, 1)) if exif else 1
     width, height = image.size[::-1] if 5 <= held <= 8 else image.size
-    # Where no crop fits: the largest one of the nearest ratio, from the middle.
+    # If no crop fits: the largest central crop of the nearest allowed ratio.
     w = round(height * 4 / 3) if width / height > 4 / 3 else width
     h = round(width * 4 / 3) if width / height < 3 / 4 else height
     x, y = (width - w) // 2, (height - h) // 2
@@ -273,7 +273,7 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 BACKGROUND = (128, 128, 128)
-SIZES = {"small": 0.15, "large": 0.21}  # radius; the picture is 1 wide and 1 high
+SIZES = {"small": 0.15, "large": 0.21}  # radius; the image is 1 wide and 1 high
 POINTS = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
 ARM = 0.33  # half the width of a cross's arm
 # Corners of each shape in a circle of radius 1, y downwards; circle and ring have none.
@@ -296,7 +296,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
 
 
 class Relation(NamedTuple):
-    """Where the first thing lies from the second, and both as places in the image."""
+    """Direction from the second thing to the first, and the place of each in the image."""
 
     dx: int
     dy: int
@@ -315,28 +315,28 @@ PLACES = {relation.here: relation for relation in RELATIONS.values()}
 
 
 class Action(NamedTuple):
-    """Its passive, and the actions that may stand as its false version."""
+    """Its passive, and the actions that may replace it in a negative."""
 
     passive: str
     others: tuple[str, str]
 
 
-# What covers a thing also touches it, so neither may stand as the false version of the other.
+# What covers a thing also touches it, so neither may replace the other in a negative.
 ACTIONS = {
     "covering": Action("covered by", ("surrounding", "pointing at")),
     "touching": Action("touched by", ("surrounding", "pointing at")),
     "surrounding": Action("surrounded by", ("covering", "touching")),
     "pointing at": Action("pointed at by", ("covering", "touching")),
 }
-KINDS = {"place": 0.3, "relation": 0.55, "action": 0.15}  # of scenes, and how often
+KINDS = {"place": 0.3, "relation": 0.55, "action": 0.15}  # kinds of scenes: probability
 NOUN_PHRASE = re.compile(r"\ban? (?:(small|large) )?(\w+) (\w+)")
-JITTER = 0.05  # of centres; relations stay clear, the other axis never decides
-TEMPLATES = 3  # ways to say a claim
+JITTER = 0.05  # of centres; too small to make a relation ambiguous
+TEMPLATES = 3  # sentence templates for a claim
 TRAIN_SCENES = 1_000_000  # one epoch of the shapes world
 
 
 class Noun(NamedTuple):
-    """A noun phrase, "a large red circle"; size is "" where it goes unsaid."""
+    """A noun phrase, "a large red circle"; size is "" if it is not mentioned."""
 
     size: str
     colour: str
@@ -344,7 +344,7 @@ class Noun(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a caption says: first, link, second; the link is a relation, an action or a place."""
+    """The meaning of a caption: first, link, second; the link is a relation, action or place."""
 
     first: Noun
     link: str
@@ -352,7 +352,7 @@ class Claim(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """Something drawn: its look, centre and radius in parts of the image's width."""
+    """An object in a scene: its look, and centre and radius in units of the image's width."""
 
     phrase: Noun
     x: float
@@ -361,7 +361,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Things in the order of drawing, the action of one on another ("" if none), the truth."""
+    """Things in drawing order, the action of one on another ("" if none), and the true claim."""
 
     things: tuple[Thing, ...]
     action: str
@@ -369,11 +369,11 @@ class Scene(NamedTuple):
 
 
 def make_scene(split: str, seed: int, index: int) -> Scene:
-    """Make the scene of (split, seed, index), and of nothing else.
+    """Make the scene of (split, seed, index); it depends on nothing else.
 
-    "train" and "test" share no combination of colours and shapes: the two halves of all
-    combinations are told apart by a parity, and every hard negative stays in the half of its
-    caption, so that no reader of captions alone can tell the true one.
+    "train" and "test" share no combination of colours and shapes: a parity splits all combinations
+    into two halves, and every hard negative stays in the half of its caption, so that a text-only
+    model cannot recognise the true caption.
     """
     rng = random.Random(f"{split}:{seed}:{index}")
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -397,7 +397,7 @@ def _place(phrases: list[Noun], rng: random.Random) -> Scene:
 
 
 def _relation(phrases: list[Noun], rng: random.Random) -> Scene:
-    """Two things beside or above each other, now and then with a third that goes unsaid."""
+    """Two things beside or above each other, sometimes with a third that is not mentioned."""
     link = rng.choice(list(RELATIONS))
     dx, dy = RELATIONS[link][:2]
     spots = [(dx, dy), (-dx, -dy), rng.choice(((dy, dx), (-dy, -dx)))]
@@ -407,7 +407,7 @@ def _relation(phrases: list[Noun], rng: random.Random) -> Scene:
 
 
 def _action(phrases: list[Noun], rng: random.Random) -> Scene:
-    """The first thing does something to the second; sizes follow from the act and go unsaid."""
+    """The first thing acts on the second; the action sets their sizes, which are not mentioned."""
     action = rng.choice(list(ACTIONS))
     first, second = (phrase._replace(size="") for phrase in phrases)
     turn = rng.randrange(4) * math.pi / 2
@@ -440,7 +440,7 @@ def _said(phrase: Noun, rng: random.Random) -> Noun:
 
 
 def holds(scene: Scene, claim: Claim) -> bool:
-    """Tell whether the claim is true of the scene, from what is drawn alone."""
+    """Whether the claim is true of the scene as drawn."""
 
     def found(phrase: Noun) -> list[Thing]:
         same = [t for t in scene.things if t.phrase[1:] == phrase[1:]]
@@ -466,7 +466,7 @@ def holds(scene: Scene, claim: Claim) -> bool:
 
 
 def say(claim: Claim, template: int) -> str:
-    """Put the claim in words: plainly (0), turned round (1), in another form (2)."""
+    """Express the claim as a sentence: directly (0), converse or passive (1), other form (2)."""
     first, link, second = claim
     a = _noun(first)
     if second is None:
@@ -489,7 +489,7 @@ def _noun(phrase: Noun) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-# Edits make a true claim of a scene false.  None where the kind of claim has no such edit.
+# Edits turn a scene's true claim into a false one, or return None if they do not apply.
 def _swap_objects(scene: Scene, rng: random.Random) -> Claim | None:
     first, link, second = scene.claim
     if second is None or link == "touching":
@@ -522,7 +522,7 @@ def _replace_shape(scene: Scene, rng: random.Random) -> Claim | None:
 
 
 def _replace_word(scene: Scene, field: str, words: list[str], rng: random.Random) -> Claim:
-    """Another colour or shape for a thing: of the same half, and nowhere in the scene."""
+    """Another colour or shape for a thing: of the same half, and not in the scene."""
     which = rng.choice(("first", "second") if scene.claim.second else ("first",))
     phrase = getattr(scene.claim, which)
     half = words.index(getattr(phrase, field)) % 2
@@ -551,7 +551,7 @@ EDITS_OF_TYPE = {
     "object": ("replace-object",),
     "action": ("replace-action",),
 }
-SHAPES_NEGATIVES = ("both", "exchange", "replace", "lexicon")  # which edits make the negatives
+SHAPES_NEGATIVES = ("both", "exchange", "replace", "lexicon")  # edits that make negatives
 
 
 class Captions(NamedTuple):
@@ -563,12 +563,12 @@ class Captions(NamedTuple):
 
 
 def caption_scene(scene: Scene, seed: int | str, kind: str = "both") -> Captions:
-    """Say the scene's claim, a paraphrase of it, and a false version of it of each type.
+    """A caption of the scene, a paraphrase of it, and a hard negative of each type.
 
     Args:
-        scene: what is drawn.
-        seed: another seed, other words.
-        kind: of SHAPES_NEGATIVES; "lexicon" takes what negatives.py makes of the caption.
+        scene: the scene.
+        seed: chooses the templates and edits.
+        kind: one of SHAPES_NEGATIVES; "lexicon" makes negatives with negatives.py.
     """
     rng = random.Random(f"captions:{seed}")
     template, other = rng.sample(range(TEMPLATES), 2)
@@ -592,7 +592,7 @@ def caption_scene(scene: Scene, seed: int | str, kind: str = "both") -> Captions
 
 
 def is_false(scene: Scene, sentence: str) -> bool:
-    """Tell whether a sentence is surely false; no if the world does not know its link."""
+    """Whether a sentence is certainly false; False if its link is unknown."""
     phrases = [Noun(*words) for words in NOUN_PHRASE.findall(sentence)]
     pairs = itertools.permutations(phrases) if len(phrases) == 2 else [(x, None) for x in phrases]
     claims = [
@@ -648,7 +648,7 @@ def _draw_arrow(pen: ImageDraw.ImageDraw, one: Thing, two: Thing, width: int) ->
 
 
 class Example(NamedTuple):
-    """One training example; `fault` names images before it that could not be read."""
+    """One training example; `fault` names images skipped before it as unreadable."""
 
     image: Tensor  # [3, H, W] uint8
     captions: Captions
@@ -662,10 +662,10 @@ class ShapesDataset(Dataset[Example]):
     has_negatives = True
     types = NEGATIVE_TYPES
     made = frozenset(NEGATIVE_TYPES)
-    image_of: np.ndarray | None = None  # every caption has an image of its own
+    image_of: np.ndarray | None = None  # each image has one caption
 
     def __init__(self, size: tuple[int, int], seed: int, kind: str = "both") -> None:
-        """Draw images of `size`, height and width in pixels; `kind` is of SHAPES_NEGATIVES."""
+        """Draw images of `size` (height, width) in pixels; `kind` is one of SHAPES_NEGATIVES."""
         self.size, self.seed, self.kind = size, seed, kind
 
     def __len__(self) -> int:
@@ -673,7 +673,7 @@ class ShapesDataset(Dataset[Example]):
         return TRAIN_SCENES
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
-        """Draw and caption the scene of (epoch, index); an epoch says it in other words."""
+        """Draw and caption the scene of (epoch, index); each epoch draws other captions."""
         epoch, index = key
         scene = make_scene("train", self.seed, index)
         captions = caption_scene(scene, f"{self.seed}:{epoch}:{index}", self.kind)
@@ -686,9 +686,9 @@ class ShapesDataset(Dataset[Example]):
 class ManifestDataset(Dataset[Example]):
     """Images and captions of a manifest; indices are (epoch, index) pairs.
 
-    What is random (the crop, which other caption of the image is t⁺, which negative of a list)
-    depends on (seed, epoch, index) alone, so neither workers nor a resumed run change it. Lines
-    stay on disk: memory holds a caption's byte offset and the number of its image, 16 to 24 bytes.
+    All random choices (the crop, which other caption of the image is t⁺, which negative of a list)
+    depend only on (seed, epoch, index), so they do not change with workers or resuming. Lines stay
+    on disk: memory holds a caption's byte offset and image number, 16 to 24 bytes.
     """
 
     def __init__(
@@ -702,9 +702,9 @@ class ManifestDataset(Dataset[Example]):
     ) -> None:
         """Index the manifest at `path`, with images in the folder `images`.
 
-        `types` are those of the negatives to read, () for all that the manifest names. A bad image
-        is a DataError ("stop") or replaced by the next example ("skip"); a malformed line, and an
-        image that is not there, is a DataError here.
+        `types` are the types of negatives to read, () for all that the manifest names. A bad image
+        is a DataError ("stop") or replaced by the next example ("skip"). A DataError here if a line
+        is malformed or images are missing (with "skip": all images).
         """
         self.path, self.images, self.transform = Path(path), Path(images), transform
         self.seed, self.on_bad_image = seed, on_bad_image
@@ -728,13 +728,13 @@ class ManifestDataset(Dataset[Example]):
         if missing and (on_bad_image == "stop" or len(missing) == len(seen)):
             raise DataError(
                 f"--images {images}: {len(missing)} of {len(seen)} images of {path} "
-                f"are not there, the first is {missing[0]}; point --images at their folder"
+                f"are missing, the first is {missing[0]}; point --images at their folder"
                 + (" or pass --on-bad-image skip" if len(missing) < len(seen) else "")
             )
         self.has_negatives = bool(self.made)
         self.offsets, self.photos = np.array(offsets), np.array(sorted(photos))
         numbers = np.unique(np.array(hashes), return_inverse=True)[1]
-        self.image_of: np.ndarray = numbers.astype(np.int32)  # the number of each one's image
+        self.image_of: np.ndarray = numbers.astype(np.int32)  # image number of each caption
         self.by_image = np.argsort(self.image_of, kind="stable").astype(np.int32)
         self.first = np.searchsorted(self.image_of[self.by_image], np.arange(len(seen) + 1))
 
@@ -771,13 +771,13 @@ class ManifestDataset(Dataset[Example]):
             positive = next((text for text in texts if text != record.caption), None)
             captions = Captions(record.caption, positive, draw_negatives(record, rng))
             return Example(image, captions, "; ".join(faults))
-        raise DataError(f"--images {self.images}: not one image could be read; {faults[0]}")
+        raise DataError(f"--images {self.images}: no image could be read; {faults[0]}")
 
 
 class Mixture(Dataset[Example]):
     """Several sources, each with a share of every batch; keys are (source, epoch, index).
 
-    `types` are those of all sources in order; a source has None where a type is not its own.
+    `types` are the types of all sources in order; a source has None for types it lacks.
     """
 
     def __init__(
@@ -788,7 +788,7 @@ class Mixture(Dataset[Example]):
         seed: int,
         one_caption: bool,
     ) -> None:
-        """Give each source a share of the global batch, by weight, and epochs of its own.
+        """Give each source a share of the global batch, by weight; each has its own epochs.
 
         With `one_caption`, no batch has two captions of an image. A DataError if a source is too
         small for its share, or its share is less than one example.
@@ -841,7 +841,7 @@ class Mixture(Dataset[Example]):
 
 
 def share_batch(batch: int, weights: Sequence[float]) -> list[int]:
-    """Divide a batch by weights; what is left goes to the largest remainders."""
+    """Divide a batch by weights (largest-remainder method)."""
     exact = [batch * weight / sum(weights) for weight in weights]
     parts = [int(part) for part in exact]
     for i in sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])[: batch - sum(parts)]:
@@ -856,8 +856,8 @@ def epoch_batches(
 
     With `image_of`, the number of each caption's image, no batch has two captions of an image: an
     epoch is a series of rounds, and round r takes the r-th caption, in the shuffled order, of every
-    image that has so many. What does not fill a batch at the end of a round is left out of this
-    epoch; the next epoch shuffles anew. The number of steps is the same in every epoch.
+    image that has r or more. An incomplete batch at the end of a round is dropped for this epoch;
+    the next epoch shuffles again. The number of steps is the same in every epoch.
     """
     key = (seed, epoch, source) if source else (seed, epoch)
     generator = torch.Generator().manual_seed(hash(key) % 2**63)
@@ -874,7 +874,7 @@ def epoch_batches(
     return np.concatenate(rounds).reshape(-1, batch)
 
 
-BLOCK = 1000  # examples that a shard reader shuffles at once, or a whole number of batches
+BLOCK = 1000  # examples that a shard reader shuffles at once, rounded up to whole batches
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 Cursor = tuple[int, int, int]  # pass, shard in its order, sample of the shard
 
@@ -890,11 +890,11 @@ class _Sample(NamedTuple):
 class ShardStream(IterableDataset[list[Example]]):
     """Endless batches of webdataset shards, pass after pass, without two captions of an image.
 
-    Each worker of each rank is a reader. It reads shards of its own, or, with fewer shards than
-    readers, the images that a hash deals out to it, in an order of (seed, pass); it shuffles blocks
-    of about 1,000, which do not reach into the next pass. With every batch comes the reader's
-    state: where the current block began, and how many samples each batch took since. A resumed run
-    continues from there to the same batches.
+    Each worker of each rank is a reader. It reads its own shards, or, with fewer shards than
+    readers, the images that a hash assigns to it, in an order given by (seed, pass); it shuffles
+    blocks of about 1,000, each within one pass. Every batch carries the reader's state: where the
+    current block began, and how many samples each batch took since. A resumed run continues from
+    there with the same batches.
     """
 
     def __init__(
@@ -915,9 +915,9 @@ class ShardStream(IterableDataset[list[Example]]):
 
         `place` is the first step, this rank, and the number of ranks; `types` as in
         ManifestDataset, but () for those that the first sample names; `batch` the examples in a
-        batch of this rank; `states` those of a resumed run's readers. `remote` opens names with a
+        batch of this rank; `states` the reader states of a resumed run. `remote` opens names with a
         colon by webdataset: URLs, and "pipe:", which runs a command. A DataError if a shard is
-        missing, or a name with a colon is not allowed.
+        missing, or a name has a colon without `remote`.
         """
         self.pattern, self.shards = f"--data {shards}", expand_braces(shards)
         for name in self.shards:
@@ -985,7 +985,7 @@ class ShardStream(IterableDataset[list[Example]]):
     def _picks(
         self, slot: int, slots: int, anchor: Cursor, keys: set[str]
     ) -> Iterator[tuple[_Sample, Cursor | None]]:
-        """Samples whose keys are not in `keys`; with a block's last, where the next one begins."""
+        """Samples whose keys are not in `keys`; a block's last one has the next block's start."""
         for was, *_ in self.states.values():
             if was != slots:
                 raise DataError(
@@ -1019,7 +1019,7 @@ class ShardStream(IterableDataset[list[Example]]):
                         f"{self.pattern}: a reader's {len(keys)} images cannot fill a batch of "
                         f"{self.batch}; use a smaller batch, fewer --workers or more shards"
                     )
-                else:  # all are of images that the batch has: look further
+                else:  # the batch has all these images already: read on
                     block.append(ahead)
                     left[ahead.key] += 1
                     ahead = next(samples)
@@ -1077,7 +1077,7 @@ class ShardStream(IterableDataset[list[Example]]):
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names of "a-{000..331}.tar" and "{a,b}.tar"; a DataError if it is no such pattern."""
+    """Expand "a-{000..331}.tar" and "{a,b}.tar" to names; a DataError if malformed."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         if "{" in pattern or "}" in pattern:
@@ -1095,7 +1095,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 # Batches
 
-MISSING = "###"  # stands for a missing negative in the released code, which encodes it
+MISSING = "###"  # the released code's placeholder for a missing negative, which it encodes
 
 
 class Batch(NamedTuple):
@@ -1111,7 +1111,7 @@ class Batch(NamedTuple):
 
 
 class Collate:
-    """Makes Batches of Examples; a class because workers must be able to pickle it."""
+    """Makes Batches of Examples; a class, so that workers can pickle it."""
 
     def __init__(
         self,
@@ -1121,10 +1121,10 @@ class Collate:
         negatives: str,
         part: int = 0,
     ) -> None:
-        """Encode by an open_clip tokenizer, into Batches of `part` images (0: one of all).
+        """Tokenise by an open_clip tokenizer, into Batches of `part` images (0: a single Batch).
 
-        `positives` says whether the loss reads t⁺; `negatives` is "none", "valid", or "all": "###"
-        where one is missing, as released.
+        `positives` says whether the loss reads t⁺; `negatives` is "none", "valid", or "all", with
+        "###" for missing ones, as released.
         """
         self.tokenizer, self.positives, self.negatives = tokenizer, positives, negatives
         self.part = part
@@ -1135,7 +1135,7 @@ class Collate:
         return [self._batch(examples[i : i + part]) for i in range(0, len(examples), part)]
 
     def bundle(self, examples: list[Example]) -> Bundle:
-        """The parts in two tensors: each tensor costs a worker a file descriptor."""
+        """Pack the parts into two tensors, since each tensor costs a worker a file descriptor."""
         parts = self(examples)
         rest = [(*part.texts, part.positive_valid, part.valid) for part in parts]
         return Bundle(
@@ -1157,7 +1157,7 @@ class Collate:
         tokens = self.tokenizer(texts)  # [M, C]
         keep = torch.ones(len(texts), dtype=torch.bool)
         if self.negatives == "valid":
-            # An edit of case and spaces alone, or beyond the context, leaves the caption's tokens.
+            # Edits of case or spaces only, or beyond the context, leave the caption's tokens.
             differs = (tokens[begin:] != tokens[slots[:, 0]]).any(dim=1)
             keep[begin:] = valid[tuple(slots.T)] = differs
         # Stacked channels-last, as the images lie in memory: avoids a copy.
@@ -1174,7 +1174,7 @@ class Collate:
 
 
 class Bundle(NamedTuple):
-    """Batches on their way from a worker: all images, and all else as one tensor."""
+    """Batches as a worker sends them: all images, and everything else as one tensor."""
 
     images: Tensor  # [B, H, W, 3] uint8
     rest: Tensor  # int64
@@ -1214,18 +1214,18 @@ ROW_CONTEXTS = 2  # a packed row is at most this many contexts wide
 
 
 class PackedText(NamedTuple):
-    """M tokenised captions in R rows of prefix trees: what captions share stands once.
+    """M tokenised captions in R rows of prefix trees: shared prefixes are stored once.
 
-    In a causal tower a token's state depends on the tokens before it alone, so captions that begin
-    alike share the states of their beginning. A row holds its captions in the order of their
-    tokens; token j is seen by itself and by those that follow it, up to stops[j]. Where the
-    tokenizer is not CLIP's, captions stay one to a row and the other tensors are empty.
+    In a causal tower a token's state depends only on the tokens before it, so captions share the
+    states of a common prefix. A row holds its captions sorted by tokens; token j is attended to by
+    itself and by the tokens after it, up to stops[j]. If the tokenizer is not CLIP's, captions stay
+    one to a row and the other tensors are empty.
     """
 
     tokens: Tensor  # [R, L] int64
     positions: Tensor  # [R, L] int64, in the caption
     stops: Tensor  # [R, L] int64, where in the row the captions with this token end; 0 is padding
-    reads: Tensor  # [R, E] int64, where in the row the E end-of-texts stand; padded with 0
+    reads: Tensor  # [R, E] int64, positions of the E end-of-texts in the row; padded with 0
     where: Tensor  # [M] int64, which of the R·E ends is the caption's; equal captions share one
 
     def to(self, device: torch.device) -> PackedText:
@@ -1248,8 +1248,8 @@ def pack_texts(
 def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText:
     """Pack what a tokenizer returned, [M, context length], into few rows.
 
-    `clip` says whether it is CLIP's (has eot_token_id), else nothing is packed; `share=False` gives
-    every distinct caption tokens of its own.
+    `clip` says whether it is CLIP's (has eot_token_id), else nothing is packed; `share=False` packs
+    distinct captions without sharing prefixes.
     """
     empty = padded.new_zeros(0)
     if not clip:
@@ -1262,7 +1262,7 @@ def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText
     common = [0, *alike.tolist()]  # tokens that a caption shares with the one before
 
     def fill(width: int) -> list[list[tuple[int, int]]]:
-        """Rows of (caption, tokens that it finds in the row already)."""
+        """Rows of (caption, number of its tokens that are in the row already)."""
         rows: list[list[tuple[int, int]]] = []
         space = 0
         for i, (keep, length) in enumerate(zip(common, lengths, strict=False)):
@@ -1282,7 +1282,7 @@ def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText
     slots, sequences = np.zeros(len(lengths), dtype=np.int64), distinct.numpy()
     for r, row in enumerate(rows):
         at = 0
-        path: list[int] = []  # where in the row the current caption's tokens stand
+        path: list[int] = []  # positions of the current caption's tokens in the row
         for e, (i, keep) in enumerate(row):
             stops[r, path[keep:]] = at
             path[keep:] = range(at, at + lengths[i] - keep)
@@ -1296,7 +1296,7 @@ def pack_tokens(padded: Tensor, clip: bool, *, share: bool = True) -> PackedText
 
 
 def unpack_texts(packed: PackedText, model: Any) -> Tensor:
-    """The captions one to a row again, padded with 0 to the model's context length."""
+    """Unpack to one caption a row [M, C], padded with 0 to the model's context length C."""
     context = getattr(model, "context_length", None) or model.text.context_length
     ends = packed.tokens.new_zeros(*packed.reads.shape, context)  # [R, E, C]
     r, e, j = _seen(packed.stops, packed.reads).nonzero().unbind(dim=1)
@@ -1305,7 +1305,7 @@ def unpack_texts(packed: PackedText, model: Any) -> Tensor:
 
 
 def can_pack(model: Any) -> bool:
-    """Tell whether the text tower is OpenAI's: causal, plain blocks, read at the end-of-text."""
+    """Whether the text tower is OpenAI's: causal, plain blocks, pooled at the end-of-text."""
     tower = getattr(model, "text", model)
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
     if not all(getattr(tower, part, None) is not None for part in parts):
@@ -1319,7 +1319,7 @@ def can_pack(model: Any) -> bool:
 
 
 def _has_plain_blocks(transformer: Any) -> bool:
-    """Tell whether all blocks are the ones that `_run_block` knows."""
+    """Whether `_run_block` supports all blocks."""
     return all(
         type(block).__name__ == "ResidualAttentionBlock"
         and isinstance(block.attn, nn.MultiheadAttention)
@@ -1331,12 +1331,12 @@ def _has_plain_blocks(transformer: Any) -> bool:
 
 
 def _pad_token(model: Any) -> int | None:
-    """The padding that a Hugging Face tower masks itself."""
+    """The padding token that a Hugging Face tower masks itself, or None."""
     return getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
 
 
 def text_layout(model: Any) -> str:
-    """Say how `encode_text` runs this model's captions."""
+    """Describe how `encode_text` lays out captions for this model."""
     if can_pack(model):
         return "packed as prefix trees"
     trims = _pad_token(model) is not None
@@ -1357,7 +1357,7 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
     if not can_pack(model):
         return model.encode_text(unpack_texts(packed, model))
     tower = getattr(model, "text", model)
-    # F.embedding and index_select: threads sum the gradient of x[i] in any order.
+    # F.embedding and index_select, not x[i], whose gradient threads sum in any order.
     x = tower.token_embedding(packed.tokens)
     x = x + F.embedding(packed.positions, tower.positional_embedding)
     x = x.to(tower.transformer.get_cast_dtype())  # [R, L, width]
@@ -1371,7 +1371,7 @@ def encode_text(model: Any, packed: PackedText) -> Tensor:
 
 
 def _seen(stops: Tensor, rows: Tensor) -> Tensor:
-    """Which tokens [R, N, L] the tokens at `rows` [R, N] see: themselves and those before them."""
+    """Attention mask [R, N, L] of the tokens at `rows` [R, N]: themselves and their prefix."""
     keys = torch.arange(stops.shape[1], device=stops.device)
     before = (keys <= rows[..., None]) & (rows[..., None] < stops[:, None])
     return before | (keys == rows[..., None])
@@ -1380,7 +1380,7 @@ def _seen(stops: Tensor, rows: Tensor) -> Tensor:
 def encode_image(model: Any, images: Tensor) -> Tensor:
     """Encode images to [B, D]: not normalised, equal to `model.encode_image`.
 
-    In a plain ViT that is read at its class token, the last block computes that token alone.
+    In a plain ViT pooled at its class token, the last block computes only that token.
     """
     tower = model.visual
     known = type(tower).__name__ == "VisionTransformer" and hasattr(tower, "_embeds")
@@ -1395,9 +1395,9 @@ def encode_image(model: Any, images: Tensor) -> Tensor:
 
 
 def _run_blocks(transformer: Any, x: Tensor, reads: Tensor, seen: Tensor | None) -> Tensor:
-    """Run open_clip's plain blocks on [R, L, width]; returns the tokens at `reads` [R, E] alone.
+    """Run open_clip's plain blocks on [R, L, width]; returns only the tokens at `reads` [R, E].
 
-    `seen` tells which tokens [R, L, L] each one attends to; None is all.
+    `seen` [R, L, L] says which tokens each one attends to; None is all.
     """
     *blocks, last = transformer.resblocks
     mask = None if seen is None else seen[:, None]  # [R, 1, L, L], for all heads
@@ -1434,10 +1434,10 @@ def _run_block(block: Any, x: Tensor, reads: Tensor | None, mask: Tensor | None)
 
 
 def photo_number(image: str, image_id: int | str | None = None) -> int:
-    """A number for a photo that is the same in every data set that holds it, 63 bits of a hash.
+    """A number for a photo that is the same in every data set that contains it: a 63-bit hash.
 
-    COCO's photos have one id in both releases. Visual Genome's and Visual7W's go by their file
-    name, or by COCO's id where a manifest gives it as image_id "coco ID" (data.py vg does).
+    COCO's photos have the same id in both releases. Visual Genome's and Visual7W's use their file
+    name, or COCO's id if a manifest gives it as image_id "coco ID" (data.py vg does).
     """
     coco = re.search(r"(?:^|/|COCO_(?:train|val)2014_)(\d{12})\.\w+$", image)
     name = f"coco {int(coco[1])}" if coco else image.rsplit("/", 1)[-1].removeprefix("v7w_")
@@ -1448,7 +1448,7 @@ def photo_number(image: str, image_id: int | str | None = None) -> int:
 
 @functools.cache
 def test_photos() -> dict[str, list[int]]:
-    """The test images that the kit knows, by suite, as `photo_number` has them.
+    """The test images that the kit knows: by suite, their `photo_number`s.
 
     scripts/test_images.json holds COCO's ids: differences of neighbours as little-endian 32-bit
     numbers, zlib, base64.
@@ -1462,7 +1462,7 @@ def test_photos() -> dict[str, list[int]]:
 
 
 def find_overlap(photos: np.ndarray) -> list[str]:
-    """Say how many photos, by `photo_number`, stand in the test images of which suite."""
+    """Describe how many photos, by `photo_number`, are test images of each suite."""
     found = []
     for suite, tested in test_photos().items():
         count = int(np.isin(tested, photos).sum())
@@ -1499,7 +1499,7 @@ def karpathy_records(args: argparse.Namespace) -> Iterator[Record]:
 def vg_records(args: argparse.Namespace) -> Iterator[Record]:
     """Region descriptions of Visual Genome.
 
-    A photo that COCO has too gets image_id "coco ID"; those of COCO's tests are left out.
+    A photo that is also in COCO gets image_id "coco ID"; COCO's test images are left out.
     """
     tested = {n for suite in test_photos().values() for n in suite}
     files = ("image_data.json", "region_descriptions.json")
@@ -1535,9 +1535,9 @@ CONVERTERS: dict[str, Callable[[argparse.Namespace], Iterator[Record]]] = {
 
 
 def source_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The lines of a manifest; it has a header where the types are not the default ones.
+    """The lines of a manifest, with a header if the types are not the default ones.
 
-    A DataError if the source cannot be read, is not of its kind, or names no images.
+    A DataError if the source cannot be read, has another format, or names no images.
     """
     try:
         for number, record in enumerate(CONVERTERS[args.command](args)):
@@ -1579,7 +1579,7 @@ def write_shards(
     """Write a manifest and its images as webdataset shards of `size` examples, and count them.
 
     The order is random; all captions of an image are in one shard, so that readers of other shards
-    never have it in the same batch. After an error nothing is left.
+    never have it in the same batch. After an error all shards are deleted.
     """
     if size < 1:
         raise DataError(f"--size {size}: must be 1 or more")
@@ -1620,22 +1620,22 @@ def write_shards(
 
 
 def _sample_parts(record: Record, images: Path) -> dict[str, bytes]:
-    """The members of a record's sample; types that are not the default ones are named in it."""
+    """The members of a record's sample; its json names the types if they are not the default."""
     path, types = images / str(record.image), tuple(record.negatives)
     kinds = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
     content, form = io.BytesIO(), open_image(path, use=lambda image: image.format)
     if form in kinds:
         content.write(path.read_bytes())
-    else:  # no other kind is looked for in a shard
+    else:  # shards may hold only these formats
         open_image(path).save(content, "PNG")
     row = record._asdict() | ({} if types == NEGATIVE_TYPES else {"types": types})
     return {kinds.get(form, "png"): content.getvalue(), "json": json.dumps(row).encode()}
 
 
 def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> None:
-    """Decode every image of a manifest and print what it holds, and what a model sees of it.
+    """Decode every image of a manifest; print counts, and negatives equal to their caption.
 
-    A DataError, after the print, if images are missing or broken; the first ten are named.
+    A DataError, after printing, if images are missing or broken; the first ten are named.
     """
     tokenizer, records = load_tokenizer(model), list(read_manifest(path, types))
     names = dict.fromkeys(str(record.image) for record in records)
@@ -1652,7 +1652,7 @@ def check(path: Path, images: Path, model: str, types: Sequence[str] = ()) -> No
     repeated = len(records) - len({(record.image, record.caption) for record in records})
     print(f"  {repeated} captions repeated for the same image")
     same = count_same_tokens(records, tokenizer)
-    print(f"  {same} negatives are their caption to {model} (cut at its context): not trained on")
+    print(f"  {same} negatives have their caption's tokens in {model} (cut at its context): unused")
     photos = {photo_number(str(record.image), record.image_id) for record in records}
     for line in find_overlap(np.array(sorted(photos))):
         print(f"  {line} among them")
@@ -1709,7 +1709,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.overwrite:
             raise DataError(f"--out {args.out}: exists; pass --overwrite or choose another name")
         if args.out.is_symlink() or not args.out.is_file():
-            raise DataError(f"--out {args.out}: is no regular file, so it is not replaced")
+            raise DataError(f"--out {args.out}: is not a regular file, so it is not replaced")
     if args.command == "shapes":
         rows = shapes_records(args.split, args.seed, args.images, args.limit)
     else:

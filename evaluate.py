@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Score checkpoints: does the model prefer the true caption, and what did that cost?
+"""Score checkpoints: does the model prefer the true caption, and did zero-shot or retrieval drop?
 
 Every suite is a list of items: images, and texts with the true ones first. Each distinct image and
-text is encoded once; an item's matrix of cosines decides it. Equal scores count as wrong.
+text is encoded once; an item is judged by its matrix of cosine similarities. Ties count as wrong.
 
   python evaluate.py --ckpt runs/ce-clip/latest.pt --suite shapes
   python evaluate.py --ckpt runs/coco/latest.pt --suite paper --root DIR --out results
@@ -17,15 +17,15 @@ A benchmark of your own is a .jsonl (or a .json list) of records such as
 
   {"images": "a.jpg", "texts": ["a dog", "a cat"], "subset": "nouns"}
 
-images: a path, or a list of them, relative to the file or to --root. texts: the true ones first,
-`true` of them (default 1). One image takes two or more texts, two or more images take one text or
-as many texts as images, in the same order. Optional: subset, id, tags (a list of strings) and crop
-([left, top, right, bottom] in pixels, of a single image). my_loader.py:load names a function of
---root (a Path or None) that yields such records.
+images: a path, or a list of paths, relative to the file or to --root. texts: the true ones first;
+`true` says how many are true (default 1). One image takes two or more texts, two or more images
+take one text or as many texts as images, in the same order. Optional: subset, id, tags (a list of
+strings) and crop ([left, top, right, bottom] in pixels, of a single image). my_loader.py:load names
+a function of --root (a Path or None) that yields such records.
 
-Chapters: options, models, suites, features, processes, verdicts, readers of texts, figures,
-comparison, command. Tables are rendered by scripts/make_tables.py, official suites are described
-in scripts/suites.json and read by scripts/suites.py.
+Chapters: options, models, suites, features, processes, verdicts, text-only baselines, figures,
+comparison, command. scripts/make_tables.py renders the tables; scripts/suites.json describes the
+official suites and scripts/suites.py reads them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ GROUPS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; nothing heavy is imported for it."""
+    """Read the command line, before any slow import."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description=__doc__,
@@ -120,14 +120,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--baseline",
         metavar="LABEL",
-        help="checkpoint that every other one is compared with by paired tests; it stands first "
-        "in the tables (default: the first --ckpt)",
+        help="checkpoint that all others are compared with by paired tests; it comes first in the "
+        "tables (default: the first --ckpt)",
     )
     add(
         "--list",
         action="store_true",
-        help="print each suite's files, size in GB, source, licence and what of it is in --root, "
-        "then stop",
+        help="print each suite's files, size in GB, source, licence and which files are in --root, "
+        "then exit",
     )
     add = parser.add_argument_group("models").add_argument
     add(
@@ -136,9 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="open_clip model name, or a model config (.json), for checkpoints that do not name "
         "their own (default: the checkpoint's)",
     )
-    add(
-        "--pretrained", metavar="TAG", help="open_clip tag of --model, to be used instead of --ckpt"
-    )
+    add("--pretrained", metavar="TAG", help="open_clip tag of --model, to use instead of --ckpt")
     add(
         "--activation",
         choices=("gelu", "quickgelu"),
@@ -147,35 +145,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     rules = parser.add_argument_group("rules")
     add = rules.add_argument
-    add("--allow-missing", action="store_true", help="score what is there, and print N of M items")
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="score the items whose files exist, and print N of M items",
+    )
     add(
         "--ties",
         choices=("wrong", "official"),
         default="wrong",
-        help="count equal scores as wrong, or decide them as the suite's own code does "
-        "(default: wrong)",
+        help="count ties as wrong, or break them as the suite's own code does (default: wrong)",
     )
     blind = rules.add_mutually_exclusive_group().add_argument
-    blind("--no-blind", action="store_true", help="leave out the n-gram reader of the texts alone")
+    blind("--no-blind", action="store_true", help="leave out the n-gram baseline (texts only)")
     blind(
         "--mlm",
         metavar="DIR",
-        help="folder of a masked language model (transformers) that answers from the texts alone "
-        "too (default: none)",
+        help="folder of a masked language model (transformers), a second text-only baseline "
+        "(default: none)",
     )
     add = parser.add_argument_group("output").add_argument
     add(
         "--published",
         action="store_true",
-        help="print the published figures of other models beside ours (results.md always has them)",
+        help="print published scores of other models beside ours (results.md always has them)",
     )
-    add("--overwrite", action="store_true", help="replace results and items that are in --out")
+    add("--overwrite", action="store_true", help="replace results and items already in --out")
     add(
         "--cache",
         type=Path,
         metavar="DIR",
-        help="folder that keeps the features of images and texts for the next run "
-        "(default: none kept)",
+        help="folder to store image and text features in for later runs (default: not stored)",
     )
     add = parser.add_argument_group("speed").add_argument
     add(
@@ -189,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="number format of the towers; scores are always float32 (default: fp32)",
+        help="precision of the towers; scores are always float32 (default: fp32)",
     )
     add(
         "--device",
@@ -210,7 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and wrong options are answered before torch is imported
 
-# Threads that wait sleep: spinning, they stall every step while another process runs.
+# Idle OpenMP threads sleep; busy-waiting slows every step while another process uses the CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -244,7 +244,7 @@ SHAPES_ITEMS = 500  # of each subset of the shapes suite
 EVAL_SEED = 0  # of the shapes suite, the shuffles and the bootstrap; the tests never change
 RESAMPLES = 2000
 RECALLS = (1, 5, 10)
-READERS = {"blind": "texts only", "masked": "texts only (masked)"}  # keys and heads of columns
+READERS = {"blind": "texts only", "masked": "texts only (masked)"}  # result keys, column titles
 BLIND_FOLDS = 5
 SHAPES_CONFIGS = {path.stem: path for path in sorted(SCRIPTS.glob("shapes-*.json"))}
 # Images; four times as many texts. A layer's output should stay in a CPU's cache.
@@ -256,7 +256,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Model(NamedTuple):
-    """A CLIP model, its tokenizer, and what is known of it (name, activation, recipe ...)."""
+    """A CLIP model, its tokenizer, and its metadata (name, activation, recipe ...)."""
 
     net: Any
     tokenizer: Callable[[list[str]], torch.Tensor]
@@ -275,13 +275,13 @@ def load_model(
     A checkpoint of train.py holds its model's config, activation and preprocessing, and loads
     without a network; any other file needs `name`. A folder holds open_clip_config.json with
     weights, or a CLIP or SigLIP of transformers. Position embeddings of a file are resized to the
-    model's image size and context, as open_clip does, and that is said.
+    model's image size and context, as open_clip does, with a message on stderr.
 
     Args:
         name: an open_clip model name, "hf-hub:ORG/REPO", "shapes-tiny", or a model config (.json).
-        pretrained: an open_clip tag, a path, or None for random weights (for the hub: its own).
-        activation: "gelu" or "quickgelu", to overrule the one that the weights were trained with.
-        device: where the model goes.
+        pretrained: an open_clip tag, a path, or None for random weights (hub: the repository's).
+        activation: "gelu" or "quickgelu", to override the one that the weights were trained with.
+        device: device to load the model on.
 
     Raises:
         DataError: unknown model or tag, or a file that does not hold these weights.
@@ -292,7 +292,7 @@ def load_model(
         if pretrained:
             raise DataError(
                 f"--model {name}: brings its own weights; leave {pretrained} out, "
-                f"or name the open_clip model that it is of"
+                f"or give the name of its open_clip model"
             )
         return _load_published(name, activation, device)
     if pretrained and os.path.isdir(pretrained):
@@ -334,7 +334,7 @@ def load_model(
 
 
 def _load_published(name: str, activation: str | None, device: str) -> Model:
-    """Load "hf-hub:ORG/REPO" or "local-dir:FOLDER", which bring config, weights and tokenizer."""
+    """Load "hf-hub:ORG/REPO" or "local-dir:FOLDER", with its config, weights and tokenizer."""
     import open_clip
 
     local = name.startswith("local-dir:")
@@ -353,7 +353,7 @@ def _load_published(name: str, activation: str | None, device: str) -> Model:
 
 
 def _load_folder(folder: Path, name: str | None, activation: str | None, device: str) -> Model:
-    """Load a local folder of open_clip or of transformers, which brings its own model."""
+    """Load a local folder of open_clip or of transformers, which names its own model."""
     if not (folder / "open_clip_config.json").is_file():
         return _load_transformers(folder, activation, device)
     if name:
@@ -368,20 +368,20 @@ def _load_folder(folder: Path, name: str | None, activation: str | None, device:
 def _agreed_name(name: str | None, held: str | None, path: str | None, config: Any) -> str:
     if not name and not held:
         hint = "the released CE-CLIP and NegCLIP are ViT-B-32-quickgelu"
-        raise DataError(f"--ckpt {path}: is not from train.py; name its --model ({hint})")
+        raise DataError(f"--ckpt {path}: was not written by train.py; pass --model ({hint})")
     if name and held not in (None, name):
         raise DataError(f"--model {name}: {path} holds a {held}; leave --model out")
     import open_clip
 
     if not name and not config and held not in (*open_clip.list_models(), *SHAPES_CONFIGS):
         raise DataError(
-            f"{path}: holds a {held!r:.80}, which open_clip does not know; name --model"
+            f"{path}: holds a {held!r:.80}, which open_clip does not know; pass --model"
         )
     return name or str(held)
 
 
 def _add_config(config: Any, name: str, path: str) -> str:
-    """Make a model config that a file brought known to open_clip, under a name of its own."""
+    """Register a model config from a file with open_clip, under a unique name."""
     parts = ("text_cfg", "vision_cfg")
     if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) for p in parts):
         raise DataError(f"{path}: holds no model config (embed_dim, text_cfg, vision_cfg)")
@@ -402,26 +402,27 @@ FOLDER_WEIGHTS = (".safetensors", ".bin", ".pth")  # of a folder of open_clip
 
 
 def _build(name: str, where: str, *, offline: bool, **options: Any) -> tuple[Any, Any]:
-    """Make open_clip's model and tokenizer; offline, no name in a config reaches the hub."""
+    """Make open_clip's model and tokenizer; `offline` keeps names in a config from the hub."""
     import open_clip
     from huggingface_hub import constants  # comes with open_clip
 
     before, quiet = constants.HF_HUB_OFFLINE, logging.root.manager.disable
     constants.HF_HUB_OFFLINE = before or offline
-    logging.disable(logging.WARNING)  # open_clip tells every step of loading
+    logging.disable(logging.WARNING)  # open_clip logs every step of loading
     try:
         net = open_clip.create_model(name, **options)
         if not options.get("pretrained") and hasattr(net, "text_decoder"):  # CoCa's
-            projection = net.text_decoder.text_projection  # open_clip leaves it as memory was
+            projection = net.text_decoder.text_projection  # open_clip leaves it uninitialised
             torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
         try:
             return net, open_clip.get_tokenizer(name)
         except Exception as error:  # a config may be wrong in any way
-            raise DataError(f"{where}: its tokenizer cannot be had ({error_line(error)})") from None
+            why = error_line(error)
+            raise DataError(f"{where}: its tokenizer cannot be loaded ({why})") from None
     except DataError:
         raise
     except Exception as error:  # a config may be wrong in any way
-        bare = "; a repository of bare checkpoints: download one, pass --ckpt FILE --model NAME"
+        bare = "; if it holds bare checkpoints, download one, pass --ckpt FILE --model NAME"
         hint = bare if name.startswith("hf-hub:") else ""
         raise DataError(
             f"{where}: cannot be built or fetched ({error_line(error)}){hint}"
@@ -454,7 +455,7 @@ def _fill(net: Any, state: dict[str, torch.Tensor], name: str, path: str) -> Non
 
 
 class _Transformers(torch.nn.Module):
-    """A CLIP or SigLIP of transformers with open_clip's names."""
+    """A CLIP or SigLIP of transformers with open_clip's method names."""
 
     def __init__(self, net: Any, preprocess: dict[str, Any]) -> None:
         super().__init__()
@@ -482,7 +483,7 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
         raise DataError(f"{folder}: needs transformers; pip install transformers") from None
-    # Without its files transformers makes an empty tokenizer, to which all captions are alike.
+    # Without its files transformers makes an empty tokenizer: all captions get the same tokens.
     files = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
     if not any((folder / file).is_file() for file in files):
         raise DataError(f"{folder}: holds no tokenizer ({', '.join(files)}); copy its files there")
@@ -515,7 +516,7 @@ def _load_transformers(folder: Path, activation: str | None, device: str) -> Mod
 
 
 def _pixels(config: dict[str, Any]) -> dict[str, Any]:
-    """Preprocessing of transformers in open_clip's words."""
+    """Convert the preprocessing config of transformers to open_clip's keys."""
     side = config.get("crop_size") if config.get("do_center_crop") else config["size"]
     if isinstance(side, dict):
         side = side.get("height") or side["shortest_edge"]
@@ -529,7 +530,7 @@ def _pixels(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Inert:
-    """Stands for whatever a checkpoint holds beside tensors; building it runs nothing."""
+    """Replaces every object in a checkpoint that is not a tensor; building it runs no code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -539,13 +540,13 @@ class _Inert:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read weights in open_clip's layout and our `kit` notes on them, running no code of the file.
+    """Read weights in open_clip's layout and our `kit` metadata, without running code of the file.
 
     Foreign training checkpoints often hold more than tensors (an argparse.Namespace, numpy
     numbers); each such object is replaced by an empty one.
 
     Raises:
-        DataError: the file is missing or torn, or its weights cannot be had without its code.
+        DataError: the file is missing or damaged, or reading its weights would run its code.
     """
     try:
         content = _read_tensors(Path(path))
@@ -553,7 +554,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
         raise DataError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # torch raises many kinds here
         noise = isinstance(error, (LookupError, UnicodeError, EOFError, AttributeError))
-        why = "it is torn, or no file of torch.save" if noise else error_line(error)
+        why = "it is damaged, or not a torch.save file" if noise else error_line(error)
         raise DataError(f"{path}: cannot be read as weights ({why}){_mend(error)}") from None
     content = content if isinstance(content, dict) else {}
     nested = (content.get(key) for key in ("state_dict", "model_state_dict", "model"))
@@ -561,8 +562,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     if not isinstance(state, dict) or not state:
         raise DataError(f"{path}: holds no state_dict of a model")
     if not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise DataError(f"{path}: holds no state_dict of a model, but other things too")
-    # What DistributedDataParallel, torch.compile and trainers put before every name.
+        raise DataError(f"{path}: holds no state_dict of a model: not all values are tensors")
+    # Prefixes that DistributedDataParallel, torch.compile and trainers add to every name.
     for prefix in 3 * ("module.", "_orig_mod.", "model."):
         if all(str(key).startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -577,7 +578,7 @@ def _read_tensors(path: Path) -> Any:
         return load_file(path)
     with path.open("rb") as file:
         start = file.read(2)
-    if start != b"PK" and start[:1] != b"\x80":  # a zip of today's torch, or a pickle of old
+    if start != b"PK" and start[:1] != b"\x80":  # zip (current torch) or pickle (old torch)
         raise EOFError
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -588,19 +589,19 @@ def _read_tensors(path: Path) -> Any:
 
 
 def _mend(error: Exception) -> str:
-    """What to do about a file that cannot be read without running its code."""
+    """Advice for a file that cannot be read without running its code."""
     if "TorchScript" in str(error):
-        return "; a TorchScript archive: name its open_clip tag, such as --pretrained openai"
+        return "; a TorchScript archive: pass its open_clip tag, such as --pretrained openai"
     if not isinstance(error, pickle.UnpicklingError):
         return ""
     return (
-        "; if you trust it, keep its tensors alone: torch.save(torch.load(PATH, "
+        "; if you trust it, save its tensors only: torch.save(torch.load(PATH, "
         "weights_only=False)['state_dict'], 'clean.pt')"
     )
 
 
 def error_line(error: Exception) -> str:
-    """The first line that says something, cut between words."""
+    """The first informative line of an error, at most 240 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else lines[0]
     if " " not in line:  # the key of a KeyError, or nothing
@@ -609,14 +610,14 @@ def error_line(error: Exception) -> str:
 
 
 def register(name: str | None) -> str:
-    """Make a model config file known to open_clip, and give the name it has there."""
+    """Register a model config file with open_clip; returns its name there."""
     path = SHAPES_CONFIGS.get(str(name), Path(str(name)))
     if path.suffix != ".json":
         return str(name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--model {name}: is no model config ({error_line(error)})") from None
+        raise DataError(f"--model {name}: is not a model config ({error_line(error)})") from None
     return _add_config(config, path.stem, f"--model {name}")
 
 
@@ -636,7 +637,7 @@ def _check_tag(name: str, tag: str, quick: bool, activation: str | None) -> None
 
 
 class Crop(NamedTuple):
-    """A image of which only the box (left, top, right, bottom) is looked at."""
+    """An image file and the box (left, top, right, bottom) in pixels that is cut out of it."""
 
     path: str
     box: tuple[int, int, int, int]
@@ -645,8 +646,8 @@ class Crop(NamedTuple):
 class TestItem(NamedTuple):
     """One item of a benchmark: which texts belong to which images?
 
-    path says where it stands for averages: (subset,), or (subset, part ...) where a subset's
-    figure is the mean of its parts. Without images the texts are compared with each other.
+    path groups items for averages: (subset,), or (subset, part ...) where a subset's figure is
+    the mean of its parts. Without images the texts are compared with each other.
     """
 
     path: tuple[str, ...]
@@ -654,8 +655,8 @@ class TestItem(NamedTuple):
     images: tuple[str | Crop, ...]  # files, or "shapes:INDEX"
     texts: tuple[str, ...]  # the true ones first
     true: int = 1
-    place: int = 0  # of the true option in the suite's own order; decides ties under "first"
-    tags: tuple[str, ...] = ()  # kinds of items that the suite tells apart
+    place: int = 0  # index of the true option in the suite's own order; breaks ties under "first"
+    tags: tuple[str, ...] = ()  # the suite's own categories of items
 
 
 class Retrieval(NamedTuple):
@@ -668,10 +669,10 @@ class Retrieval(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """Images, their labels, and for each class the prompts whose mean stands for it.
+    """Images, their labels, and for each class the prompts whose features are averaged.
 
-    With training images a linear probe is fitted on the same features. With `shown` an image
-    may show several classes, or none, and ranks are scored: by "map11" or "auc".
+    With training images a linear probe is fitted on the same features. With `shown` (several
+    classes in an image, or none) the metric is "map11" or "auc".
     """
 
     name: str
@@ -686,7 +687,7 @@ class Classes(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """What is scored: items, costs, how many items there should be, and remarks."""
+    """What is scored: items, costs, expected numbers of items, and notes."""
 
     name: str
     items: list[TestItem]
@@ -701,19 +702,19 @@ OWN |= {"expected": {}, "averages": {}}
 
 
 def suite_info(name: str) -> dict[str, Any]:
-    """What scripts/suites.json says of a suite; the same of every suite of the user's own."""
+    """The entry of scripts/suites.json for a suite; OWN for all user-defined suites."""
     return read_table("suites").get(name, OWN)
 
 
 def script(name: str) -> Any:
-    """A module of scripts/: make_tables, suites."""
+    """Import a module of scripts/: make_tables, suites."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     return importlib.import_module(name)
 
 
 def is_own(name: str) -> bool:
-    """Whether an entry of --suite names a file or a loader of the user's own."""
+    """Whether an entry of --suite is the user's own file or loader."""
     return ".py:" in name or name.endswith((".json", ".jsonl"))
 
 
@@ -725,10 +726,10 @@ def _test_scenes() -> Iterator[tuple[int, Scene]]:
 
 
 def load_shapes(source: Source) -> Loaded:
-    """Make the shapes suite: scenes whose combinations of colours and shapes training never had.
+    """Make the shapes suite: scenes whose combinations of colours and shapes are not in training.
 
     In the swap subsets both captions have the same words.  In the others a word is replaced by one
-    that the captions of other scenes use as often.
+    that is as frequent in the captions of other scenes.
     """
     for name, edit in EDITS.items():
         rng = random.Random(f"{EVAL_SEED}:{name}")
@@ -759,7 +760,7 @@ def _shapes_retrieval() -> Retrieval:
 
 
 def _shapes_classes() -> Iterator[Classes]:
-    """Scenes of one thing, to be named by its shape or by its colour alone."""
+    """Scenes of one thing, to be classified by shape, and by colour."""
     images, shapes, colours = [], [], []
     for index, scene in _test_scenes():
         if len(scene.things) == 1:
@@ -776,7 +777,7 @@ def _shapes_classes() -> Iterator[Classes]:
 
 
 def check_root(root: Path | None) -> None:
-    """Refuse a --root that is no folder, or may not be read."""
+    """Refuse a --root that is not a readable folder."""
     if root is None or (root.is_dir() and os.access(root, os.R_OK | os.X_OK)):
         return
     why = "cannot be read; ask for permission" if root.is_dir() else "no such folder"
@@ -784,7 +785,7 @@ def check_root(root: Path | None) -> None:
 
 
 def load_suite(given: str, root: Path | None, partial: bool) -> Suite:
-    """Read a suite, or a file of the user's own, and drop what has no image, if that is allowed.
+    """Read a suite, or a user's own file; with `partial` drop items whose images are missing.
 
     Raises:
         DataError: files, rows or images are missing and `partial` is False, or nothing is left.
@@ -805,7 +806,7 @@ def load_suite(given: str, root: Path | None, partial: bool) -> Suite:
         if isinstance(error, DataError):
             raise
         place = source.place or name
-        raise DataError(f"{place}: is not as the official files have it ({error!r})") from None
+        raise DataError(f"{place}: does not have the official format ({error!r})") from None
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     items = [x for x in loaded if isinstance(x, TestItem)]
@@ -818,7 +819,7 @@ def load_suite(given: str, root: Path | None, partial: bool) -> Suite:
         raise DataError(f"{name}: none of its files is below {root}; get them: {info['where']}")
     check_counts(items, costs, source)
     if not loaded:
-        raise DataError(f"{', '.join(source.read)}: no item counts; get them: {info['where']}")
+        raise DataError(f"{', '.join(source.read)}: has no usable items; get them: {info['where']}")
     items, kept = keep_found(items, costs, partial, info["where"])
     if name in ("zeroshot", "probe"):
         kind = "probe" if name == "probe" else "zero-shot"
@@ -827,7 +828,7 @@ def load_suite(given: str, root: Path | None, partial: bool) -> Suite:
         full = next(x for x in costs if x.name == cost.name)
         if len(cost.images) < len(full.images):
             few = f"{cost.name}: {len(cost.images)} of {len(full.images)} images are there"
-            easier = "; fewer to choose from, easier" if isinstance(cost, Retrieval) else ""
+            easier = "; fewer candidates, easier" if isinstance(cost, Retrieval) else ""
             source.notes.append(few + easier)
     return Suite(name, items, kept, source.expected, source.notes)
 
@@ -836,7 +837,7 @@ T = TypeVar("T", bound="TestItem | Retrieval | Classes")
 
 
 def _noted(loaded: T, source: Source) -> T:
-    """Note the file that an item came from, and refuse texts that are none."""
+    """Record the file that an item came from; refuse texts that are not strings."""
     if source.read:
         source.read[next(reversed(source.read))].update(row_sizes(loaded))
     texts = () if isinstance(loaded, Classes) else loaded.texts
@@ -844,14 +845,14 @@ def _noted(loaded: T, source: Source) -> T:
     if isinstance(loaded, TestItem) and source.read:
         where = f"{next(reversed(source.read))}: the row {loaded.id} of {loaded.path[0]}"
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where} has a text that is none; download it again")
+        raise DataError(f"{where} has a text that is not a string; download it again")
     if isinstance(loaded, TestItem) and len(loaded.images) < 2 and len(texts) <= loaded.true:
-        raise DataError(f"{where} leaves nothing to choose from; download it again")
+        raise DataError(f"{where} has no false text; download it again")
     return loaded
 
 
 def row_sizes(loaded: TestItem | Retrieval | Classes) -> dict[str, int]:
-    """How many of which row of the tables."""
+    """How many items this adds to each row of the tables."""
     if isinstance(loaded, TestItem):
         return {loaded.path[0]: 1}
     if isinstance(loaded, Classes):
@@ -861,7 +862,7 @@ def row_sizes(loaded: TestItem | Retrieval | Classes) -> dict[str, int]:
 
 
 def subset_names(suite: str, expected: Mapping[str, int]) -> list[str]:
-    """All subsets that a suite has, there or not."""
+    """All subsets of a suite, those without files included."""
     named = {leaf for tree in suite_info(suite)["averages"].values() for leaf in leaves(tree)}
     return list(dict.fromkeys([*expected, *sorted(named)]))
 
@@ -869,12 +870,13 @@ def subset_names(suite: str, expected: Mapping[str, int]) -> list[str]:
 def check_counts(
     items: Sequence[TestItem], costs: Sequence[Retrieval | Classes], source: Source
 ) -> None:
-    """Hold the rows that were read against those that the official files have.
+    """Compare the number of rows read with the number in the official files.
 
-    More are a later list, a note; so are a few less where `expected` is only about right.
+    More rows (a later version of the list) only give a note, and so do slightly fewer rows where
+    `expected` is approximate ("about" in suites.json).
 
     Raises:
-        DataError: a subset has no row, or too few, and some may not be missing.
+        DataError: a subset has no rows, or too few, and the source is not `partial`.
     """
     found = sum((Counter(row_sizes(x)) for x in (*items, *costs)), Counter[str]())
     info = suite_info(source.suite)
@@ -892,7 +894,7 @@ def check_counts(
             files = [path for path, gave in source.read.items() if name in gave]
             files = files or [path for path, gave in source.read.items() if not gave]
             raise DataError(
-                f"{', '.join(files or source.read)}: {few} are there; get the whole of it: "
+                f"{', '.join(files or source.read)}: {few} are there; get the complete file: "
                 f"{info['where']}, or pass --allow-missing to score the rest"
             )
 
@@ -900,10 +902,10 @@ def check_counts(
 def keep_found(
     items: list[TestItem], costs: list[Retrieval | Classes], partial: bool, where: str
 ) -> tuple[list[TestItem], list[Retrieval | Classes]]:
-    """Drop items, and images of the costs, whose files are missing, if that is allowed.
+    """With `partial` drop items, and images of the costs, whose files are missing.
 
     Raises:
-        DataError: images are missing and `partial` is False, or none is there.
+        DataError: images are missing and `partial` is False, or all are missing.
     """
     wanted = [image for item in items for image in item.images]
     wanted += [image for cost in costs for image in cost.images]
@@ -947,15 +949,15 @@ class Features(NamedTuple):
     row_of: dict[Any, int]
 
     def of(self, names: Iterable[Any]) -> np.ndarray:
-        """Rows of these, in their order."""
+        """Rows of these images or texts, in their order."""
         return self.rows[[self.row_of[name] for name in names]]
 
 
 class Encoder:
     """Encodes each distinct image (with its crop) and each distinct row of tokens once.
 
-    Batches are dealt out to the ranks of torchrun, so that every feature is computed in the same
-    batch, and comes out the same, whatever the number of ranks. With --cache features are kept on
+    Whole batches are distributed over the ranks of torchrun: every feature is computed in the same
+    batch, hence with the same result, for any number of ranks. With --cache features are stored on
     disk under the hash of the content and of the model.
     """
 
@@ -1000,7 +1002,7 @@ class Encoder:
     def texts(self, texts: Iterable[str]) -> Features:
         """Encode texts, packed several to a row, cut at the context length.
 
-        They go in the order of their tokens, so that those with one beginning share a batch.
+        They are sorted by tokens, so that texts with a common prefix are in one batch.
         """
         texts = list(dict.fromkeys(texts))
         new = [text for text in texts if text not in self.tokens]
@@ -1020,7 +1022,7 @@ class Encoder:
         size: int,
         encode: Callable[[list[list[Any]]], list[torch.Tensor]],
     ) -> Features:
-        """Encode what is not known yet, on all ranks, and gather it in the order of `names`."""
+        """Encode what is not cached yet, on all ranks; returns features in the order of `names`."""
         fresh = {key: name for key, name in zip(keys, names, strict=True) if key not in self.known}
         todo = list(fresh)
         batches = [todo[start : start + size] for start in range(0, len(todo), size)]
@@ -1044,7 +1046,7 @@ class Encoder:
         loader = torch.utils.data.DataLoader(images, self.batch, num_workers=self.workers)
         try:
             return [self._unit(lambda x: encode_image(self.model.net, x), x) for x in loader]
-        except DataError as error:  # a worker's error brings its traceback along
+        except DataError as error:  # a worker's error includes its traceback
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 
     @torch.no_grad()
@@ -1058,9 +1060,11 @@ class Encoder:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = encode(batch.to(self.device))
         features = F.normalize(features.float(), dim=-1).cpu()
-        if not features.isfinite().all():  # every comparison with NaN is false: a rank of 0
+        if not features.isfinite().all():  # comparisons with NaN are false: every rank would be 0
             model = self.model.about.get("model")
-            raise DataError(f"{model}: features are not finite; its weights are damaged, or fp16")
+            raise DataError(
+                f"{model}: features are not finite; its weights are damaged, or fp16 overflows"
+            )
         return features
 
     def _read_cache(self) -> None:
@@ -1068,15 +1072,15 @@ class Encoder:
             try:
                 kept = torch.load(file, weights_only=True)
                 rows = kept["rows"]
-                unit = (rows.norm(dim=1) - 1).abs().max() < 1e-3  # false of NaN too
+                unit = (rows.norm(dim=1) - 1).abs().max() < 1e-3  # False for NaN too
                 if rows.dtype != torch.float32 or rows.shape[1] != self.dim or not unit:
-                    raise ValueError("these are no features of the model")
+                    raise ValueError("these are not features of the model")
                 self.known.update(dict(zip(kept["keys"], rows, strict=True)))
             except Exception:  # torch raises many kinds here
                 if self.rank == 0:
-                    print(f"evaluate.py: --cache {file}: is torn, made again", file=sys.stderr)
+                    print(f"evaluate.py: --cache {file}: is damaged; recomputed", file=sys.stderr)
                     file.unlink(missing_ok=True)
-        if self.ranks > 1:  # a file may have come or gone between two ranks' looks
+        if self.ranks > 1:  # a file may have appeared or vanished between two ranks' reads
             keys: list[Any] = [None] * self.ranks
             dist.all_gather_object(keys, set(self.known))
             common = set.intersection(*keys)
@@ -1089,7 +1093,7 @@ class Encoder:
             partial = file.with_suffix(f".{os.getpid()}.partial")
             torch.save({"keys": keys, "rows": torch.stack([self.known[k] for k in keys])}, partial)
             os.replace(partial, file)
-        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk as the latter
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise DataError(f"--cache {folder}: cannot be written ({error_line(error)})") from None
 
 
@@ -1107,7 +1111,7 @@ class _Images(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def load_image(name: str | Crop, width: int) -> Image.Image:
-    """Open a file as RGB, cut out its box, take one of torchvision, or draw a test scene."""
+    """Open a file as RGB (cropped to its box), take a torchvision image, or draw a test scene."""
     if isinstance(name, Crop):
         left, top, right, bottom = name.box
         if right <= left or bottom <= top:
@@ -1119,7 +1123,7 @@ def load_image(name: str | Crop, width: int) -> Image.Image:
         _, kind, split, index, root = name.split(":", 4)
         data = script("suites").torchvision_set(kind, split, root)
         return data[int(index)][0].convert("RGB")
-    if name.endswith(".npy"):  # frames of EqBen, blue first
+    if name.endswith(".npy"):  # frames of EqBen, BGR
         try:
             frame = np.load(name, allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -1129,12 +1133,12 @@ def load_image(name: str | Crop, width: int) -> Image.Image:
 
 
 def is_file(name: str) -> bool:
-    """Tell files from images that are drawn, or held by torchvision."""
+    """Whether an image is a file, and not drawn or taken from torchvision."""
     return not name.startswith(("shapes:", "torchvision:"))
 
 
 def hash_image(name: str | Crop) -> str:
-    """Hash an image's file and box; what is no file is told apart by its name."""
+    """Hash an image's file and box; the key of an image that is not a file is its name."""
     path, box = (name.path, name.box) if isinstance(name, Crop) else (name, "")
     if not is_file(path):
         return f"image {name}"
@@ -1160,7 +1164,7 @@ def hash_model(model: Model) -> str:
 
 
 class Rank(NamedTuple):
-    """This process among all, and its device."""
+    """Rank of this process, number of ranks, and device."""
 
     number: int
     world: int
@@ -1168,11 +1172,11 @@ class Rank(NamedTuple):
 
 
 def start_process(device: str) -> Rank:
-    """Join the others where torchrun or srun started several, and choose this one's device.
+    """Join the process group if torchrun or srun started several ranks, and choose the device.
 
     Raises:
-        DataError: the launcher's variables do not fit, the others do not come within
-            $JOIN_SECONDS (30), or one of them has no such device.
+        DataError: the launcher's variables are inconsistent, the other ranks do not connect within
+            $JOIN_SECONDS (30), or a rank lacks the device.
     """
     number, world, local = launcher()
     if world > 1:
@@ -1184,26 +1188,26 @@ def start_process(device: str) -> Rank:
         wait = timedelta(seconds=seconds)
         try:
             store, *_ = next(dist.rendezvous("env://", number, world, timeout=wait))
-            # Objects and CPU tensors go by gloo; NCCL joins where there are GPUs.
+            # Objects and CPU tensors use gloo; CUDA tensors use NCCL.
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(kinds, store=store, rank=number, world_size=world)
         except (RuntimeError, ValueError, OSError):
             raise DataError(
-                f"rank {number} of {world}: the others did not come to {place} within {seconds:g} "
+                f"rank {number} of {world}: the others did not reach {place} within {seconds:g} "
                 "s; start all of them with torchrun or srun (JOIN_SECONDS=300 waits longer)"
             ) from None
     kind = together(lambda: pick_device(device))
     if kind == "cpu":
         return Rank(number, world, torch.device(kind))
     gpus = torch.cuda.device_count()
-    if 1 < gpus <= local:  # with one, srun shows each task its own
+    if 1 < gpus <= local:  # one GPU: srun may make only its own visible to each task
         raise DataError(f"--device cuda: local rank {local}, but this machine has {gpus} GPUs")
     torch.cuda.set_device(local if gpus > 1 else 0)
     return Rank(number, world, torch.device("cuda", torch.cuda.current_device()))
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    """Rank of this process and how many there are."""
+    """Rank of this process and number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -1211,10 +1215,10 @@ Made = TypeVar("Made")
 
 
 def together(work: Callable[[], Made]) -> Made:
-    """Do this rank's work; what the user must mend on one rank is raised on all of them.
+    """Do this rank's work; re-raise any rank's DataError on every rank.
 
     Raises:
-        DataError: that of the first rank that has one.
+        DataError: the one of the lowest rank that failed.
     """
     faults: list[str | None] = [None] * rank_and_ranks()[1]
     made: list[Made] = []
@@ -1236,13 +1240,13 @@ def together(work: Callable[[], Made]) -> Made:
 def cosines(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """Cosines [n, m] of unit rows [n, D] and [m, D]; equal rows give equal cosines.
 
-    A matrix product may sum two equal columns in different orders, which would break ties.
+    A matrix product may sum equal columns in different orders, so that ties would be missed.
     """
     return (one[:, None, :] * two[None, :, :]).sum(-1, dtype=np.float32)
 
 
 def judge(scores: np.ndarray, true: int, place: int | None = None) -> tuple[dict[str, bool], bool]:
-    """Decide an item from its cosines [images, texts]; the matrix's shape picks the rule.
+    """Judge an item by its cosines [images, texts]; the rule depends on the matrix's shape.
 
     One image: every true text above every false one.  One text: the first image above the
     others.  Square: `text` if each image prefers its text, `image` if each text prefers its
@@ -1251,11 +1255,11 @@ def judge(scores: np.ndarray, true: int, place: int | None = None) -> tuple[dict
     Args:
         scores: cosines, float32.
         true: how many of the texts are true.
-        place: None, where a tie is wrong; else where the true option stands in the suite's own
-            order, whose first maximum is taken (argmax), so that a tie with a later one is right.
+        place: None if a tie is wrong; else the index of the true option in the suite's own order,
+            which takes the first maximum (argmax): a tie with a later option is right.
 
     Returns:
-        verdicts by name ("correct", or "text", "image" and "group"), and whether a tie decided.
+        verdicts by name ("correct", or "text", "image" and "group"), and whether there was a tie.
     """
     rows, columns = scores.shape
     if rows == 1 or columns == 1:
@@ -1283,7 +1287,7 @@ def judge_texts(scores: np.ndarray) -> tuple[dict[str, bool], bool]:
 
 
 def judge_directions(scores: np.ndarray) -> dict[str, bool]:
-    """BiVLC's single directions [2, 2]: what each image, and each caption, prefers alone.
+    """BiVLC's single directions [2, 2]: is each image, and each caption, matched correctly?
 
     The first image and caption are the positive ones (Miranda et al., 2024).
     """
@@ -1292,17 +1296,20 @@ def judge_directions(scores: np.ndarray) -> dict[str, bool]:
 
 
 def judge_edits(scores: np.ndarray) -> dict[str, bool]:
-    """Caption, meaning-preserving edit and negative [1, 3]: does the caption win, and only one?"""
+    """Caption, meaning-preserving edit and negative [1, 3].
+
+    "original": the caption beats the negative. "brittle": exactly one of caption and edit does.
+    """
     original, edit = (bool(scores[0, i] > scores[0, 2]) for i in (0, 1))
     return {"original": original, "brittle": original != edit}
 
 
-# For each row of a table: verdicts by part; the figure is the mean over parts, and over their parts
+# For each row of a table: verdicts by part; the figure is the mean over (nested) parts
 Tally = dict[str, dict[tuple[str, ...], list[bool]]]
 
 
 class Figure(NamedTuple):
-    """A share, its bootstrap, the items behind it, and how many of equal weight tell as much."""
+    """A proportion, its bootstrap samples, its number of items, and the effective sample size."""
 
     value: float
     draws: np.ndarray
@@ -1311,7 +1318,7 @@ class Figure(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Verdicts of items and of costs, ties by row, one record for each item, and rankings."""
+    """Verdicts of items and of costs, ties by row, a record of each item, and ranking metrics."""
 
     subsets: Tally
     costs: Tally
@@ -1321,7 +1328,7 @@ class Scored(NamedTuple):
 
 
 def score_suite(suite: Suite, encoder: Encoder, ties: str = "wrong") -> Scored:
-    """Score all items and costs of a suite, with ties wrong or by its "official" rule."""
+    """Score all items and costs of a suite; ties are "wrong", or follow the "official" rule."""
     images = encoder.images(image for item in suite.items for image in item.images)
     texts = encoder.texts(text for item in suite.items for text in item.texts)
     first = ties == "official" and suite_info(suite.name).get("ties") == "first"
@@ -1374,7 +1381,7 @@ def _cost(
     if isinstance(cost, Retrieval):
         texts = encoder.texts(cost.texts)
         row_of = torch.tensor([texts.row_of[text] for text in cost.texts])
-        # Equal texts must have equal scores: multiply each once.
+        # Equal texts must have equal scores, so each distinct text is multiplied once.
         scores = (images @ torch.from_numpy(texts.rows).T)[:, row_of]
         ranks = retrieval_ranks(scores, torch.tensor(cost.image_of), first)
         for way, (rank, tied) in zip(("image to text", "text to image"), ranks, strict=True):
@@ -1395,10 +1402,10 @@ def _cost(
 
 
 def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
-    """Mean average precision or area under the curve, as ELEVATER takes them; and ties.
+    """Mean average precision or area under the ROC curve, as ELEVATER defines them; and ties.
 
-    The scores are the softmax over classes of 100 cosines; images are resampled for the
-    interval. A tie is an image that shows a class and scores as much as one that does not.
+    The scores are the softmax over classes of 100 times the cosines; images are resampled for the
+    interval. A tie is an image that shows a class and scores the same as one that does not.
     """
     images = torch.from_numpy(encoder.images(cost.images).of(cost.images))
     scores = (100 * images @ class_vectors(cost.prompts, encoder).T).softmax(1).numpy()
@@ -1415,7 +1422,9 @@ def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
             ends = np.flatnonzero(np.append(line[1:] != line[:-1], True))  # of equal scores
             lines.append((order, true[order, c], ends))
     if not lines:
-        raise DataError(f"{cost.name}: no class has images that show it and others; get the rest")
+        raise DataError(
+            f"{cost.name}: no class has both positive and negative images; get the missing images"
+        )
 
     def figure(weights: np.ndarray) -> float:
         values = [
@@ -1433,14 +1442,14 @@ def rank_classes(cost: Classes, encoder: Encoder) -> tuple[Figure, int]:
 
 
 def average_precision_11(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
-    """11-point interpolated average precision: the mean over recalls of the best precision there.
+    """11-point interpolated average precision: mean best precision at recall >= 0, 0.1, .., 1.
 
     At recall 0 it is 1 by the toolkit's definition: the curve starts with precision 1.
 
     Args:
-        hits: weight of each image that shows the class, best first, 0 for the others [N].
+        hits: weight of each image that shows the class, best score first, 0 for the others [N].
         weights: weight of each image [N]; all 1 without resampling.
-        ends: where runs of equal scores end, of which only the end is a threshold.
+        ends: indices at which runs of equal scores end; only these are thresholds.
 
     Source: vision_evaluation's MeanAveragePrecisionNPointsEvaluator(11).
     """
@@ -1454,7 +1463,10 @@ def average_precision_11(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray
 
 
 def area_under_curve(hits: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> float:
-    """Area under the ROC curve: the share of pairs in order, equal scores half; as above."""
+    """Area under the ROC curve: fraction of pairs in order, ties count half.
+
+    Arguments as in `average_precision_11`.
+    """
     true = np.append(0, np.cumsum(hits)[ends])
     false = np.append(0, np.cumsum(weights - hits)[ends])
     pairs = float(true[-1]) * float(false[-1])
@@ -1470,7 +1482,7 @@ def class_vectors(prompts: list[list[str]], encoder: Encoder) -> torch.Tensor:
 
 
 def top_class(logits: torch.Tensor, labels: torch.Tensor, first: bool) -> tuple[torch.Tensor, int]:
-    """Which rows [N, C] have their label on top, and how many ties; "first" is argmax."""
+    """Which rows [N, C] have their label on top, and the number of ties; `first` takes argmax."""
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
     if first:
@@ -1481,14 +1493,15 @@ def top_class(logits: torch.Tensor, labels: torch.Tensor, first: bool) -> tuple[
 def retrieval_ranks(
     scores: torch.Tensor, image_of: torch.Tensor, first: bool
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Ranks (0 is best) of each image's best own text, and of each text's image.
+    """Ranks (0 is best) of each image's best own text, and of each text's image; and ties.
 
-    Equal scores of wrong ones count as before; with `first` only those of a lower index do.
+    A wrong candidate with an equal score ranks before the true one; with `first` only if its
+    index is lower.
 
     Args:
         scores: cosines [N, M] of images and texts.
         image_of: [M] index of each text's image.
-        first: sort as a stable descending sort does.
+        first: rank as a stable descending sort does.
     """
     wrong = image_of[None, :] != torch.arange(len(scores))[:, None]
     best, place = scores.masked_fill(wrong, -2).max(1, keepdim=True)
@@ -1511,12 +1524,12 @@ PROBE_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 def fit_probe(x: torch.Tensor, y: torch.Tensor, classes: int) -> Callable[..., torch.Tensor]:
     """A linear probe: multinomial logistic regression by L-BFGS on unit-length features.
 
-    The weight decay is chosen on a random tenth of the training images, then all are used.
+    The weight decay is chosen on a random tenth of the training images; the final fit uses all.
 
     Args:
         x: features [N, D], unit length.
         y: labels [N].
-        classes: how many there are.
+        classes: number of classes.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(EVAL_SEED))
     held, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
@@ -1548,16 +1561,16 @@ def fit_logistic(
     return lambda features: (scale * features @ weight.T + bias).detach()
 
 
-# Readers of texts alone
+# Text-only baselines
 
 
 def read_blind(
     items: Sequence[TestItem], score: Callable[..., list[list[float]]]
 ) -> dict[str, float]:
-    """How many items a reader of the texts alone gets right, per cent, by subset.
+    """Accuracy of a text-only baseline in per cent, by subset.
 
-    score gives every text of each item a number, without its image. At chance the texts give
-    nothing away; far above it the suite can be solved without its images.
+    `score` gives a number for every text of each item, without its image. Accuracy at chance means
+    that the texts alone do not reveal the true one; far above chance, images are not needed.
     """
     subsets = defaultdict(list)
     for item in items:
@@ -1573,11 +1586,11 @@ def read_blind(
 
 
 def score_ngrams(items: Sequence[TestItem]) -> list[list[float]]:
-    """Score texts by their words, pairs and triples of words, as learned from other images.
+    """Score texts by logistic regression on 1-, 2- and 3-grams, fitted on other images.
 
-    The score is w x, x the counts in a text. For each of BLIND_FOLDS folds of images w lowers
-    sum(log(1 + exp(-w (true - false)))) + |w|^2 over the pairs of the other folds, by 50 steps of
-    Adagrad. Texts with the same counts get the same score.
+    The score is w x, x the counts in a text. For each of BLIND_FOLDS folds of images, 50 steps of
+    Adagrad minimise sum(log(1 + exp(-w (true - false)))) + |w|^2 over the pairs of the other folds.
+    Texts with the same counts get the same score.
     """
     number: dict[str, int] = {}
     texts = [[_grams(text, number) for text in item.texts] for item in items]
@@ -1613,7 +1626,7 @@ def _grams(text: str, number: dict[str, int]) -> list[int]:
 
 
 def score_masked(items: Sequence[TestItem], model: MaskedModel) -> list[list[float]]:
-    """Score texts by how likely a masked language model finds them."""
+    """Score texts by their pseudo-likelihood under a masked language model."""
     scores = iter(model.score([text for item in items for text in item.texts]))
     return [[next(scores) for _ in item.texts] for item in items]
 
@@ -1624,7 +1637,7 @@ Value = TypeVar("Value", float, np.ndarray)
 
 
 def mean_of(parts: dict[tuple[str, ...], Value]) -> Value:
-    """The mean over parts, each the mean over its own parts."""
+    """The mean over parts; a part with parts of its own is their mean."""
     if () in parts:
         return parts[()]
     groups: dict[str, dict[tuple[str, ...], Value]] = defaultdict(dict)
@@ -1660,7 +1673,7 @@ def average(tree: Any, values: dict[str, Value], counts: dict[str, int]) -> Valu
 def named_averages(suite: str, rows: Iterable[str]) -> dict[str, Any]:
     """The averages that the literature uses for a suite, as trees over its rows.
 
-    Verdicts of pairs (text, image, group) are averaged each for itself.
+    Each verdict of pairs (text, image, group) is averaged separately.
     """
     rows = list(rows)
     named: dict[str, Any] = {}
@@ -1701,9 +1714,9 @@ def leaves(tree: Any) -> set[str]:
 
 
 def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> np.ndarray:
-    """Bootstrap over items: RESAMPLES figures of a row, parts resampled each for itself.
+    """Bootstrap over items: RESAMPLES figures of a row, each part resampled separately.
 
-    Drawing n items with replacement draws a binomial number of the correct ones.
+    Of n items drawn with replacement, the number of correct ones is binomial.
     """
     rng = np.random.default_rng([EVAL_SEED, zlib.crc32(f"{suite} {row}".encode())])
     return mean_of(
@@ -1712,17 +1725,17 @@ def resample(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> 
 
 
 def effective(weights: np.ndarray, counts: Sequence[float]) -> float:
-    """How many items of equal weight tell as much: 1 / sum(weight^2) (Kish, Survey Sampling, 1965).
+    """Effective sample size 1 / sum(weight^2) (Kish, Survey Sampling, 1965).
 
     Args:
-        weights: of each part or row in the figure; they sum to 1.
-        counts: (effective) number of items of each, which share its weight.
+        weights: weight of each part or row in the figure; they sum to 1.
+        counts: (effective) number of items of each part, which share its weight.
     """
     return 1 / float((np.square(weights) / counts).sum())
 
 
 def wilson(value: float, n: float) -> tuple[float, float]:
-    """95 % score interval of a share of n items (Wilson, 1927, J. Am. Stat. Assoc. 22, 209-212)."""
+    """95 % score interval of a proportion (Wilson, 1927, J. Am. Stat. Assoc. 22, 209-212)."""
     z = 1.959964
     middle = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
@@ -1730,10 +1743,10 @@ def wilson(value: float, n: float) -> tuple[float, float]:
 
 
 def cell_of(value: float, draws: np.ndarray, n: float, scored: int) -> dict[str, Any]:
-    """A figure and its 95 % interval, in per cent: the middle of the bootstrap's draws.
+    """A figure and its 95 % percentile bootstrap interval, in per cent.
 
-    Where all draws are the same (every verdict of a part agrees, as with a single item) they say
-    nothing; Wilson's interval of `n` items, the effective number, stands in.
+    Where all bootstrap samples are equal (every verdict of a part agrees, as with a single item)
+    it is Wilson's interval for the effective sample size `n`.
     """
     low, high = np.percentile(draws, [2.5, 97.5])
     if draws.min() == draws.max():
@@ -1745,7 +1758,7 @@ def cell_of(value: float, draws: np.ndarray, n: float, scored: int) -> dict[str,
 def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
     """Accuracies in per cent with 95 % intervals, N scored of N expected, ties.
 
-    A row of which nothing was scored, and an average that needs one, has None for its figures.
+    A row with no scored items, and an average that needs one, has None for its figures.
     """
     tables: dict[str, Any] = {"subsets": {}, "averages": {}, "costs": {}}
     absent = absent_rows(suite, scored)
@@ -1771,7 +1784,7 @@ def summarise(suite: Suite, scored: Scored) -> dict[str, Any]:
 
 
 def figure_of(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) -> Figure:
-    """The figure of a row: the mean over its parts, and over theirs."""
+    """The figure of a row: the mean over its (nested) parts."""
     value = mean_of({key: float(np.mean(x)) for key, x in parts.items()})
     counts = [len(x) for x in parts.values()]
     shares = mean_of(dict(zip(parts, np.eye(len(parts)), strict=True)))
@@ -1779,7 +1792,7 @@ def figure_of(suite: str, row: str, parts: dict[tuple[str, ...], list[bool]]) ->
 
 
 def _average_cell(tree: Any, figures: dict[str, Figure]) -> dict[str, Any]:
-    """The cell of an average, without a figure where it needs a row that has none."""
+    """The cell of an average; NOTHING if a row that it needs has no figure."""
     counts = {row: figure.items for row, figure in figures.items()}
     value = average(tree, {row: figure.value for row, figure in figures.items()}, counts)
     draws = average(tree, {row: figure.draws for row, figure in figures.items()}, counts)
@@ -1791,7 +1804,7 @@ def _average_cell(tree: Any, figures: dict[str, Figure]) -> dict[str, Any]:
 
 
 def tag_table(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of the items that carry a tag: how many, and the share of each verdict, per cent."""
+    """For each tag: number of items, and the percentage of each verdict."""
     groups = defaultdict(list)
     for record in records:
         for tag in record.get("tags", ()):
@@ -1809,21 +1822,21 @@ NOTHING: dict[str, Any] = {"accuracy": None, "low": None, "high": None}
 
 
 def counted_row(row: str, part: str) -> str:
-    """What counts the items of a row: verdicts and recalls share theirs."""
+    """The name under which a row's items are counted: without its verdict or recall."""
     if part == "costs":
         return re.sub(r" R@\d+$", "", row)
     return row.rsplit(" ", 1)[0] if verdict_of(row) else row
 
 
 def total_cell(cells: Sequence[dict[str, Any]]) -> dict[str, int | None]:
-    """Items scored and expected of several cells, None where a number is not known."""
+    """Sum of items scored and expected over cells; None if a number is not known."""
     expected = [cell["expected"] for cell in cells]
     known = None if None in expected else sum(expected)
     return {"scored": sum(cell["scored"] for cell in cells), "expected": known}
 
 
 def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
-    """Rows of subsets, and of retrieval, that should be there and of which nothing was scored."""
+    """Expected rows of subsets, and of retrieval, with no scored items."""
     absent: dict[str, list[str]] = {"subsets": [], "costs": []}
     part, ends = "subsets", list(dict.fromkeys(verdict_of(row) for row in scored.subsets))
     if suite.name == "retrieval":
@@ -1835,7 +1848,7 @@ def absent_rows(suite: Suite, scored: Scored) -> dict[str, list[str]]:
 
 
 def _mean_of_sets(rows: Iterable[str]) -> dict[str, list[str]]:
-    """The mean over all classification sets that were scored, and over recalls at 1."""
+    """Means over all classification sets that were scored, and over all recalls at 1."""
     named = {}
     for kind in ("zero-shot", "probe", "image to text R@1", "text to image R@1"):
         found = [row for row in rows if row.startswith(kind) or row.endswith(kind)]
@@ -1850,10 +1863,11 @@ def _mean_of_sets(rows: Iterable[str]) -> dict[str, list[str]]:
 def compare(suite: str, ours: Scored, theirs: Scored) -> dict[str, dict[str, Any]]:
     """Paired test of two models on the same items, by row.
 
-    The difference of the figures with its 95 % interval (bootstrap over items, both models on the
-    same draw), how many items only one of them gets right, and the exact McNemar test: the
-    probability of a split at least as uneven if each of those items fell to either by a fair coin.
-    Where all draws agree (a single item, or the same verdicts) low and high are None.
+    The difference of the figures with its 95 % interval (bootstrap over items, with the same sample
+    for both models), the number of items that only one of them gets right, and the exact McNemar
+    test: the probability of a split at least as uneven if either model were equally likely to get
+    each of those items right. If all bootstrap samples agree (a single item, or the same verdicts),
+    low and high are None.
     """
     table: dict[str, dict[str, Any]] = {}
     both = {**theirs.subsets, **theirs.costs}
@@ -1897,7 +1911,7 @@ Build = Callable[[], Model]
 
 
 def check_models(models: Mapping[str, Build]) -> dict[str, Build]:
-    """Build every model before any is scored; the first one stays, the others are let go."""
+    """Build every model before any is scored; only the first one is kept in memory."""
     label, *later = models
     for name in later:
         models[name]()
@@ -1908,9 +1922,9 @@ def check_models(models: Mapping[str, Build]) -> dict[str, Build]:
 def evaluate(
     models: Mapping[str, Build], suites: dict[str, Suite], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Score every model on every suite; write items below --out, if given, as they are done.
+    """Score every model on every suite; write each suite's items below --out, if given.
 
-    Models are built one after the other. Those after the first are compared with the first.
+    Models are built one after the other; each later one is compared with the first.
     """
     results: dict[str, Any] = {}
     before: dict[str, Scored] = {}
@@ -1927,7 +1941,7 @@ def evaluate(
     if writes:
         shutil.rmtree(args.out / ITEMS, ignore_errors=True)
     for label, build in models.items():
-        encoder = None  # let the last model go first
+        encoder = None  # free the last model first
         encoder = Encoder(build(), args)
         made = {"python": platform.python_version(), "torch": torch.__version__}
         made |= {"open_clip": version("open_clip_torch"), "precision": args.precision}
@@ -1955,7 +1969,7 @@ def evaluate(
 
 
 def discard(out: Path | None) -> None:
-    """Leave nothing of a run that failed: its items, and the folder if nothing else is in it."""
+    """Delete the items of a run that failed, and the folder if nothing else is in it."""
     if out and rank_and_ranks()[0] == 0:
         shutil.rmtree(out / ITEMS, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -1978,7 +1992,7 @@ def write_items(folder: Path | None, suite: str, scored: Scored) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put a folder, or nothing if there is none, in the place of another."""
+    """Replace the folder `old` by `new`; without `new`, delete it."""
     gone = old.with_name(f"{old.name}.old")
     shutil.rmtree(gone, ignore_errors=True)
     if old.exists():
@@ -2002,7 +2016,7 @@ def pick_device(device: str) -> str:
 
 
 def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | None]]:
-    """Labels with model name and weights; a label defaults to the name of the run."""
+    """Model name and weights by label; a label defaults to the name of the run."""
     if args.pretrained:
         if "/" in args.pretrained and not os.path.exists(args.pretrained):
             raise DataError(f"--pretrained {args.pretrained}: no such checkpoint; check the path")
@@ -2027,13 +2041,13 @@ def name_models(args: argparse.Namespace) -> dict[str, tuple[str | None, str | N
             raise DataError(f"--ckpt {what}: no such checkpoint; check the path")
         label = _plain_label(label or short, f"--ckpt {given}")
         if label in named:
-            raise DataError(f"--ckpt {given}: the label {label} is taken; write --ckpt LABEL=PATH")
+            raise DataError(f"--ckpt {given}: label {label} is used twice; write --ckpt LABEL=PATH")
         named[label] = pair
     return named
 
 
 def _plain_label(label: str, flag: str) -> str:
-    """Refuse labels that cannot be a folder and a table's heading."""
+    """Refuse labels that cannot be both a folder's name and a table's heading."""
     if not re.fullmatch(r"\w[\w.+ -]*", label):
         raise DataError(
             f"{flag}: the name {label!r} may hold letters, digits and .+-_ only; "
@@ -2043,10 +2057,10 @@ def _plain_label(label: str, flag: str) -> str:
 
 
 def suite_name(given: str) -> str:
-    """The name of an entry of --suite; of a file or loader of the user's own, that of the file.
+    """The name of an entry of --suite; for the user's own file or loader, the file's name.
 
     Raises:
-        DataError: no such suite, or a file with the name of one of the kit's.
+        DataError: no such suite, or a user's file with the name of a suite of the kit.
     """
     if is_own(given):
         name = _plain_label(Path(given.split(".py:")[0]).stem, f"--suite {given}")
@@ -2061,10 +2075,10 @@ def suite_name(given: str) -> str:
 
 
 def name_suites(text: str) -> list[str]:
-    """The suites of a comma list, groups spelt out.
+    """The suites of a comma list, with groups expanded.
 
     Raises:
-        DataError: a name that is none, or two files of one name.
+        DataError: no such suite, or two files of the same name.
     """
     given = [name.strip() for name in text.split(",")]
     entries = list(dict.fromkeys(x for name in given for x in GROUPS.get(name, [name])))
@@ -2072,15 +2086,15 @@ def name_suites(text: str) -> list[str]:
     for entry in entries:
         other = names.setdefault(suite_name(entry), entry)
         if other != entry:
-            raise DataError(f"--suite: {other} and {entry} have one name; rename one")
+            raise DataError(f"--suite: {other} and {entry} have the same name; rename one")
     return entries
 
 
 def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, str]]:
-    """Read the suites of --suite; of a group, with --allow-missing, those that are there.
+    """Read the suites of --suite; with --allow-missing, skip those of a group that are missing.
 
     Returns:
-        the suites, and for each one that was left out why.
+        the suites, and the reason for each one that was left out.
     """
     check_root(args.root)
     suites, left_out = {}, {}
@@ -2100,7 +2114,7 @@ def load_suites(args: argparse.Namespace) -> tuple[dict[str, Suite], dict[str, s
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse what cannot be run, before anything is loaded.
+    """Refuse options that cannot work, before anything is loaded.
 
     Raises:
         DataError: names the flag.
@@ -2111,7 +2125,7 @@ def check_args(args: argparse.Namespace) -> None:
             "give one of --ckpt PATH, --model NAME --pretrained TAG, --model hf-hub:ORG/REPO"
         )
     if args.pretrained and not args.model and not os.path.exists(args.pretrained):
-        raise DataError(f"--pretrained {args.pretrained}: name its --model too")
+        raise DataError(f"--pretrained {args.pretrained}: also pass --model")
     if (args.batch_size is not None and args.batch_size < 1) or args.workers < 0:
         raise DataError("--batch-size must be 1 or more, --workers 0 or more")
     name_suites(args.suite)
@@ -2121,7 +2135,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that has results already, or cannot be made; nothing is left there."""
+    """Refuse a folder that has results already or cannot be created; creates nothing."""
     try:
         if (out / "results.json").exists() and not overwrite:
             raise DataError(f"--out {out}: has results already; pass --overwrite to replace them")
@@ -2132,16 +2146,16 @@ def check_out(out: Path, overwrite: bool) -> None:
         plain = [path for path in loose if path.is_file() and not path.is_symlink()]
         loose = [path for path in loose if not overwrite or path not in plain]
         if loose:
-            raise DataError(f"--out {out}: {loose[0]} is in the way; choose another folder")
+            raise DataError(f"--out {out}: {loose[0]} exists, not replaced; choose another folder")
         if foreign or (own and not overwrite):
             raise DataError(
-                f"--out {out}: {foreign or own[0]} is in the way; choose another folder"
+                f"--out {out}: {foreign or own[0]} exists, not replaced; choose another folder"
             )
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be made ({error.strerror})") from None
+        raise DataError(f"--out {out}: cannot be created ({error.strerror})") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2155,14 +2169,14 @@ def main(argv: list[str] | None = None) -> None:
     named = together(lambda: name_models(args))
     first = args.baseline or next(iter(named))
     if first not in named:
-        raise DataError(f"--baseline {first}: is none of the labels {', '.join(named)}")
+        raise DataError(f"--baseline {first}: is not one of the labels {', '.join(named)}")
     named = {first: named[first], **named}
     load = functools.partial(load_model, activation=args.activation, device=args.device)
     builds: dict[str, Build] = {
         label: functools.partial(load, *what) for label, what in named.items()
     }
     models = together(lambda: check_models(builds))
-    # The first rank reads the suites, and may unpack files; the others get them from it.
+    # The first rank reads the suites (and may unpack files) and broadcasts them.
     loaded: list[Any] = [together(lambda: load_suites(args) if rank_and_ranks()[0] == 0 else None)]
     if dist.is_initialized():
         dist.broadcast_object_list(loaded)

@@ -5,16 +5,16 @@ Zhang, Awal and Agrawal, "Contrasting Intra-Modal and Ranking Cross-Modal Hard N
 Visio-Linguistic Compositional Understanding", CVPR 2024, section 3.
 
   B  images I and captions T of the global batch; b of them are on this rank
-  K  hard negatives N_1 ... N_K of each caption; `valid` tells which exist
+  K  hard negatives N_1 ... N_K of each caption; the mask `valid` says which exist
   D  width of the features, which are unit vectors
   S  similarities are logits, S(x, y) = logit_scale <x, y>
 
   L = itc + 0.2 imc + 0.4 cmr
 
   itc  image-text contrast; the hard negatives of the whole batch are in the images' denominator
-  imc  intra-modal contrast: a caption is nearer to its positive than to its negatives
-  cmr  cross-modal rank: a caption beats its negative k by a margin theta_k, which grows as the
-       model learns (the curriculum)
+  imc  intra-modal contrast: a caption is closer to its positive than to its negatives
+  cmr  cross-modal rank: an image scores its caption above negative k by a margin theta_k, which
+       grows as the model learns (the curriculum)
 
   loss = CEClipLoss("ce-clip")
   out = loss(image_features, text_features, logit_scale.exp(), negative_features, valid,
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a build of torch for CPUs brings none
+except ImportError:  # CPU builds of torch come without it
     triton = tl = None
 
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
@@ -63,17 +63,17 @@ WORDS = {
     "backend": ("auto", "plain", "torch", "triton"),
     "operands": ("auto", "float32", "bfloat16"),
 }
-SMALL = 2**19  # logits, up to which plain autograd is as fast as the fused core
+SMALL = 2**19  # number of logits up to which plain autograd is as fast as the fused core
 _warn_once = functools.cache(functools.partial(warnings.warn, stacklevel=3))
 Group: TypeAlias = "dist.ProcessGroup | None"
 
-# What a recipe switches on; what it does not name has the default of Options or RankThreshold.
+# Options of each recipe; the others have the defaults of Options and RankThreshold.
 RECIPES: dict[str, dict[str, Any]] = {
     "clip": {"negatives_in_itc": False, "imc": "none", "cmr_weight": 0.0},
     "negclip": {"imc": "none", "cmr_weight": 0.0},
     "ce-clip": {},
-    # The published run: missing negatives stay in both softmaxes, imc pulls every caption to one
-    # arbitrary text, cmr is divided by all slots, theta restarts from 0 with each epoch.
+    # The published run: missing negatives stay in both softmaxes, imc pulls every caption towards
+    # one arbitrary text, cmr is averaged over all K·B slots, theta is reset to 0 each epoch.
     "released": {
         "imc": "released",
         "threshold": "released",
@@ -85,7 +85,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class Options(NamedTuple):
-    """What the loss is made of; every keyword of `ce_clip_loss`."""
+    """The terms of the loss and their settings: all options of `ce_clip_loss`."""
 
     negatives_in_itc: bool = True  # hard negatives in the images' denominator
     imc: str = "paired"  # variant of `intra_modal_loss`, or "none"
@@ -98,10 +98,10 @@ class Options(NamedTuple):
     focal_gamma: float = 0.0
     label_smoothing: float = 0.0
     mask_invalid: bool = True  # False: missing negatives stay in the softmaxes, as released
-    backend: str = "auto"  # "plain" is the oracle; "torch" and "triton" are the fused paths
+    backend: str = "auto"  # "plain" is the reference; "torch" and "triton" are the fused paths
     workspace_mib: float = 0.0  # memory of the fused paths; 0 means 32 on CPU and 512 on CUDA
     operands: str = "auto"  # of products: "bfloat16" for half precision on CUDA, else "float32"
-    check: bool = False  # also look at values: unit length, finite, forgotten masks
+    check: bool = False  # also check values: unit length, finite, missing masks
 
 
 class Inputs(NamedTuple):
@@ -110,7 +110,7 @@ class Inputs(NamedTuple):
     images: Tensor  # [b, D]
     texts: Tensor  # [b, D]
     scale: Tensor  # scalar
-    negatives: Tensor  # [b, K, D], 0 where they are not encoded
+    negatives: Tensor  # [b, K, D], 0 where `encoded` is False
     valid: Tensor  # [b, K] bool, which negatives exist
     positives: Tensor | None  # [b, D]
     positive_valid: Tensor  # [b] bool
@@ -119,7 +119,7 @@ class Inputs(NamedTuple):
     encoded: Tensor  # [b, K] bool, which are in the softmaxes: `valid`, or all
 
 
-# The terms as plain code, which the fused core must equal
+# The terms as plain code, the reference for the fused core
 
 
 def rank_loss(
@@ -139,7 +139,7 @@ def rank_loss(
         mean: over the "valid" entries, or over "all" K·B slots as in the released code.
 
     Returns:
-        A scalar in logits; 0 where nothing is valid.
+        A scalar in logits; 0 if nothing is valid.
     """
     excess = F.relu(thresholds + image_negative - image_text[:, None])
     count = valid.sum() if mean == "valid" else valid.numel()
@@ -151,18 +151,18 @@ def intra_modal_loss(
 ) -> Tensor:
     """Intra-modal contrast (section 3.2, equation 3): mean of -log(e^n / (e^n + sum e^S(T, N))).
 
-    What the numerator n is makes the variant: "paired" S(T, T+), T+ another caption of the image;
-    "paper" S(I, T), our best guess of equation 3; "repulsion" a constant, which only pushes. In
-    "released" n is S(T, first negative of the batch), and is in the sum already.
+    The variant is the choice of the numerator n. "paired": S(T, T+), T+ another caption of the
+    image; "paper": S(I, T), our best guess of equation 3; "repulsion": a constant, so negatives are
+    only pushed away. In "released" n is S(T, first negative of the batch), already in the sum.
 
     Args:
         numerator: logits n [B].
         text_negative: logits S(T, N) with the own negatives [B, K], or those of the batch [B, BK].
         valid: which of these are in the denominator, bool of the same shape.
-        counts: which items count [B] bool; None means all.
+        counts: which items are averaged [B] bool; None means all.
 
     Returns:
-        A scalar in nats; 0 where no item counts.
+        A scalar in nats; 0 if no item is averaged.
     """
     logits = text_negative.masked_fill(~valid, -torch.inf)
     first = torch.zeros(len(numerator), dtype=torch.long, device=numerator.device)
@@ -191,10 +191,10 @@ def own_negatives_loss(
         image_negative: logits S(I, N_k) of each image and its own negatives [B, K].
         valid: which negatives exist [B, K] bool.
         focal_gamma: g, the focusing exponent; 0, or 1 and more.
-        label_smoothing: probability mass moved from the true caption to all classes that exist.
+        label_smoothing: probability mass moved from the true caption to all valid classes.
 
     Returns:
-        A scalar in nats, the mean over items with a negative; 0 where none has.
+        A scalar in nats, the mean over items with a negative; 0 if there are none.
     """
     log_p, target, exists = _own_softmax(image_text, image_negative, valid, label_smoothing)
     each = -(target * (1 - log_p.exp()) ** focal_gamma * log_p).masked_fill(~exists, 0).sum(dim=1)
@@ -205,7 +205,7 @@ def own_negatives_loss(
 def _own_softmax(
     image_text: Tensor, image_negative: Tensor, valid: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, smoothed targets and which classes exist, all [B, 1 + K]."""
+    """Log-probabilities, smoothed targets and the mask of valid classes, all [B, 1 + K]."""
     exists = F.pad(valid, (1, 0), value=True)
     logits = torch.cat([image_text[:, None], image_negative], dim=1)
     log_p = logits.masked_fill(~exists, torch.finfo(logits.dtype).min / 2).log_softmax(dim=1)
@@ -215,7 +215,7 @@ def _own_softmax(
 
 
 def _reference(x: Inputs, o: Options, group: Group) -> tuple[Tensor, ...]:
-    """The loss of the global batch, every tensor gathered; its terms; this rank's own logits."""
+    """The loss of the global batch from gathered tensors; its terms; this rank's own logits."""
     here = slice(_world(group)[0] * len(x.images), (_world(group)[0] + 1) * len(x.images))
     rows = {k: t for k, t in x._asdict().items() if t is not None and t.dim() and k != "thresholds"}
     x = x._replace(**{name: gather_rows(t, group) for name, t in rows.items()})
@@ -252,7 +252,7 @@ def _reference(x: Inputs, o: Options, group: Group) -> tuple[Tensor, ...]:
 
 
 def _numerator(x: Inputs, o: Options, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logit n of the intra-modal loss, and which items count, both [b]."""
+    """The logit n of the intra-modal loss, and which items are averaged, both [b]."""
     everybody = torch.ones_like(x.positive_valid)
     if o.imc == "paired" and x.positives is not None:
         return x.scale * (x.positives * x.texts).sum(dim=1), x.positive_valid
@@ -272,13 +272,13 @@ def _whole_batch(o: Options) -> bool:
 class RankThreshold(nn.Module):
     """The margins theta of the rank loss, one for each type of negative: the curriculum.
 
-    Modes, all clamped to [0, cap] and taken over the whole global batch of the previous step:
+    Modes, all clamped to [0, cap] and computed from the global batch of the previous step:
         adaptive: mean gap S(I, T) - S(I, N_k) over the valid negatives of type k (equation 6);
         max: the largest of these gaps, divided by 5;
         fixed: `value`, never changed;
         released: as adaptive, but the mean of S(I, T) is over all images of the batch, and that
             of S(I, N_k) over those that are not 0.
-    A type without a valid negative keeps its theta, and so does one whose logits are not finite.
+    A type keeps its theta if it has no valid negative, or logits that are not finite.
     """
 
     value: Tensor
@@ -298,7 +298,7 @@ class RankThreshold(nn.Module):
         self.register_buffer("value", torch.full((k,), self.start))
 
     def reset(self) -> None:
-        """Start again, as the released code does with each epoch."""
+        """Reset to the start value, as the released code does each epoch."""
         self.value.fill_(self.start)
 
     @torch.no_grad()
@@ -308,7 +308,7 @@ class RankThreshold(nn.Module):
         """Set theta for the next step from this step's logits [b], [b, K] and their mask [b, K]."""
         if self.mode == "fixed":
             return
-        if self.mode == "released":  # the mean S(I, T) of all images, with negatives or without
+        if self.mode == "released":  # mean S(I, T) over all images, with or without negatives
             valid = valid & (image_negative != 0)
             mean = _sum_over_ranks(image_text.mean(), group) / _world(group)[1]
             image_text = mean.expand_as(image_text)
@@ -319,7 +319,7 @@ class RankThreshold(nn.Module):
             new = gap.masked_fill(~valid, -torch.inf).amax(dim=0) / 5
             if _world(group)[1] > 1:
                 dist.all_reduce(new, op=dist.ReduceOp.MAX, group=group)
-        known = (count > 0) & new.isfinite()  # a batch that is not finite must not last
+        known = (count > 0) & new.isfinite()  # a NaN must not stay in theta
         self.value.copy_(torch.where(known, new.clamp(0, self.cap), self.value))
 
 
@@ -329,9 +329,9 @@ class RankThreshold(nn.Module):
 def ce_clip_loss(*features: Any, group: Group = None, **named: Any) -> dict[str, Tensor]:
     """L = itc + imc_weight · imc + cmr_weight · cmr + own_weight · own, in float32 (float64 stays).
 
-    In a process group every rank passes its own b rows; after DDP has averaged gradients, they
-    equal those of one process that holds the whole batch. The fused paths compute the gradients
-    with the value and keep nothing else: no second backward, no second derivative.
+    In a process group every rank passes its own b rows; after DDP has averaged the gradients, they
+    equal those of a single process with the whole batch. The fused paths compute the gradients in
+    the forward pass and keep nothing else: no second backward, no second derivative.
 
     Args:
         *features: the tensors of `CEClipLoss.forward`, by position or by name.
@@ -339,9 +339,9 @@ def ce_clip_loss(*features: Any, group: Group = None, **named: Any) -> dict[str,
         **named: `thresholds`, theta in logits [K] (default 0), and the fields of `Options`.
 
     Returns:
-        Scalars `loss` (with gradient; its value is that of the whole global batch), `itc`, `imc`,
-        `cmr` and `own`, and for `RankThreshold.update` the logits `image_text` [b] and
-        `image_negative` [b, K], all without gradient.
+        Scalars `loss` (of the global batch, with gradient), `itc`, `imc`, `cmr` and `own`, and the
+        logits `image_text` [b] and `image_negative` [b, K] for `RankThreshold.update`, all but
+        `loss` without gradient.
 
     Raises:
         ValueError: shapes, dtypes, mask or options do not fit, or ranks hold unequal batches.
@@ -358,7 +358,7 @@ def ce_clip_loss_and_grads(*features: Any, **named: Any) -> tuple[dict[str, Tens
         **named: as in `ce_clip_loss`.
 
     Returns:
-        the loss's dict without gradients, and by name of the input its gradient, of its shape.
+        the loss's dict without gradients, and by name each input's gradient, of its shape.
     """
     given = dict(**dict(zip(TENSORS[: len(features)], features, strict=True)), **named)
     leaves: dict[str, Tensor] = {}
@@ -374,7 +374,7 @@ def ce_clip_loss_and_grads(*features: Any, **named: Any) -> tuple[dict[str, Tens
 
 
 def _loss(given: Sequence[Any], o: Options, group: Group) -> dict[str, Tensor]:
-    """`ce_clip_loss` of the TENSORS, with options that were checked."""
+    """`ce_clip_loss` of the TENSORS, with validated options."""
     x = _inputs(given, o)
     kind, dtype = x.images.device.type, x.images.dtype
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float32
@@ -390,7 +390,7 @@ def _loss(given: Sequence[Any], o: Options, group: Group) -> dict[str, Tensor]:
         if small or kind not in ("cpu", "cuda"):
             backend = "plain"
         elif kind == "cuda" and backend == "torch":
-            _warn_once("losses.py runs without its kernels: they need triton and bf16 or fp16")
+            _warn_once("losses.py runs without Triton kernels: they need triton and bf16 or fp16")
     if backend == "triton" and not kernels:
         raise ValueError("backend is 'triton', which needs a CUDA device and the package triton")
     o = o._replace(backend=backend, operands=operands if backend == "triton" else "float32")
@@ -438,7 +438,7 @@ def _choose(name: str, value: str, wanted: Sequence[str]) -> None:
 
 
 def _inputs(given: Sequence[Any], o: Options) -> Inputs:
-    """Refuse what does not fit; make defaults explicit."""
+    """Check shapes, dtypes and masks; fill in defaults."""
     images, texts, scale, negatives, valid, positives, positive_valid, bias, thresholds = given
     if images.dim() != 2 or not len(images) or not images.is_floating_point():
         was = f"{images.dtype} {list(images.shape)}"
@@ -501,7 +501,7 @@ def _inputs(given: Sequence[Any], o: Options) -> Inputs:
 
 
 def _clean(x: Inputs) -> Inputs:
-    """Float32 (float64 stays), with zeros under the masks: NaN times 0 would be NaN."""
+    """Float32 (float64 stays), with zeros where masked, because NaN times 0 is NaN."""
     dtype = torch.promote_types(x.images.dtype, torch.float32)
     x = Inputs._make(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in x)
     if not x.encoded.all():
@@ -512,11 +512,11 @@ def _clean(x: Inputs) -> Inputs:
 
 
 class CEClipLoss(nn.Module):
-    """The loss of a training step, with thresholds that it keeps from step to step.
+    """The loss of a training step, with adaptive thresholds as a buffer.
 
-    Also usable where open_clip's `ClipLoss` is: pass output_dict as open_clip does. Thresholds are
-    a buffer: save `state_dict()` with your checkpoint and load it, or they begin at 0 again.
-    `needs_positives` and `needs_negatives` tell which features the loss reads.
+    A drop-in replacement for open_clip's `ClipLoss`: pass output_dict as open_clip does. Save and
+    load `state_dict()` with your checkpoint, or thresholds start at 0 again. `needs_positives` and
+    `needs_negatives` say which features the loss reads.
     """
 
     def __init__(
@@ -531,7 +531,7 @@ class CEClipLoss(nn.Module):
         reset_each_epoch: bool | None = None,
         **options: Any,
     ) -> None:
-        """Take the options of a recipe; keywords overrule it.
+        """Take the options of a recipe; keywords override them.
 
         Args:
             recipe: one of RECIPES.
@@ -572,21 +572,22 @@ class CEClipLoss(nn.Module):
         output_dict: bool | None = None,
         update: bool = True,
     ) -> Any:
-        """Compute the loss with the current thresholds, then, in training, update them.
+        """Compute the loss with the current thresholds, then update them in training mode.
 
         Args:
             image_features: unit-length images [b, D].
             text_features: unit-length captions [b, D].
             logit_scale: scalar, already exponentiated.
-            negative_features: unit-length negatives [b, K, D], K in the order of `types`; anything,
-                NaN too, where not valid.
+            negative_features: unit-length negatives [b, K, D], K in the order of `types`; rows that
+                are not valid may hold anything, NaN too.
             valid: which negatives exist [b, K] bool; None means all.
             positive_features: another caption of each image [b, D], for imc "paired".
             positive_valid: which of those exist [b] bool; None means all.
             logit_bias: scalar; if given, itc is SigLIP's.
             output_dict: as open_clip asks: False for the loss; True for weighted parts that sum to
                 it, `contrastive_loss` (which has all the gradient), `imc_loss`, `cmr_loss` ...
-            update: whether thresholds move; under --accum-freq True in a step's last call alone.
+            update: whether to update thresholds; with open_clip's --accum-freq True only in the
+                last call of a step.
 
         Returns:
             Scalars `loss` (the only one with a gradient), `itc`, `imc`, `cmr`, `own`, and
@@ -626,29 +627,28 @@ TENSORS = [*list(inspect.signature(CEClipLoss.forward).parameters)[1:9], "thresh
 
 # The fused core
 #
-# The loss is a scalar, so its gradients can be made in the forward pass and scaled later. All big
-# terms are log-sum-exps over rows of logits S = q k^T. A chunk of rows of S lives in one workspace
-# and becomes X = exp(S - offset) in place, the offset being any value near the row's maximum. Rows
-# are not normalised: with total = log(e^extra + sum_j e^S_j), `extra` being the log-sum-exp of the
-# rest of a row's denominator, and with weight w and f = w e^(offset - total) of each row,
+# The loss is a scalar, so gradients are computed in the forward pass and scaled in the backward
+# pass. All large terms are log-sum-exps over rows of logits S = q k^T. A chunk of rows of S is
+# computed in one workspace and becomes X = exp(S - offset) in place, with an offset near the row's
+# maximum. Rows are not normalised: let total = log(e^extra + sum_j e^S_j), where `extra` is the
+# log-sum-exp of the rest of the row's denominator. With the row's weight w and
+# f = w e^(offset - total),
 #   d/dq = f (X k)   and   d/dk = X^T (f q),
-# which scales the small operands instead of X. Images and captions are stacked in a chunk, as both
-# have the negatives for keys. Pairs need the sums of their columns first, so they are computed
-# twice, or kept while they are small.
-#
-# Negatives are not gathered. Each rank gathers all images and captions, multiplies them with its
-# own negatives, and ranks exchange one number for a row; so gradients of negatives stay local, and
-# those of images and captions are summed once. Every derivative carries the number of ranks as a
-# factor, which DistributedDataParallel divides out again.
+# which scales the small operands instead of X. Chunks stack images and captions, because both have
+# the negatives as keys. Pairs need their column sums first: they are computed twice, or kept if
+# small. Negatives are not gathered: each rank multiplies all gathered images and captions with its
+# own negatives, and ranks exchange one number per row. So gradients of negatives stay local, and
+# those of images and captions are summed over ranks once. All derivatives are multiplied by the
+# number of ranks, because DistributedDataParallel divides by it.
 
 
 class _Step(NamedTuple):
-    """What the parts of one fused step share; a gradient that is not needed is None."""
+    """Shared state of one fused step; gradients that are not needed are None."""
 
     x: Inputs
     o: Options
     group: Group
-    here: slice  # this rank's rows among everyone's
+    here: slice  # this rank's rows in `everyone`
     everyone: tuple[Tensor, Tensor]  # all ranks' images and captions, [B, D] each
     keys: Tensor  # [M, D], this rank's encoded negatives
     d_everyone: tuple[Tensor | None, Tensor | None]  # [B, D] each
@@ -681,7 +681,7 @@ def _fused(x: Inputs, o: Options, needs: Sequence[bool], group: Group) -> list[T
     own = _Own(x.scale * (x.images * x.texts).sum(dim=1), of_images, of_texts, numerator)
     terms, d, share = _own_terms(step, own, counts)
 
-    # Towers whose denominators hold the negatives, the rest of these denominators, and weights.
+    # Towers with negatives in the denominator, the rest of that denominator, and row weights.
     blocks = []
     alone = numerator if first is None else torch.full_like(numerator, -torch.inf)
     if x.bias is None:
@@ -731,7 +731,7 @@ def _make_step(x: Inputs, o: Options, needs: Sequence[bool], group: Group) -> _S
     if not encoded.all():
         keys = keys[encoded]
         d_keys = None if d_negatives is None else torch.zeros_like(keys)
-    # The derivative by scale is read off the gradients of features.
+    # The derivative by scale is computed from the gradients of features.
     images = need["images"] or (need["scale"] and not (need["texts"] and need["negatives"]))
     texts = need["texts"] or (need["scale"] and _whole_batch(o))
     d_images = torch.zeros_like(everyone[0]) if images else None
@@ -778,7 +778,7 @@ def _own_terms(step: _Step, own: _Own, counts: Tensor) -> tuple[list[Tensor], _O
 
 
 def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Logits of own images with all captions, if they are small; their log-sum-exps [b] and [B].
+    """Logits of own images with all captions if they fit; log-sum-exps of rows [b], columns [B].
 
     Sums are float64: near 100, half a unit in float32's last place changes probabilities by 4e-6.
     """
@@ -802,14 +802,14 @@ def _pair_sums(step: _Step) -> tuple[Tensor | None, Tensor, Tensor]:
 
 
 def _log_sum(logits: Tensor, dim: int, other: Tensor) -> Tensor:
-    """Log-sum-exp along a dimension, in float64; `other` is memory of the same shape."""
+    """Log-sum-exp along a dimension, in float64; `other` is a buffer of the same shape."""
     top = logits.amax(dim=dim, keepdim=True)
     exps = torch.sub(logits, top, out=other).exp_()
     return top.squeeze(dim).double() + exps.sum(dim=dim).double().log()
 
 
 def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor) -> None:
-    """Add what all pairs S(I, T) give: (e^(S - row) + e^(S - column), less 2 if true) / 2b."""
+    """Add the gradients of all S(I, T): (e^(S - row) + e^(S - column), minus 2 if true) / 2b."""
     x, texts, (d_images, d_texts) = step.x, step.everyone[1], step.d_everyone
     if d_images is None and d_texts is None:
         return
@@ -832,10 +832,10 @@ def _pair_grads(step: _Step, pairs: Tensor | None, rows: Tensor, columns: Tensor
 
 
 def _negatives_softmax(step: _Step, blocks: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
-    """Softmax rows of towers over the negatives: adds their gradients, returns totals [b] by tower.
+    """Add gradients of each tower's softmax over the negatives; returns totals [b] by tower.
 
-    A block is a tower (0 images, 1 captions), and of its rows [b] each: the log-sum-exp of what
-    else is in the denominator, and the derivative of the loss by the row's total.
+    A block is a tower (0 images, 1 captions) and, for its rows [b]: the log-sum-exp of the rest of
+    the denominator, and the derivative of the loss by the row's total.
     """
     if not blocks:
         return {}
@@ -871,8 +871,8 @@ def _exp_logits(
         return q.new_zeros(n, 0, dtype=keys.dtype), extra, extra.new_full((n,), -torch.inf)
     at = step.work[: n * m].view(n, m)
     if step.o.backend == "triton":
-        # No pass for the maximum: e^x overflows from 88 on and vanishes below -87.  A row's total
-        # is at least `floor`, its largest logit at most `bound`; 125 apart are in reach of both.
+        # Skip the pass for the maximum: e^x overflows above 88 and underflows below -87.  A row's
+        # total is >= `floor`, its largest logit <= `bound`; a gap below 125 avoids both.
         floor = torch.maximum(extra, (q @ keys[0].to(q.dtype)).double()).to(q.dtype)
         bound = q.norm(dim=1) * keys.float().norm(dim=1).amax()
         if ((bound - floor) < 125).all():
@@ -882,7 +882,7 @@ def _exp_logits(
         at = at.float()
     logits = torch.mm(q, keys.T.to(q.dtype), out=at)
     top = logits.amax(dim=1)
-    exps = torch.softmax(logits, dim=1, out=logits)  # the fastest exp there is on a CPU
+    exps = torch.softmax(logits, dim=1, out=logits)  # the fastest exp on a CPU
     total = top.double() - exps.amax(dim=1).double().log()
     return exps.to(keys.dtype), total, total
 
@@ -890,7 +890,7 @@ def _exp_logits(
 def _sigmoid_contrast(step: _Step, true: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """SigLIP's loss: binary classification of each pair, and of each image with each negative.
 
-    Returns this rank's share of it times the number of ranks, and its derivative by the bias.
+    Returns this rank's part of the loss times the number of ranks, and its derivative by the bias.
     """
     x, o = step.x, step.o
     d_images, d_texts = step.d_everyone
@@ -911,7 +911,7 @@ def _sigmoid_contrast(step: _Step, true: Tensor, bias: Tensor) -> tuple[Tensor, 
                 softplus = softplus.sum()
             else:
                 logits = torch.mm(q, keys.T, out=at).add_(bias)
-                softplus = -F.logsigmoid(-logits).sum()  # F.softplus is linear from 20 on
+                softplus = -F.logsigmoid(-logits).sum()  # F.softplus is linear above 20
                 logits.sigmoid_()
                 if first >= 0:
                     logits.diagonal(first).sub_(1)
@@ -925,14 +925,14 @@ def _sigmoid_contrast(step: _Step, true: Tensor, bias: Tensor) -> tuple[Tensor, 
 def _gather_grads(
     step: _Step, own: _Own, d: _Own, first: Tensor | None, of_captions: Tensor
 ) -> dict[str, Tensor]:
-    """Sum gradients over ranks, add those of the own terms, derive that of the scale."""
+    """Sum gradients over ranks, add those of the own terms, compute that of the scale."""
     x, o, s = step.x, step.o, step.x.scale
     if o.imc == "paper":
         d = d._replace(true=d.true + d.numerator)
     grads: dict[str, Any] = {"negatives": step.d_negatives, "positives": None}
     for name, total in zip(("images", "texts"), step.d_everyone, strict=True):
         grads[name] = None if total is None else _reduce_rows(total, step.group)
-    if grads["images"] is not None:  # in place, for these are the largest tensors of all
+    if grads["images"] is not None:  # in place: the largest tensors of all
         grads["images"].addcmul_(s * d.true[:, None], x.texts)
         grads["images"][:, None].baddbmm_(s * d.negative[:, None], x.negatives)
     if grads["negatives"] is not None:
@@ -953,9 +953,9 @@ def _gather_grads(
             grads["negatives"][0, 0] += sums * x.encoded[0, 0]
     if grads["texts"] is not None and towards is not None:
         grads["texts"].addcmul_(pull, towards.expand_as(x.texts))
-    # That of the scale is the sum of S dL/dS over all logits S, which are linear in the features:
-    # <I, dI> covers all logits of images; those of captions with texts are added. Where images are
-    # frozen, <T, dT> + <N, dN> cover all logits, but those of captions with negatives twice.
+    # The scale's gradient is the sum of S dL/dS over all logits S, which are linear in features:
+    # <I, dI> is the sum over logits of images; logits of captions with texts are added. If images
+    # are frozen, <T, dT> + <N, dN> counts all logits once, captions with negatives twice.
     of_captions = of_captions + (own.text * d.text).sum()
     of_numerator = (own.numerator * d.numerator).sum()
     if grads["images"] is not None:
@@ -996,7 +996,7 @@ def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> 
 def _scale_grads(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     found = [None] * len(ctx.needs)
     if grads[0] is not None:
-        # In place, for a copy would be as big as all features.
+        # In place: a copy would be as large as all features.
         kept = zip(ctx.saved_tensors, ctx.needs, strict=True)
         found = [x.mul_(grads[0]) if wanted else None for x, wanted in kept]
     return (*found, *[None] * (ctx.inputs - len(found)))
@@ -1016,7 +1016,7 @@ class _Fused(torch.autograd.Function):  # the fused core for autograd
         return _scale_grads(ctx, grads)
 
 
-# The same as one operator, which torch.compile takes as it is; its first call imports 900 modules
+# The same as a custom operator, opaque to torch.compile; its first call imports 900 modules
 KINDS = {**Inputs.__annotations__, **Options.__annotations__}  # of the operator's arguments
 NAMED = [f"{x.__forward_arg__.replace(' | None', '?')} {name}" for name, x in KINDS.items()]
 SCHEMA = f"({', '.join(NAMED)}, bool[] needs, str group) -> Tensor[]"
@@ -1051,7 +1051,7 @@ _fused_op.register_autograd(_scale_grads, setup_context=_keep_grads)
 def gather_rows(x: Tensor, group: Group = None) -> Tensor:
     """Gather the rows of all ranks, with gradients: [b, ...] -> [W·b, ...] in the order of ranks.
 
-    The gradient of a row is the sum over all ranks' losses. Without a process group x is returned.
+    A row's gradient is summed over the losses of all ranks. Without a process group x is returned.
 
     Raises:
         ValueError: ranks hold different numbers of rows.
@@ -1090,7 +1090,7 @@ def _gather(x: Tensor, group: Group) -> Tensor:
 
 
 def _reduce_rows(x: Tensor, group: Group) -> Tensor:
-    """Sum [W·b, ...] over ranks; each keeps its own rows [b, ...]."""
+    """Sum [W·b, ...] over ranks and return this rank's rows [b, ...] (reduce-scatter)."""
     parts = list(x.contiguous().chunk(_world(group)[1]))
     if len(parts) == 1:
         return x
@@ -1107,14 +1107,14 @@ def _sum_over_ranks(x: Tensor, group: Group) -> Tensor:
 
 
 def _equal_rows(x: Tensor, group: Group) -> None:
-    """Refuse unequal local batches, for which gathering would wait forever or mix up rows."""
+    """Refuse unequal local batches: gathering would hang or mix up rows."""
     if _world(group)[1] > 1:
         rows = _gather(torch.tensor(len(x), device=x.device), group).tolist()
         if len(set(rows)) > 1:
             raise ValueError(f"ranks hold {min(rows)} and {max(rows)} rows; they must be equal")
 
 
-# Kernels: compute one tile of logits q k^T and what is derived from it, in registers
+# Kernels: compute one tile of logits q k^T, and functions of it, in registers
 
 TILE_MODES = ("exp", "sums", "pairs", "sigmoid")
 TILE = (128, 128, 64)  # rows, columns, depth: no spills on sm_90, 96 KiB of shared memory
@@ -1126,9 +1126,9 @@ def _tiles(
     """Run `_tile` over all logits of scaled queries q [n, D] and keys [M, D]; `out` is [n, M].
 
     Modes: "exp" writes exp(S - row) and partial sums of its rows; "sums" only partial log-sum-exps
-    of rows and columns; "pairs" writes exp(S - row) + exp(S - column), less 2 on the diagonal,
-    which starts in column `first` (-1: none); "sigmoid" writes sigmoid(S + bias), less 1 on the
-    diagonal, and row sums of softplus. Products are of the keys' dtype. `vectors` are row [n],
+    of rows and columns; "pairs" writes exp(S - row) + exp(S - column), minus 2 on the diagonal,
+    which starts in column `first` (-1: none); "sigmoid" writes sigmoid(S + bias), minus 1 on the
+    diagonal, and row sums of softplus. Operands have the keys' dtype. `vectors` are row [n],
     column [M] and bias []. Returns partial results of rows [n, tiles across] and of columns
     [tiles down, M].
     """
@@ -1154,7 +1154,7 @@ def _tile(  # type: ignore[no-untyped-def]
     # fmt: on
     """One tile of logits; see `_tiles`."""
     across, down = tl.cdiv(m, COLUMNS), tl.cdiv(n, ROWS)
-    # Eight tiles down before one across: neighbours share operands in the cache.
+    # Eight tiles down, then one across, so that neighbouring programs share operands in the cache.
     band = tl.program_id(0) // (8 * across)
     tall = min(down - band * 8, 8)
     i = band * 8 + tl.program_id(0) % (8 * across) % tall

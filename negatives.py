@@ -9,21 +9,21 @@
   action     a verb becomes another in the same form that excludes it
 
 A caption is tagged, its noun phrases are found, and all edits that grammar allows are proposed.
-Edits that another caption of the image confirms are dropped.  The rest are drawn by two scores: how
-well the new words fit their place by the counts of the file, and how little they give the negative
-away (a classifier on words, pairs and triples is trained against the draws).  Where no edit is
-left the negative is null, and --stats names the rule.  All words are in scripts/words.txt.
+Edits that may be true by another caption of the image are dropped.  The rest are drawn by two
+scores: how well the new words fit their neighbours, by counts over the file, and how hard the
+negative is to detect for an adversarial classifier on 1-, 2- and 3-grams.  If no edit is left, the
+negative is null, and --stats names the rule.  All words are in scripts/words.txt.
 
   python negatives.py captions.json --out negatives.jsonl --stats
   python negatives.py --text "A man riding a brown horse on the beach."
 
 CAPTIONS is a manifest (.jsonl), a COCO or Karpathy .json, a .csv or .tsv with a header, or "-"
-for lines on stdin.  The output has a header line, then one JSON record for each caption.  A run
-that was stopped goes on where it was.  Webdataset shards (.tar) come out as shards in the folder
---out, with negatives in the .json of each sample; torchrun and SLURM ranks share them.
+for lines on stdin.  The output has a header line, then one JSON record for each caption.  An
+interrupted run resumes.  Webdataset shards (.tar) are written as shards to the folder --out, with
+negatives in the .json of each sample; torchrun and SLURM ranks divide the shards.
 
 Chapters: words; reading a caption; proposals; writing; truth; one caption; counts; captions on
-disk; engines; a language model; the command; stopped runs; shards.
+disk; engines; a language model; the command; interrupted runs; shards.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 try:
     import numpy as np
-except ImportError:  # --text needs nothing that does not come with Python
+except ImportError:  # --text needs only the standard library
     np = None  # type: ignore[assignment]
 
 __all__ = [
@@ -81,7 +81,7 @@ __all__ = [
 NEGATIVE_TYPES = ("relation", "attribute", "object", "action")
 WORDS = Path(__file__).parent / "scripts" / "words.txt"
 TAGGER = Path(__file__).parent / "scripts" / "tagger.bin"
-MAX_WORDS = 60  # CLIP reads 77 subwords; an edit behind them would not be seen
+MAX_WORDS = 60  # CLIP reads 77 tokens; a later edit would be cut off
 
 # Words
 
@@ -90,14 +90,14 @@ Rows = dict[str, list[tuple[str, str]]]
 
 @dataclass(slots=True)
 class Words:
-    """What scripts/words.txt knows; every word is in lower case."""
+    """The content of scripts/words.txt; all words are lower-case."""
 
     sets: dict[str, frozenset[str]]  # sections that are lists of words
     kinds: dict[str, str] = field(default_factory=dict)  # of a noun: "animal.pet"
     nouns: dict[str, tuple[str, str]] = field(default_factory=dict)  # form: lemma, tag N or S
     forms: dict[tuple[str, str], str] = field(default_factory=dict)  # lemma, tag: form
     verbs: dict[str, tuple[str, str]] = field(default_factory=dict)  # form: lemma, tag B, Z or G
-    same: dict[str, str] = field(default_factory=dict)  # word: name of all that means the same
+    same: dict[str, str] = field(default_factory=dict)  # word: name of its synonym set
     things: dict[str, tuple[str, ...]] = field(default_factory=dict)  # noun: its replacements
     values: dict[str, list[tuple[list[str], list[str]]]] = field(default_factory=dict)
     dimensions: dict[str, str] = field(default_factory=dict)  # of a value, such as colour
@@ -112,7 +112,7 @@ class Words:
     personal: dict[str, set[str]] = field(default_factory=dict)  # pronouns of M and F
     movers: dict[str, str] = field(default_factory=dict)  # people and animals: N or S
     places: set[str] = field(default_factory=set)
-    fixed: set[str] = field(default_factory=set)  # nouns that change places with nothing
+    fixed: set[str] = field(default_factory=set)  # nouns that are never exchanged
 
 
 def _items(text: str, mark: str = ",") -> list[str]:
@@ -120,7 +120,7 @@ def _items(text: str, mark: str = ",") -> list[str]:
 
 
 def _tables(lines: list[tuple[str, str]]) -> list[tuple[list[str], dict[str, list[str]]]]:
-    """Rows "kinds: old old > new new | ..." as kinds and what may stand for each old word."""
+    """Rows "kinds: old old > new new | ..." as kinds and the replacements of each old word."""
     tables = []
     for kinds, line in lines:
         groups = [group.partition(">") for group in line.split("|")]
@@ -160,7 +160,7 @@ def words() -> Words:
 
 
 def _read_things(rows: Rows, known: Words) -> None:
-    """Nouns: kinds, meanings, and what may replace each."""
+    """Nouns: kinds, synonyms, and replacements of each."""
     mass = set(known.sets["mass"])
     heads: dict[str, list[str]] = defaultdict(list)  # by class, of groups that exclude each other
     known.kinds |= {word: kind for kind, line in rows["other things"] for word in line.split()}
@@ -191,7 +191,7 @@ def _read_things(rows: Rows, known: Words) -> None:
 
 
 def _read_forms(rows: Rows, known: Words) -> None:
-    """Nouns in singular and plural, and what they are to exchanges."""
+    """Nouns in singular and plural, and which may be exchanged."""
     irregular = dict(pair.split(":") for _, line in rows["plurals"] for pair in line.split())
     always = known.sets["plural only"]
     for word in known.kinds:
@@ -281,7 +281,7 @@ def inflect(verb: str, tag: str, doubled: frozenset[str]) -> str:
 
 
 def is_kind(kind: str, wanted: Iterable[str], word: str = "") -> bool:
-    """Whether a thing is of one of some kinds or words; "*" is any, "?" one that is not known."""
+    """Whether a thing matches one of some kinds or words; "*" is any, "?" an unknown kind."""
     top = kind.partition(".")[0]
     return any(
         w in ("*", kind, top) or w.replace("_", " ") == word or (w == "?" and not kind)
@@ -297,7 +297,7 @@ WORD = re.compile("[^\\W_]+(?:['\u2019-][^\\W_]+)*|[^\\w\\s]|_")
 # W who that while, Q pronoun, R adverb, "." mark, X anything else.
 TAGS = "DHMANSGZBEIPTLCWQRO.X"
 ROWS = 2**15  # of tagger weights
-# What the tagger sees of a word's surroundings: places of whole words, places of endings.
+# The tagger's features: relative positions of whole words, and of word endings.
 WINDOWS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
     ((0,), ()), ((-1, 0), ()), ((0, 1), ()), ((-1, 1), ()), ((-2, 0), ()), ((0, 2), ()),
     ((), (0,)), ((), (-1, 0)), ((), (0, 1)), ((), (-1, 0, 1)),
@@ -311,7 +311,7 @@ NOUN_PHRASE = re.compile(
 
 @dataclass(slots=True, eq=False)
 class Phrase:
-    """A noun phrase: its first token, the one behind its last, and its head with lemma and kind."""
+    """A noun phrase [first, stop), and its head with lemma and kind."""
 
     first: int
     stop: int
@@ -323,7 +323,7 @@ class Phrase:
 
 @dataclass(slots=True, eq=False)
 class Sentence:
-    """A caption that has been read."""
+    """A tokenised and tagged caption."""
 
     text: str
     words: list[str]  # lower-cased; a compound such as "next to" is one word
@@ -359,7 +359,7 @@ def hashes(word: str) -> tuple[int, int]:
 
 
 def crc(text: str) -> int:
-    """A 32-bit hash that is the same everywhere."""
+    """A 32-bit hash that is the same on every machine."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
@@ -404,7 +404,7 @@ def fix_tags(s: Sentence) -> None:
 
 
 def tag_with_spacy(pipeline: Any, sentences: Sequence[Sentence]) -> None:
-    """Tags, and noun phrases if the pipeline parses, as spaCy sees them."""
+    """Tags from spaCy, and noun phrases if its pipeline has a parser."""
     docs = pipeline.pipe([s.text for s in sentences])
     for s, doc in zip(sentences, docs, strict=True):
         spans = [doc.char_span(*span, alignment_mode="expand") for span in s.spans]
@@ -457,7 +457,7 @@ Tagger = Callable[[list[Sentence]], None]  # fills in tags, and chunks if it fin
 
 
 class Negative(NamedTuple):
-    """A hard negative and the edits that made it, or the rule that left none."""
+    """A hard negative and its edits, or the rule that excluded every candidate."""
 
     text: str | None
     edits: tuple[Edit, ...]
@@ -469,9 +469,9 @@ class Options(NamedTuple):
 
     types: tuple[str, ...] = NEGATIVE_TYPES
     seed: int = 0
-    exchange: float = 0.6  # how often an exchange is drawn where both kinds are legal
+    exchange: float = 0.6  # probability of an exchange where both kinds are legal
     plausible: float = -2.0  # least fit of a new word with any neighbour, in nats
-    refine: float = inf  # most that words may tell, in nats of the reader
+    refine: float = inf  # largest classifier log odds of a negative, in nats
     tagger: Tagger | None = None  # spaCy's; None for the one of this file
 
 
@@ -483,16 +483,16 @@ class Swap(NamedTuple):
 
     at: int
     options: tuple[str, ...]
-    attest: str = ""  # neighbours that captions must show beside the new word: p(revious), n(ext)
-    noun: str = ""  # the thing behind a link
+    attest: str = ""  # neighbours that the new word must occur with: p(revious), n(ext)
+    noun: str = ""  # the thing after a link
 
 
 class Exchange(NamedTuple):
-    """Let two runs of words change places: first word, the one behind the last, head."""
+    """Exchange two spans of words: first word, the one after the last, head."""
 
     one: tuple[int, int, int]
     two: tuple[int, int, int]
-    ends: tuple[int, int]  # what truth is asked of: link and 0, or the nouns of two attributes
+    ends: tuple[int, int]  # for the truth check: link and 0, or the nouns of two attributes
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -534,7 +534,7 @@ def group_phrases(s: Sentence) -> list[list[Phrase]]:
 
 
 def refuse_group(s: Sentence, group: list[Phrase]) -> str:
-    """Why noun phrases can change places with no others, "" if they can."""
+    """Why a group of noun phrases can never be exchanged, "" if it can."""
     known, first, stop = words(), group[0].first, group[-1].stop
     if OWNED.search(s.tags, max(first - 1, 0), stop):
         return "a noun phrase has an owner"
@@ -559,7 +559,7 @@ def is_measure(s: Sentence, group: list[Phrase]) -> bool:
 
 
 def refuse_exchange(s: Sentence, ones: list[Phrase], twos: list[Phrase]) -> str:
-    """Why two groups of noun phrases may not change places, "" if they may."""
+    """Why two groups of noun phrases may not be exchanged, "" if they may."""
     sets, one, two = words().sets, ones[0], twos[0]
     start, stop = ones[-1].stop, two.first
     start += s.words[start] in sets["relative"]
@@ -595,7 +595,7 @@ def is_bare(s: Sentence, p: Phrase) -> bool:
 
 
 def exchange_phrases(s: Sentence, *groups: list[Phrase]) -> Exchange:
-    """The exchange of two groups; where both begin with the same article, these stay."""
+    """The exchange of two groups; if both begin with the same article, the articles stay."""
     stay = groups[0][0].plural == groups[1][0].plural and len(groups[0]) == len(groups[1]) == 1
     begin, sets = {s.words[g[0].first] for g in groups}, words().sets
     stay &= begin <= sets["articles"] or begin <= sets["definite"]
@@ -604,7 +604,7 @@ def exchange_phrases(s: Sentence, *groups: list[Phrase]) -> Exchange:
 
 
 def swap_links(s: Sentence) -> list[Swap]:
-    """Links before a noun phrase, with what contradicts them."""
+    """Links before a noun phrase, with the links that contradict them."""
     known, swaps = words(), []
     for before, phrase in itertools.pairwise(s.phrases):
         i = phrase.first - 1
@@ -645,7 +645,7 @@ def contradictions(link: str, before: str, kind: str, noun: str) -> tuple[str, .
 
 
 def acts_on(who: Phrase, what: Phrase) -> list[list[str]]:
-    """Rows of verbs that such a thing can do to such another."""
+    """Rows of verbs that a thing of one kind can do to a thing of another kind."""
     rows = rows_of(0, who.kind, who.noun) & rows_of(1, what.kind, what.noun)
     return [words().done_to[i][2] for i in sorted(rows)]
 
@@ -689,7 +689,7 @@ def propose_attribute(s: Sentence) -> Proposal:
 
 @functools.cache
 def other_values(value: str, kind: str, noun: str) -> tuple[str, ...]:
-    """Values that exclude one, of such a thing."""
+    """Values that contradict a given one, for a thing of this kind."""
     rows = words().values[value]
     rows = [row for row in rows if kind != "picture" or row[0] != ["*"]]
     new = [w for kinds, values in rows if is_kind(kind, kinds, noun) for w in values]
@@ -718,7 +718,7 @@ def propose_object(s: Sentence) -> Proposal:
 
 @functools.cache
 def other_things(noun: str, tag: str) -> tuple[str, ...]:
-    """Nouns in the same number that may stand for a noun."""
+    """Nouns in the same number that may replace a noun."""
     known = words()
     others = known.things.get(noun, ()) if noun not in known.sets["kept"] else ()
     return tuple(known.forms[w, tag] for w in others if (w, tag) in known.forms)
@@ -766,13 +766,13 @@ def propose_action(s: Sentence) -> Proposal:
 
 @functools.cache
 def acts_free(verb: str, form: str, kind: str, noun: str) -> tuple[str, ...]:
-    """What such a thing may do instead, without an object."""
+    """Replacement verbs without an object, for a subject of this kind."""
     tables = (acts for who, acts in words().free if is_kind(kind, who, noun))
     return inflected(form, *next(tables, {}).get(verb, ()))
 
 
 def acts_done(verb: str, form: str, who: Phrase, what: Phrase) -> tuple[str, ...]:
-    """What such a thing may do to such another instead."""
+    """Replacement verbs with an object, for a subject and an object of these kinds."""
     together = words().together.get(verb, ())
     if not any(verb in words().done_to[i][2] for i in rows_of(0, who.kind, who.noun)):
         return ()
@@ -801,7 +801,7 @@ VERBAL = ("G", "Z", "B", "I")
 
 
 def edit_swap(s: Sentence, at: int, new: str) -> list[Edit]:
-    """Put a word into the place of another, with its capitals; "a" and "an" follow it."""
+    """Replace a word, keeping its capitals; a preceding "a" or "an" is adjusted."""
     start, end = s.spans[at]
     old = s.text[start:end]
     if s.text.isupper():
@@ -812,7 +812,7 @@ def edit_swap(s: Sentence, at: int, new: str) -> list[Edit]:
 
 
 def edit_exchange(s: Sentence, exchange: Exchange) -> list[Edit]:
-    """Let two runs of words change places; the first word of the caption keeps its capital."""
+    """Exchange two spans of words; the first word of the caption keeps its capital."""
     (a, b, _), (c, d, _) = exchange[:2]
     spans = [(s.spans[first][0], s.spans[stop - 1][1]) for first, stop in ((a, b), (c, d))]
     one, two = (s.text[start:end] for start, end in spans)
@@ -824,7 +824,7 @@ def edit_exchange(s: Sentence, exchange: Exchange) -> list[Edit]:
 
 
 def _with_article(s: Sentence, at: int, edit: Edit) -> Edit:
-    """An edit whose "a" or "an" before it is made to fit."""
+    """An edit with the "a" or "an" before it adjusted."""
     start, end, new = edit
     sets = words().sets
     if not at or s.words[at - 1] not in sets["articles"]:
@@ -841,7 +841,7 @@ def _with_article(s: Sentence, at: int, edit: Edit) -> Edit:
 
 
 def apply_edits(text: str, edits: Iterable[Edit]) -> str:
-    """The text with edits at places of the old one."""
+    """Apply edits, whose positions are those of the original text."""
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
@@ -852,7 +852,7 @@ def apply_edits(text: str, edits: Iterable[Edit]) -> str:
 
 @functools.cache
 def meaning(word: str) -> str:
-    """The name of all that means the same as a word in any of its forms."""
+    """The name of the synonym set of a word in any of its forms."""
     known = words()
     if word in known.nouns or word not in known.verbs:
         lemma = known.nouns.get(word, (word, ""))[0]
@@ -862,7 +862,7 @@ def meaning(word: str) -> str:
 
 
 def told(s: Sentence) -> set[tuple[str, ...]]:
-    """Words of a caption, and pairs and triples of words that belong together."""
+    """Facts in a caption: words, and pairs and triples of words that belong together."""
     names = [meaning(word) for word in s.words]
     heads = [i for i, tag in enumerate(s.tags) if tag in SKELETON and not NOUN_RUN.match(s.tags, i)]
     facts: set[tuple[str, ...]] = {(name,) for name in names}
@@ -878,21 +878,21 @@ def told(s: Sentence) -> set[tuple[str, ...]]:
 
 @functools.cache
 def kind_of(word: str) -> str:
-    """The kind of a noun, the set of a value, the name of what else a word means."""
+    """The kind of a noun, the set of a value, or else the synonym set of a word."""
     known = words()
     lemma = known.nouns.get(word, (word, ""))[0]
     return known.kinds.get(lemma) or known.dimensions.get(word) or meaning(word)
 
 
 def claims_swap(name: str, new: str, noun: str) -> set[tuple[str, ...]]:
-    """What a new word says of the image that no caption of it may say."""
+    """Facts that a new word claims, which no caption of the image may state."""
     if name == "relation":
         return {(meaning(new), meaning(noun)), (meaning(new), "kind " + kind_of(noun))}
     return {(meaning(new),)}
 
 
 def claims_exchange(s: Sentence, name: str, exchange: Exchange) -> set[tuple[str, ...]]:
-    """What an exchange says of the image that no caption of it may say."""
+    """Facts that an exchange claims, which no caption of the image may state."""
     names, one, two = [meaning(word) for word in s.words], exchange.one[2], exchange.two[2]
     if name == "relation":
         return {(names[two], names[exchange.ends[0]], names[one])}
@@ -900,7 +900,7 @@ def claims_exchange(s: Sentence, name: str, exchange: Exchange) -> set[tuple[str
 
 
 def contradicted(caption: str, negative: str, others: Sequence[str]) -> str:
-    """Why a negative may be true of the image of these captions, "" if none of them says it."""
+    """Why a negative may be true by these captions of the image, "" if none of them says it."""
     known = words()
     new = told(read(negative)) - told(read(caption))
     for other in others:
@@ -912,7 +912,7 @@ def contradicted(caption: str, negative: str, others: Sequence[str]) -> str:
     return ""
 
 
-SKELETON = "NSGZBEP"  # tags of the words that carry a caption, heads of noun phrases alone
+SKELETON = "NSGZBEP"  # tags of content words; of noun phrases only the heads
 NOUN_RUN = re.compile("[NS][NS]")
 
 
@@ -929,12 +929,12 @@ def make_negatives(
 ) -> dict[str, str | None]:
     """Rewrite one caption into a hard negative of each type, or None where none is safe.
 
-    Without a file of captions nothing says what is plausible: see `learn` and `rewrite`.
+    Without a file of captions plausibility is unknown: see `learn` and `rewrite`.
 
     Args:
         caption: one English sentence; anything else is allowed and gives None.
-        seed: another seed, other choices.
-        key: tells equal captions apart, such as the id of the image.
+        seed: seed of the random choices.
+        key: varies the choices for equal captions, such as the id of the image.
         types: which of ``NEGATIVE_TYPES`` to make.
         others: other captions of the image; no negative says what one of them says.
     """
@@ -956,7 +956,7 @@ def read(text: str, tagger: Tagger | None = None) -> Sentence:
 def rewrite_one(
     text: str, key: str, options: Options, others: Sequence[str] = ()
 ) -> dict[str, Negative]:
-    """Draw evenly from what is legal; what captions would have to attest is left out."""
+    """Draw uniformly from the legal edits, without those that need other captions as evidence."""
     s = read(text, options.tagger)
     facts: set[tuple[str, ...]] = set().union(
         *(told(read(other, options.tagger)) for other in (text, *others))
@@ -992,31 +992,31 @@ def rewrite_one(
 
 
 def plain(text: str) -> str:
-    """Equal for texts that differ in case and spaces only."""
+    """Normalise case and spaces, for comparison."""
     return " ".join(text.casefold().split())
 
 
-# Counts: how well a word fits its place, and what gives it away
+# Counts: how well a word fits its context, and how a classifier detects it
 
-COUNTS, READER, FLOWS = 2**22, 2**20, 2**18  # sizes of hashed tables
-SLOTS = (1.0, 1.0, 0.7, 0.7)  # weight of the word before, behind, and of the next ones that carry
-PRIOR = 4.0  # captions' worth of belief that neighbours go together as their kinds do
+COUNTS, READER, FLOWS = 2**22, 2**20, 2**18  # sizes of hashed tables; READER: the classifier's
+SLOTS = (1.0, 1.0, 0.7, 0.7)  # weights: word before, word after, content word before, and after
+PRIOR = 4.0  # pseudo-count of the prior that words co-occur as their kinds do
 LEARNED = 200_000  # captions, the first of the file, that are counted
 FEWEST = 500  # captions that the classifier needs
 CHUNK = 512  # captions in a block
-FIT, HIDE = 1.0, 2.0  # weight of fit, and of hiding from the reader, in nats
-FLOW = (4.5, 4.2, 4.0, 3.8)  # how many times as often as it goes out a word may come in, by type
+FIT, HIDE = 1.0, 2.0  # weights of fit, and of evading the classifier, in nats
+FLOW = (4.5, 4.2, 4.0, 3.8)  # largest ratio of a word's insertions to its removals, by type
 SAMPLE = 25_000  # captions, the first of the file, that the classifier is trained on
 ROUNDS = 20
-FREE = 3  # two words seen together less often are no fixed expression
-MAX_OPTIONS = 12  # of one place that are weighed
+FREE = 3  # two words seen together less often are not a fixed expression
+MAX_OPTIONS = 12  # largest number of options scored for one place
 
 
 class Vocabulary:
     """Numbers of words, and hashes: of the word, its ending, its kind and its meaning."""
 
     def __init__(self) -> None:
-        """Start with the empty word, which stands between captions."""
+        """Start with the empty word, which separates captions."""
         self.ids = {"": 0}
         self.rows = [(0, 0, 0, 0)]
         self.table = np.zeros((1, 4), np.uint32)
@@ -1042,7 +1042,7 @@ class Vocabulary:
 
 @functools.cache
 def vocabulary() -> Vocabulary:
-    """The vocabulary of this process; it only saves work."""
+    """The vocabulary of this process, a cache."""
     return Vocabulary()
 
 
@@ -1056,7 +1056,7 @@ class Block:
     word: np.ndarray  # [T] uint32 hashes
     kind: np.ndarray
     sense: np.ndarray
-    left: np.ndarray  # [T] int64, place of the next word that carries, to the left
+    left: np.ndarray  # [T] int64, place of the next content word to the left
     right: np.ndarray
 
 
@@ -1130,7 +1130,7 @@ def mix(one: np.ndarray, two: np.ndarray, salt: int) -> np.ndarray:
 
 
 def uniform(seeds: np.ndarray, keys: np.ndarray, salt: int) -> np.ndarray:
-    """Numbers in (0, 1) that depend on the seeds and keys alone."""
+    """Numbers in (0, 1) that depend only on the seeds and keys."""
     return (mix(seeds, keys, salt) + 0.5) / 2.0**32
 
 
@@ -1146,7 +1146,7 @@ def count(block: Block) -> np.ndarray:
 
 
 def neighbours(block: Block, first: np.ndarray, last: np.ndarray | None = None) -> list[Any]:
-    """Hashes of word and kind before a run of words and behind it, and of those that carry."""
+    """Hashes of word and kind before and after a span, and of the nearest content words."""
     last = first if last is None else last
     places = (
         first - 1,
@@ -1159,17 +1159,17 @@ def neighbours(block: Block, first: np.ndarray, last: np.ndarray | None = None) 
 
 @dataclass(slots=True)
 class Learned:
-    """What the captions of a file teach."""
+    """Statistics of the captions of a file."""
 
     counts: np.ndarray  # [COUNTS] float32, of words, kinds and neighbours
     words: float
-    facts: np.ndarray  # uint64, sorted: what is told of each image
-    reader: np.ndarray  # [READER] float32, log odds that a phrase was put in
-    price: np.ndarray  # [FLOWS] float32, for words that come in too often
-    keep: np.ndarray  # [FLOWS] float32, how often such a word may still be drawn
+    facts: np.ndarray  # uint64, sorted keys of the facts of all images
+    reader: np.ndarray  # [READER] float32, the classifier: log odds that a phrase was inserted
+    price: np.ndarray  # [FLOWS] float32, penalty of words that are inserted too often
+    keep: np.ndarray  # [FLOWS] float32, probability that such a word may still be drawn
 
     def fit(self, near: list[Any], word: np.ndarray, kind: np.ndarray) -> tuple[Any, Any]:
-        """How much oftener a word stands in its four places than chance has it, and how often.
+        """Log ratio of a word's count in its four contexts to chance, and the counts.
 
         Returns:
             log ratios [P, 4], shrunk to those of the kinds, and counts [P, 4].
@@ -1197,20 +1197,20 @@ class Candidates:
     option: np.ndarray  # [C] int64
     exchange: np.ndarray  # [C] bool
     part: np.ndarray  # [P] int64, the candidate
-    comes: np.ndarray  # [P, 6] int64, rows of the reader for the phrases that come in
-    goes: np.ndarray  # [P, 6]
+    comes: np.ndarray  # [P, 6] int64, classifier rows of the inserted phrases
+    goes: np.ndarray  # [P, 6] int64, classifier rows of the removed phrases
     flow_in: np.ndarray  # [C] int64, row of the new word
     flow_out: np.ndarray  # [C]
     gain: np.ndarray  # [C] float, how much better than the old words the new ones fit
     rule: np.ndarray  # [C] int8, what refuses it, see RULES
     noise: np.ndarray  # [C] float, Gumbel noise
-    luck: np.ndarray  # [C] float in (0, 1), for words that come in too often
-    coin: np.ndarray  # [C] float in (0, 1), of the group: exchange or swap
+    luck: np.ndarray  # [C] float in (0, 1), decides on words that are inserted too often
+    coin: np.ndarray  # [C] float in (0, 1), of the group: decides between exchange and swap
 
 
 NOT_DRAWN, LEGAL, UNSEEN, IMPLAUSIBLE, TOLD, TOO_OFTEN, SAID = range(-1, 6)
 RULES = {  # why a candidate is not drawn
-    NOT_DRAWN: "",  # an exchange is drawn where it would be a swap, or the other way round
+    NOT_DRAWN: "",  # the coin chose the other kind (exchange or swap)
     LEGAL: "",
     UNSEEN: "captions never show the word beside its neighbour",
     IMPLAUSIBLE: "implausible (--plausible)",
@@ -1228,7 +1228,7 @@ def weigh(
     learned: Learned,
     options: Options,
 ) -> Candidates:
-    """Lay out all candidates of a block, and say which rule refuses each.
+    """Lay out all candidates of a block, and the rule that refuses each.
 
     ``images`` and ``seeds`` are [S] uint32 hashes, of the images and of seed, image and caption.
     """
@@ -1325,7 +1325,7 @@ def lay_out(
 def claims_of(
     block: Block, group: np.ndarray, said: np.ndarray, noun: np.ndarray, moves: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What swaps [S] and exchanges [X] say of the image, twice [S + X]; see `claims_swap`."""
+    """Facts that swaps [S] and exchanges [X] claim, twice [S + X]; see `claims_swap`."""
     of, _, _, one, _, _, two, end, other = moves.T
     sense = block.sense
     relation = group % 4 == 0
@@ -1338,7 +1338,7 @@ def claims_of(
 
 
 def phrases(near: list[Any], first: np.ndarray, last: np.ndarray, head: np.ndarray) -> np.ndarray:
-    """[P, 6] rows of the reader's weights: a word, and with its neighbours."""
+    """[P, 6] rows of the classifier's weights: a word alone, and with its neighbours."""
     (before, _), (behind, _), (left, _), (right, _) = near
     rows = [
         mix(head, head, 40), mix(before, first, 41), mix(last, behind, 42),
@@ -1348,7 +1348,7 @@ def phrases(near: list[Any], first: np.ndarray, last: np.ndarray, head: np.ndarr
 
 
 def fact_keys(images: np.ndarray, facts: np.ndarray) -> np.ndarray:
-    """64-bit keys of what is told of images."""
+    """64-bit keys of facts of images."""
     return images.astype(np.uint64) << np.uint64(32) | facts.astype(np.uint64)
 
 
@@ -1360,7 +1360,7 @@ def found(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def facts_of(block: Block, images: np.ndarray) -> np.ndarray:
-    """Keys of what the captions of a block tell of their images [S]; see `told`."""
+    """Keys of the facts in the captions of a block, by image [S]; see `told`."""
     sense, right = block.sense, block.sense[block.right]
     facts = [sense, mix(sense, right, 30), mix(sense, block.kind[block.right], 30)]
     facts.append(mix(mix(block.sense[block.left], sense, 31), right, 31))
@@ -1372,7 +1372,7 @@ def facts_of(block: Block, images: np.ndarray) -> np.ndarray:
 def told_by_words(
     reader: np.ndarray, part: np.ndarray, comes: np.ndarray, goes: np.ndarray, size: int
 ) -> np.ndarray:
-    """Log odds [size] that a reader of words takes candidates for negatives, from their parts."""
+    """The classifier's log odds [size] that candidates are negatives, from their parts."""
     return np.bincount(part, reader[comes].sum(axis=1) - reader[goes].sum(axis=1), size)
 
 
@@ -1403,12 +1403,12 @@ def draw(c: Candidates, learned: Learned, options: Options) -> tuple[Any, Any, A
 
 
 def learn(texts: Sequence[str], images: Sequence[str], options: Options) -> Learned:
-    """Count words and neighbours, note what is told of each image, and train the classifier.
+    """Count words and neighbours, record the facts of each image, and train the classifier.
 
     Args:
         texts: captions of a file; words are counted in the first LEARNED.
-        images: of each caption the name of its image; all that have none need names of their own.
-        options: what negatives will be drawn with.
+        images: name of each caption's image; a caption without an image needs a unique name.
+        options: the options that negatives will be drawn with.
     """
     counts, facts, total = np.zeros(COUNTS, np.float32), [np.zeros(0, np.uint64)], 0
     rows: list[np.ndarray] = []
@@ -1434,11 +1434,11 @@ def learn(texts: Sequence[str], images: Sequence[str], options: Options) -> Lear
 
 
 def play(texts: Sequence[str], images: Sequence[str], learned: Learned, options: Options) -> None:
-    """Train a classifier to tell negatives from captions while they are drawn to evade it.
+    """Train a classifier to detect negatives, while negatives are drawn to evade it.
 
-    Logistic regression on words, pairs and triples of words (Adagrad).  A word that is put in more
-    than FLOW times as often as it is taken out loses score, and from round 4 on is also refused
-    with a probability that brings it down to FLOW.
+    Logistic regression on words, pairs and triples of words (Adagrad).  A word inserted more than
+    FLOW times as often as it is removed loses score, and from round 4 on is also rejected at random
+    so that its ratio falls to FLOW.
     """
     blocks = [
         candidates(texts[at : at + CHUNK], images[at : at + CHUNK], learned, options)[2]
@@ -1483,7 +1483,7 @@ def play(texts: Sequence[str], images: Sequence[str], learned: Learned, options:
 def candidates(
     texts: Sequence[str], images: Sequence[str], learned: Learned, options: Options
 ) -> tuple[Block, list[list[Proposal]], Candidates]:
-    """Read captions and lay out what could be made of them."""
+    """Read captions and lay out all candidates."""
     block = read_block(texts, options.tagger)
     for s in block.sentences:
         find_phrases(s)
@@ -1511,14 +1511,14 @@ def image_hashes(images: Sequence[str]) -> np.ndarray:
 def rewrite(
     texts: Sequence[str], images: Sequence[str], learned: Learned, options: Options
 ) -> list[dict[str, Negative]]:
-    """Rewrite captions with what their file taught.
+    """Rewrite captions with the statistics of their file.
 
     The result is the same for any division of the captions into calls.
 
     Args:
         texts: captions.
-        images: of each caption the name of its image, as in `learn`.
-        learned: of the file.
+        images: name of each caption's image, as in `learn`.
+        learned: the result of `learn` for the file.
         options: types, seed and how negatives are drawn.
 
     Returns:
@@ -1566,7 +1566,7 @@ def rewrite(
 
 
 class DataError(ValueError):
-    """A mistake in a user's file or option; the message names the place and how to mend it."""
+    """A mistake in a user's file or option; the message says where, and how to correct it."""
 
 
 def run_script(
@@ -1574,9 +1574,9 @@ def run_script(
 ) -> int:
     """Run the main function of a script and return the exit code.
 
-    A mistake of the user is one sentence on stderr and code 2, Ctrl-C is code 130, and a reader
-    who has seen enough of the output (``| head``) is no error.  ``quiet`` tells whether another
-    rank says the sentence.
+    A mistake of the user gives one sentence on stderr and code 2, Ctrl-C gives code 130; a closed
+    output pipe (``| head``) is not an error.  ``quiet`` says whether another rank prints the
+    sentence.
     """
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks letters shows "?"
@@ -1597,7 +1597,7 @@ def run_script(
 
 
 class Launch(NamedTuple):
-    """This process among all of a run, as its launcher numbered them."""
+    """Rank of this process, number of ranks, and local rank."""
 
     rank: int
     world: int
@@ -1611,16 +1611,16 @@ LAUNCHERS = (
 
 
 def launcher() -> Launch:
-    """Read who this process is from torchrun's variables, else from SLURM's, else it is alone.
+    """Read rank and world size from torchrun's variables, else SLURM's; the default is one process.
 
-    Under srun it also sets MASTER_ADDR, to the first node of the job, and MASTER_PORT, to one made
-    from the number of the job, unless they are set.
+    Under srun it also sets MASTER_ADDR (the first node of the job) and MASTER_PORT (derived from
+    the job id), unless they are set.
 
     Raises:
-        DataError: some of a launcher's variables are missing, or they are no numbers that fit.
+        DataError: some of a launcher's variables are missing, or are not valid numbers.
     """
     env = os.environ
-    # A script of sbatch has no SLURM_NTASKS unless it asks for it; a shell of salloc has no other.
+    # An sbatch script has SLURM_NTASKS only if it asks for it; a salloc shell has only that one.
     one = {("SLURM_PROCID", "SLURM_LOCALID"): "0", ("SLURM_NTASKS",): "1"}
     for names in LAUNCHERS:
         there = tuple(name for name in names if name in env)
@@ -1652,7 +1652,7 @@ def launcher() -> Launch:
 
 
 def why(error: Exception) -> str:
-    """What the system says; torch hides it behind an error of its own."""
+    """The operating system's message, also if torch wraps it in its own error."""
     told = error if isinstance(error, OSError) else error.__context__
     if isinstance(told, OSError):
         full = told.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -1661,10 +1661,10 @@ def why(error: Exception) -> str:
 
 
 def hold(file: IO[Any]) -> bool:
-    """Lock an open file for this process, and not for its workers; False if another holds it.
+    """Lock an open file for this process but not its workers; False if another process holds it.
 
     Raises:
-        OSError: the disk has no locks.
+        OSError: the file system does not support locks.
     """
     try:
         if os.name == "nt":
@@ -1698,7 +1698,7 @@ def lock(out: Path) -> Any:
     except OSError:
         print(f"--out {out}: its disk has no locks; start no second run there", file=sys.stderr)
         return file
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+    with contextlib.suppress(OSError):  # on a full disk the lock still holds
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n")
         file.flush()
@@ -1709,9 +1709,9 @@ def lock(out: Path) -> Any:
 def writing(
     path: Path, overwrite: bool = False, *, partial: Path | None = None
 ) -> Iterator[BinaryIO]:
-    """Open NAME.partial, and rename it to NAME when the block ends; after an error it goes.
+    """Open NAME.partial, and rename it to NAME when the block ends; after an error delete it.
 
-    Files are never replaced without ``overwrite``; that, or a full disk, is a DataError.
+    A DataError if the file exists and ``overwrite`` is False, or if it cannot be written.
     """
     if path.is_dir() or not path.name:
         raise DataError(f"{path}: is a folder; name a file in it")
@@ -1730,7 +1730,7 @@ def writing(
                 raise
     except FileExistsError:
         raise DataError(
-            f"{partial}: left by a run that was cut off, or of one that is at work; "
+            f"{partial}: belongs to an interrupted or a running process; "
             "remove it, or pass --overwrite"
         ) from None
     except OSError as error:
@@ -1740,7 +1740,7 @@ def writing(
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]], overwrite: bool = False) -> int:
-    """Write JSON lines, whole or not at all, and count them."""
+    """Write JSON lines atomically, and count them."""
     count = 0
     with writing(path, overwrite) as file:
         for count, row in enumerate(rows, 1):  # noqa: B007 - the count is returned
@@ -1752,7 +1752,7 @@ def json_line(row: dict[str, Any]) -> bytes:
     """A row as a line of UTF-8."""
     try:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half a character, which only an escape can say
+    except UnicodeEncodeError:  # a lone surrogate, which needs an escape
         return (json.dumps(row) + "\n").encode()
 
 
@@ -1801,9 +1801,9 @@ def parse_record(
 ) -> Record:
     """Read one record of a manifest, from its line or the JSON object of it.
 
-    The negatives of the record have the keys ``types``, null where one is missing; ``some`` leaves
-    out those of other types, which are else a DataError, as is all that is no record: it names
-    the place.
+    The negatives of the record have the keys ``types``, null where one is missing.  Other types are
+    ignored with ``some``, else a DataError, as is anything that is not a record; it names
+    ``place``.
     """
     row = line if isinstance(line, dict) else _parse_row(line, place)
     image, caption, given = row.get("image"), row.get("caption"), row.get("negatives")
@@ -1831,7 +1831,7 @@ def parse_record(
 
 
 def _wording(given: Any, place: str, name: str) -> Wording:
-    """A negative as it was given; an empty list is null."""
+    """The negative as given; an empty list becomes null."""
     if given is None or given == []:
         return None
     for text in given if isinstance(given, list) else [given]:
@@ -1844,7 +1844,7 @@ def _wording(given: Any, place: str, name: str) -> Wording:
 
 
 def _parse_json(text: bytes | str, place: str, kind: str) -> Any:
-    """JSON; ``kind`` says in messages what was wanted."""
+    """Parse JSON; ``kind`` tells the user what was expected."""
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except UnicodeDecodeError:
@@ -1885,8 +1885,8 @@ def read_records(
 ) -> Iterator[tuple[int, Record]]:
     """Read the records of a manifest, and where their lines begin.
 
-    Their negatives have the keys ``types``; without, those that headers named so far, else
-    NEGATIVE_TYPES: the last record has all types of the file.
+    Their negatives have the keys ``types``; without ``types``, those that headers named so far,
+    else NEGATIVE_TYPES.  So the last record has all types of the file.
     """
     named = tuple(types)
     for offset, place, row in read_rows(path):
@@ -1908,8 +1908,8 @@ def read_captions(
     """Read captions from any of the formats of the module's docstring, "-" for stdin.
 
     Columns of a table, if not given: ``filepath`` or ``image``, ``title`` or ``caption``, and
-    ``neg_caption``.  Columns of negatives are named COLUMN or COLUMN:TYPE, and a cell of one holds
-    a sentence, or several as a Python list.  A DataError names what is not as it should be.
+    ``neg_caption``.  Columns of negatives are given as COLUMN or COLUMN:TYPE, and a cell holds one
+    sentence, or several as a Python list.  A DataError names the place of a malformed record.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -1993,7 +1993,7 @@ def _columns(
     caption: str | None,
     negatives: Sequence[str],
 ) -> dict[str, int]:
-    """Number of the column of the image, the caption and, with ":" before it, of each type."""
+    """Column numbers of "image", "caption" and of each ":TYPE"."""
     wanted = {
         "image": [image] if image else ["filepath", "image"],
         "caption": [caption] if caption else ["title", "caption"],
@@ -2034,7 +2034,7 @@ def _table_record(row: list[str], pick: dict[str, int], columns: int, place: str
                 try:
                     negatives[key[1:]] = ast.literal_eval(text)
                 except (ValueError, SyntaxError, MemoryError, RecursionError):
-                    raise DataError(f"{place}: {text[:40]!r} is no Python list of texts") from None
+                    raise DataError(f"{place}: {text[:40]!r} is not a list of texts") from None
     found = {key: row[column] for key, column in pick.items() if not key.startswith(":")}
     return parse_record({**found, "negatives": negatives}, place, tuple(negatives))
 
@@ -2044,8 +2044,8 @@ def read_samples(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Read the samples of a webdataset shard: members whose names agree up to the first dot.
 
-    Yields that name, with its folder, and the contents by what follows the dot, in lower case.
-    ``file`` is a stream to read instead of the path.  A shard that was cut off is a DataError.
+    Yields that name, with its folder, and the contents by lower-case suffix (what follows the dot).
+    ``file`` is a stream to read instead of the path.  A truncated shard is a DataError.
     """
     try:
         with tarfile.open(
@@ -2064,13 +2064,13 @@ def read_samples(
                     parts[suffix] = content.read()
                 yield stem, parts
     except KeyError as error:
-        raise DataError(f"{path}: a link to what is not in it ({error})") from None
+        raise DataError(f"{path}: has a link to a missing member ({error})") from None
     except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it a whole .tar shard?") from None
+        raise DataError(f"{path}: cannot be read ({error}); is it a complete .tar?") from None
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; unlike tarfile, it knows the end of a shard from a cut."""
+    """A member's header; unlike tarfile's, it distinguishes the end of a shard from truncation."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
@@ -2090,7 +2090,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def sample_row(stem: str, parts: dict[str, bytes], place: str) -> dict[str, Any]:
-    """The row of a manifest that a sample holds: its .json, whose caption may stand in a .txt."""
+    """The manifest row of a sample: its .json, with the caption from the .txt if it has none."""
     row = _parse_row(parts["json"], place) if "json" in parts else {}
     if row.get("caption") is None and "txt" in parts:
         try:
@@ -2119,7 +2119,7 @@ Chat = Callable[[list[dict[str, str]], threading.Event], str]  # messages to an 
 
 
 class Engine(NamedTuple):
-    """Who rewrites captions; the same in every process."""
+    """How captions are rewritten; the same in every process."""
 
     name: str
     options: Options
@@ -2146,7 +2146,7 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 
 def _taught(engine: Engine, rows: Iterable[dict[str, Any]]) -> Engine:
-    """The engine with what it learns from the captions, if it does."""
+    """The engine with statistics learned from the captions, if it uses them."""
     if engine.masked or (engine.chat and engine.fallback == "null"):
         return engine
     pairs = [(row["caption"], _image_of(row) or f"caption {n}") for n, row in enumerate(rows)]
@@ -2155,7 +2155,7 @@ def _taught(engine: Engine, rows: Iterable[dict[str, Any]]) -> Engine:
 
 
 def _made(engine: Engine, jobs: Sequence[Job], numbers: Sequence[int]) -> list[Made]:
-    """The negatives of captions that have these numbers in the file."""
+    """The negatives of the captions with these numbers in the file."""
     texts = [row["caption"] for row, _ in jobs]
     if engine.masked:
         return _released(texts, [_image_of(row) for row, _ in jobs], engine)
@@ -2181,7 +2181,7 @@ def load_spacy(name: str, *, tags_only: bool) -> Callable[[str], Any]:
 
 
 class MaskedModel:
-    """A masked language model that says what may stand in the place of a mask."""
+    """A masked language model: fills masks and scores texts."""
 
     def __init__(self, name: str, device: str) -> None:
         """Load a model with its head, from a folder or by name."""
@@ -2208,7 +2208,7 @@ class MaskedModel:
         self.model = model.to(self.device).eval()
 
     def fill(self, texts: Iterable[str], rank: int = 3, batch: int = 256) -> dict[str, str]:
-        """Texts with their first mask filled by the guess of this rank, 0 for the likeliest.
+        """Fill the first mask of each text with the guess of this rank (0 is the most likely).
 
         The whole sequence is decoded, as transformers' fill-mask pipeline does, so that word
         pieces join ("a wig" and "##gling" are "a wiggling").  A text whose mask was truncated is
@@ -2233,7 +2233,7 @@ class MaskedModel:
     def score(self, texts: Sequence[str], batch: int = 256) -> list[float]:
         """Pseudo-log-likelihood of each text in nats (Salazar et al., 2020): tokens masked in turn.
 
-        Texts that differ in spaces alone are equal.
+        Texts that differ only in spaces get the same score.
         """
         torch, head = self.torch, self.model.get_output_embeddings()
         total = dict.fromkeys((" ".join(text.split()) for text in texts), 0.0)
@@ -2248,7 +2248,7 @@ class MaskedModel:
             mask = torch.tensor([[1] * n + [0] * (width - n) for n, _, _ in part])
             wanted = padded[every, place]
             padded[every, place] = self.tokenizer.mask_token_id
-            # The last layer, by far the largest, needs to see the masked places alone.
+            # The last layer, by far the largest, runs at the masked positions only.
             hook = head.register_forward_pre_hook(lambda _, x: (x[0][every, place, None],))  # noqa: B023
             with torch.inference_mode():
                 logits = self.model(padded.to(self.device), mask.to(self.device)).logits
@@ -2260,14 +2260,13 @@ class MaskedModel:
 
 
 def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> list[Made]:
-    """Negatives as the published code makes them, faults included; only the draws are seeded.
+    """Negatives as the published code makes them, bugs included; only the draws are seeded.
 
-    spaCy's NOUN, ADJ and VERB words; of three nouns and more the first two change places by
-    ``str.replace``; one word of each class, drawn at random, is masked where it first appears
-    (even inside another word) and filled with the 4th guess of the masked model; nothing is
-    checked.  A class without a word is null here; there it is what the model makes of a bare mask,
-    which distilroberta-base makes "###", the text of a missing negative.  train.py --recipe
-    released encodes "###" for null.
+    It uses spaCy's NOUN, ADJ and VERB words.  With three or more nouns the first two are exchanged
+    by ``str.replace``.  One random word of each class is masked where it first appears (even inside
+    another word) and filled with the 4th guess of the masked model; nothing is checked.  A class
+    without a word is null here; there the model fills a bare mask, which distilroberta-base fills
+    with "###", the text of a missing negative.  train.py --recipe released encodes "###" for null.
     """
     assert engine.parse is not None
     assert engine.masked is not None
@@ -2301,8 +2300,8 @@ def _released(captions: Sequence[str], keys: Sequence[str], engine: Engine) -> l
 
 # A language model as an engine
 #
-# It answers for all types of a caption at once.  Its answers must pass what the lexicon's negatives
-# do: one changed span or an exchange, of the right type, not true by another caption, not equal.
+# One answer has all types of a caption.  It must pass the checks of the lexicon's negatives: one
+# changed span or an exchange, of the right type, not true by another caption, not equal.
 
 TASK = """\
 You write hard negatives: sentences that differ from the caption of an image at one place and are \
@@ -2328,7 +2327,7 @@ ANSWER_TOKENS = 1024
 
 
 def _server_chat(args: argparse.Namespace) -> Chat:
-    """What asks the server of --llm, in the OpenAI-compatible chat protocol."""
+    """A function that queries the server of --llm by the OpenAI-compatible chat protocol."""
     try:
         parts = urllib.parse.urlsplit(args.llm)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -2364,7 +2363,7 @@ def _server_chat(args: argparse.Namespace) -> Chat:
             connection.close()
 
     def ask(messages: list[dict[str, str]], stop: threading.Event) -> str:
-        """The text of one answer; a busy or broken server is asked again, ever later."""
+        """The text of one answer; a busy or failing server is retried with growing pauses."""
         body = json.dumps({**shape, "messages": messages}).encode()
         for attempt in range(TRIES):
             status, content, wait = send(body)
@@ -2383,15 +2382,13 @@ def _server_chat(args: argparse.Namespace) -> Chat:
             pause = min(max(wait, PAUSE * 2**attempt), LONGEST_PAUSE)
             if attempt == TRIES - 1 or stop.wait(pause):
                 break
-        raise DataError(
-            f"--llm {args.llm}: gave no answer ({said}); the same command goes on where it was"
-        )
+        raise DataError(f"--llm {args.llm}: gave no answer ({said}); repeat the command to resume")
 
     return ask
 
 
 def _asked(engine: Engine, number: int, job: Job, stop: threading.Event) -> Made:
-    """The negatives of one caption: asked for, what is not accepted once again, then --fallback."""
+    """The negatives of one caption: rejected answers are requested once more, then --fallback."""
     assert engine.chat is not None
     caption, others, types = job[0]["caption"], job[1], engine.options.types
     task = TASK.format(types=", ".join(types), caption=caption, others=" | ".join(others) or "none")
@@ -2419,7 +2416,7 @@ def _asked(engine: Engine, number: int, job: Job, stop: threading.Event) -> Made
 
 
 def _parse_answer(answer: str, types: Sequence[str]) -> dict[str, Any] | str:
-    """The JSON object of an answer, which may stand in a ```json fence, or what is wrong."""
+    """The JSON object of an answer, which may be in a ```json fence, or what is wrong."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", answer, re.DOTALL)
     try:
         given = json.loads(fenced[1] if fenced else answer)
@@ -2433,7 +2430,7 @@ def _parse_answer(answer: str, types: Sequence[str]) -> dict[str, Any] | str:
 def _accepted(
     name: str, caption: str, given: dict[str, Any] | str, others: Sequence[str], taken: list[str]
 ) -> Negative:
-    """The caption with the edits of an answer, or none, and why."""
+    """The caption with the edits of an answer, or None and the reason."""
     text = given if isinstance(given, str) else given.get(name, "")
     edits, how = edits_between(caption, text) if isinstance(text, str) else ((), "")
     new = apply_edits(caption, edits)
@@ -2470,7 +2467,7 @@ def _is_of(name: str, how: str, s: Sentence, edit: Edit) -> bool:
 
 
 def _answer_words(text: str) -> list[re.Match[str]]:
-    """Words and marks, without the marks at the end."""
+    """Words and punctuation, without final punctuation."""
     found = list(WORD.finditer(text))
     while found and not found[-1][0][0].isalnum():
         found.pop()
@@ -2478,13 +2475,13 @@ def _answer_words(text: str) -> list[re.Match[str]]:
 
 
 def _plain_words(text: str) -> list[str]:
-    """Equal for sentences that differ in capitals, spaces, marks at the end, or "a" and "an"."""
+    """Normalise capitals, spaces, final punctuation, and "a" or "an", for comparison."""
     found, articles = [m[0].casefold() for m in _answer_words(text)], words().sets["articles"]
     return [min(articles) if word in articles else word for word in found]
 
 
 def edits_between(caption: str, text: str) -> tuple[tuple[Edit, ...], str]:
-    """The edits that make a sentence of a caption, if it is one replaced span or an exchange.
+    """The edits from caption to sentence, if they are one replaced span or an exchange.
 
     Returns:
         edits and "exchange" or "replace"; no edits if it is neither.
@@ -2505,7 +2502,7 @@ def edits_between(caption: str, text: str) -> tuple[tuple[Edit, ...], str]:
 
 
 def _changed_spans(old: list[str], new: list[str]) -> list[tuple[int, int, int, int]]:
-    """Where words went out and came in: two spans that changed places, one span, or nothing."""
+    """Spans of changed words: two that were exchanged, one that was replaced, or none."""
     moves = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     changes = [move for move in moves if move[0] != "equal"]
     if len(old) == len(new) and changes:
@@ -2523,9 +2520,9 @@ def _changed_spans(old: list[str], new: list[str]) -> list[tuple[int, int, int, 
 
 
 def _ask_all(jobs: Iterable[tuple[int, Job]], engine: Engine) -> Iterator[Line]:
-    """Lines in the order in which the answers come.
+    """Lines in the order in which the answers arrive.
 
-    After Ctrl-C or a fault nothing new is asked, and the answers that are under way are kept.
+    After Ctrl-C or an error no new request is sent, and pending answers are kept.
     """
     tasks: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
     answers: queue.SimpleQueue[Line | BaseException] = queue.SimpleQueue()
@@ -2567,7 +2564,7 @@ def _ask_all(jobs: Iterable[tuple[int, Job]], engine: Engine) -> Iterator[Line]:
 
 # The command
 
-UNSHAPING = {"captions", "out", "overwrite", "workers", "stats", "device"}  # do not shape the lines
+UNSHAPING = {"captions", "out", "overwrite", "workers", "stats", "device"}  # no effect on lines
 UNSHAPING |= {"llm", "llm_key_env", "llm_requests", "llm_timeout"}
 
 
@@ -2586,34 +2583,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE.jsonl", help="the manifest, or the folder of shards")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     engines = ["lexicon", "spacy", "released", "llm"]
-    add("--engine", choices=engines, default="lexicon", help="who rewrites")
-    add("--types", type=split_types, default=NEGATIVE_TYPES, metavar="A,B", help="to make")
-    text = "of captions that allow an exchange and a replacement, this share is exchanged, 0 to 1"
+    add("--engine", choices=engines, default="lexicon", help="how captions are rewritten")
+    add("--types", type=split_types, default=NEGATIVE_TYPES, metavar="A,B", help="types to make")
+    text = "probability of an exchange where a caption allows exchange and replacement, 0 to 1"
     add("--exchange", type=float, default=0.6, metavar="SHARE", help=text)
     text = "least fit of a new word with each neighbour by the counts of the file; higher makes "
     add("--plausible", type=float, default=-2.0, metavar="NATS", help=text + "fewer")
-    text = "most that the words of a negative may tell; lower hides better, and makes fewer"
+    text = "largest log odds of the classifier for a negative; lower: harder to detect, but fewer"
     add("--refine", type=float, default=inf, metavar="NATS", help=text)
-    add("--seed", type=int, default=0, metavar="N", help="another seed, other choices")
-    add("--workers", type=int, default=1, metavar="N", help="processes of lexicon and spacy")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random choices")
+    add("--workers", type=int, default=1, metavar="N", help="processes (lexicon and spacy)")
     add("--limit", type=int, metavar="N", help="read the first N captions only")
     add("--stats", action="store_true", help="print coverage, exchanges and the rule of each null")
-    add("--explain", action="store_true", help="say what was edited: under edits in the manifest")
+    add("--explain", action="store_true", help='list the edits (key "edits" in the manifest)')
     table = parser.add_argument_group("tables").add_argument
-    table("--image-column", metavar="NAME", help="of a .csv or .tsv")
-    table("--caption-column", metavar="NAME", help="of a .csv or .tsv")
+    table("--image-column", metavar="NAME", help="column of file names in a .csv or .tsv")
+    table("--caption-column", metavar="NAME", help="column of captions in a .csv or .tsv")
     table("--negative", nargs="+", default=(), metavar="COLUMN[:TYPE]", help="negatives to keep")
     model = parser.add_argument_group("models").add_argument
-    model("--spacy-model", metavar="NAME", default="en_core_web_sm", help="of spacy and released")
-    model("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="of released")
-    model("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of models in here")
+    model("--spacy-model", metavar="NAME", default="en_core_web_sm", help="for spacy, released")
+    model("--mlm", metavar="DIR_OR_NAME", default="distilroberta-base", help="for released")
+    model("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of spaCy and --mlm")
     text = "server of the OpenAI-compatible chat protocol, as http://localhost:8000/v1"
     model("--llm", metavar="URL", help=text)
-    model("--llm-model", metavar="NAME", help="the server's name of the model")
+    model("--llm-model", metavar="NAME", help="model name on the server")
     model("--llm-key-env", metavar="NAME", help="environment variable that holds the key")
-    model("--llm-requests", type=int, default=16, metavar="N", help="at once")
+    model("--llm-requests", type=int, default=16, metavar="N", help="parallel requests")
     model("--llm-timeout", type=float, default=120.0, metavar="S", help="seconds for an answer")
-    text = "for what the language model gave no accepted answer"
+    text = "used if no answer of the language model is accepted"
     model("--fallback", choices=["lexicon", "null"], default="lexicon", help=text)
     args = parser.parse_args(argv)
     shards = [name.endswith(".tar") for name in args.captions]
@@ -2643,7 +2640,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the negatives of a file, or print those of one caption."""
     args = parse_args(argv)
-    gc.disable()  # nothing here makes cycles, and looking for them takes a quarter of the time
+    gc.disable()  # no reference cycles here; collecting takes a quarter of the time
     try:
         if args.text is not None:
             _print_text(args)
@@ -2701,7 +2698,7 @@ def _rewrite_file(args: argparse.Namespace) -> None:
 
 
 def _settle_types(rows: list[dict[str, Any]], made: Sequence[str]) -> tuple[str, ...]:
-    """All types of the output: those that are made, and others that the source has already."""
+    """All types of the output: those to make, and others that the source has already."""
     own = dict.fromkeys(n for row in rows for n, given in row["negatives"].items() if given)
     types = tuple(dict.fromkeys((*made, *own)))
     for row in rows:
@@ -2715,7 +2712,7 @@ def _image_of(row: dict[str, Any]) -> str:
 
 
 def _jobs(rows: list[dict[str, Any]]) -> list[Job]:
-    """Each row with the other captions of its image, which are true of it as well."""
+    """Each row with the other captions of its image."""
     captions: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         captions[_image_of(row)].append(row["caption"])
@@ -2760,7 +2757,7 @@ def _results(jobs: list[tuple[int, Job]], engine: Engine, workers: int) -> Itera
                 found = served[k % workers][1].recv()
             except EOFError:
                 raise DataError(
-                    "--workers: one was killed, perhaps for memory; the same command goes on"
+                    "--workers: one was killed, perhaps for memory; repeat the command to resume"
                 ) from None
             if isinstance(found, Exception):
                 raise found
@@ -2809,14 +2806,14 @@ def _header(
 
 
 def _tally(counts: Counts, name: str) -> tuple[int, int, dict[str, int]]:
-    """Negatives of a type, how many of them are exchanges, and nulls by the rule that left none."""
+    """Negatives of a type, how many of them are exchanges, and nulls by rule."""
     found = {how: n for (of, how), n in sorted(counts.items()) if of == name}
     exchanged, replaced = found.pop("exchange", 0), found.pop("replace", 0)
     return exchanged + replaced + found.pop("instead of exchange", 0), exchanged, found
 
 
 def _report(args: argparse.Namespace, counts: Counts) -> None:
-    """Coverage, share of exchanges, and the rules of the nulls."""
+    """Coverage, percentage of exchanges, and the rules of the nulls."""
     for name in args.types if args.stats else ():
         made, exchanged, nulls = _tally(counts, name)
         total = max(1, made + sum(nulls.values()))
@@ -2826,14 +2823,14 @@ def _report(args: argparse.Namespace, counts: Counts) -> None:
             print(f"{'':<10}{count:>8} null: {rule}")
 
 
-# Runs that are stopped
+# Interrupted runs
 
 
 class Journal:
-    """What is finished of an output, in NAME.partial: the same command goes on from there.
+    """The finished lines of an output, in NAME.partial, from which the same command resumes.
 
-    Each line has the number of a caption, how its types were made, and its line of the output, in
-    any order.
+    Each line has the number of a caption, how its types were made, and its line of the output.
+    Lines are in any order.
     """
 
     def __init__(self, args: argparse.Namespace, jobs: list[Job], file: BinaryIO) -> None:
@@ -2843,19 +2840,19 @@ class Journal:
         self.at = array("q", [-1]) * len(jobs)  # where the line of each job begins
 
     def resume(self, path: Path, mark: bytes) -> None:
-        """Read what a run that was stopped has left; ``mark`` is the first line of the file."""
+        """Read the journal of an interrupted run; ``mark`` is the first line of the file."""
         self.file.seek(0)
         head, end = self.file.readline(), len(mark)
         if head and not head.startswith(b'{"manifest": 1, "unfinished"'):
-            raise DataError(f"{path}: not of a run of this script; move it away")
+            raise DataError(f"{path}: was not written by this script; move it away")
         if head not in (b"", mark) and not self.args.overwrite:
             raise DataError(
                 f"{path}: left by a run with other options, captions or another version "
-                "of this script; go on with those, move it away or add --overwrite"
+                "of this script; resume with those, move it away or add --overwrite"
             )
         for number, line in enumerate(self.file if head == mark else (), 2):
             if not line.endswith(b"\n"):
-                break  # torn
+                break  # incomplete line
             try:
                 index, hows, row = line.split(b"\t", 2)
                 place, made = int(index), json.loads(hows)
@@ -2891,9 +2888,9 @@ class Journal:
 def _journal(
     args: argparse.Namespace, out: Path, jobs: list[Job], source: str
 ) -> Iterator[Journal]:
-    """The journal of ``out``, locked while it is written, and removed when the output is there."""
+    """The journal of ``out``, locked while in use, and removed when the output is written."""
     path, digest = out.with_name(out.name + ".partial"), hashlib.sha256()
-    for made_by in (Path(__file__), WORDS, TAGGER):  # all that shapes the lines
+    for made_by in (Path(__file__), WORDS, TAGGER):  # all that affects the lines
         digest.update(made_by.read_bytes())
     options = {k: v for k, v in vars(args).items() if k not in UNSHAPING}
     digest.update(json.dumps([options, source], default=str).encode())
@@ -2922,7 +2919,7 @@ def _journal(
 def _rewrite_shards(args: argparse.Namespace) -> None:
     """Copy webdataset shards into a folder, with negatives in the .json of each sample.
 
-    Every rank takes each WORLD_SIZE-th shard.  A shard that is there already is not made again.
+    Every rank takes each WORLD_SIZE-th shard.  Existing shards are kept.
     """
     paths = sorted(map(Path, args.captions))
     double = next((n for n, count in Counter(path.name for path in paths).items() if count > 1), "")
@@ -2941,7 +2938,7 @@ def _rewrite_shards(args: argparse.Namespace) -> None:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"--out {args.out}: cannot be made ({error.strerror})") from None
+            raise DataError(f"--out {args.out}: cannot be created ({error.strerror})") from None
         for path in mine:
             total.update(_rewrite_shard(path, args, engine))
     there = len(paths[rank::world]) - len(mine)

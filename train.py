@@ -6,7 +6,7 @@
       --model ViT-B-32-quickgelu --pretrained openai --recipe ce-clip
   python train.py --loss scripts/example_loss.py:WithAlignment  # a loss of your own
 
-The same command resumes a run that was cut off, to the same weights.
+The same command resumes an interrupted run and ends with the same weights.
 """
 
 # Chapters: options; data; model and loss; the step; checkpoints and resuming; validation and
@@ -47,7 +47,7 @@ VAL_SUITES = ("shapes", "sugarcrepe", "retrieval")
 
 
 def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: PLR0915
-    """The command line, with help on the common options or on `everything`."""
+    """The command line, with help on the common options only, or on all with `everything`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train.py", "train.py [options]", __doc__, formatter_class=raw)
     parser.add_argument("--help-all", action="help", help="show the rare options too, and exit")
@@ -61,11 +61,11 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--types", type=negatives.split_types, metavar="A,B", default=[], help=text)
     text = "captions of one image that a batch may hold (default one; recipe released: all)"
     add("--captions", choices=("one", "all"), help=text)
-    text = "edits behind the shapes world's negatives; lexicon: negatives.py (default both)"
+    text = "edits that make the shapes world's negatives; lexicon: negatives.py (default both)"
     add("--shapes-negatives", choices=("both", "exchange", "replace", "lexicon"), help=text)
     text = "what to do about an image that cannot be decoded (default stop)"
     add("--on-bad-image", choices=("stop", "skip"), help=text)
-    text = "loading processes of each rank (default 4; shapes world 0)"
+    text = "data loading processes of each rank (default 4; shapes world 0)"
     add("--workers", type=int, metavar="N", help=text)
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -73,7 +73,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--model", metavar="NAME", help=text)
     text = "open_clip tag or checkpoint to start from (default: random)"
     add("--pretrained", metavar="NAME", help=text)
-    text = "train all weights, or the text tower's alone (default all)"
+    text = "train all weights, or only the text tower (default all)"
     add("--tune", choices=("all", "text"), default="all", help=text)
     text = "rank of LoRA updates to train in place of weights; 0 is off (default 0)"
     add("--lora", type=int, metavar="N", default=0, help=text)
@@ -87,7 +87,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--recipe", metavar="NAME", help=text)
     text = "length of the run in steps (default 600 in the shapes world)"
     add("--steps", type=int, metavar="N", help=text)
-    text = "length of the run in epochs, not in --steps (default 5 with --data)"
+    text = "length of the run in epochs, instead of --steps (default 5 with --data)"
     add("--epochs", type=int, metavar="N", help=text)
     text = "images in a step, over all ranks (default 512; shapes world 64)"
     add("--batch-size", type=int, metavar="N", help=text)
@@ -95,9 +95,9 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--micro-batch", type=int, metavar="N", help=text)
     text = "peak learning rate of AdamW (default 5e-6; shapes world 1e-3)"
     add("--lr", type=float, metavar="X", help=text)
-    text = "weight decay of AdamW, on matrices alone (default 0.1)"
+    text = "weight decay of AdamW, on matrices only (default 0.1)"
     add("--weight-decay", type=float, metavar="X", default=0.1, help=text)
-    text = "steps in which the learning rate rises to --lr (default 50)"
+    text = "warm-up steps, in which the learning rate rises to --lr (default 50)"
     add("--warmup", type=int, metavar="N", help=text)
     text = "largest gradient norm; 0 is off (default 0; shapes world 1)"
     add("--grad-clip", type=float, metavar="X", help=text)
@@ -123,7 +123,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--save-every", type=int, metavar="N", help=text)
     text = "steps between lines of metrics (default 20)"
     add("--log-every", type=int, metavar="N", default=20, help=text)
-    text = "where else to log what metrics.jsonl holds (default: nowhere)"
+    text = "also log the metrics there (default: metrics.jsonl only)"
     add("--log", choices=("tensorboard", "wandb"), help=text)
     text = "score during the run: shapes, sugarcrepe, retrieval or a manifest (default: nothing)"
     add("--val", metavar="NAME", help=text)
@@ -135,11 +135,11 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--dry-run", action="store_true", help=text)
     group = parser.add_argument_group("rare")
     add = group.add_argument
-    text = "turn photos as their EXIF says, or not (default apply)"
+    text = "rotate photos by their EXIF orientation, or not (default apply)"
     add("--exif", choices=("apply", "ignore"), help=text)
-    text = "decode JPEGs at full size, however small the crop is"
+    text = "decode JPEGs at full size, even where the crop is small"
     add("--full-decode", action="store_true", help=text)
-    text = "allow shards that are URLs, or pipe: commands, which are then run"
+    text = "allow shards that are URLs or pipe: commands (which are executed)"
     add("--remote", action="store_true", help=text)
     add("--compile", action="store_true", help="compile the towers with torch.compile")
     text = "recompute activations in the backward pass: less memory, a third more compute"
@@ -160,7 +160,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--ema", type=float, metavar="X", help=text)
     text = "weight of CoCa's captioning loss (default 0)"
     add("--caption-weight", type=float, metavar="X", default=0.0, help=text)
-    text = "figure of --val that best.pt is chosen by (default: the suite's headline)"
+    text = "score of --val by which best.pt is chosen (default: the suite's headline)"
     add("--best", metavar="NAME", help=text)
     if not everything:
         for action in group._group_actions:
@@ -171,7 +171,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
 if __name__ == "__main__":  # --help is answered before torch is imported, which takes seconds
     make_parser("--help-all" in sys.argv).parse_args()
 
-# Threads that wait sleep: spinning, they stall every step while another process runs.
+# Idle OpenMP threads sleep; busy-waiting slows every step while another process uses the CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -201,7 +201,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "both": {"ema": 0.9996, "on_bad_image": "stop", "exif": "apply"},
 }
-# Options that a resumed run may change, for they do not shape the trajectory.
+# Options that a resumed run may change, because they do not affect the weights.
 FREE = {"out", "device", "workers", "log_every", "save_every", "dry_run", "images", "micro_batch"}
 FREE |= {"val", "val_root", "val_every", "best", "log", "on_bad_image", "remote"}
 
@@ -210,7 +210,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; options that depend on the data get their defaults here.
 
     Raises:
-        DataError: an option does nothing where it is given, or the loss refuses it.
+        DataError: an option has no effect with the others, or the loss rejects it.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser("--help-all" in argv).parse_args(argv)
@@ -229,7 +229,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_idle(args: argparse.Namespace) -> None:
-    """Refuse options that do nothing where they are given."""
+    """Refuse options that have no effect in combination with the others."""
     loss, shapes, shards = make_loss(args), args.data is None, reads_shards(args)
     rows = [
         ("ema", not args.distill, "without --distill"),
@@ -255,7 +255,7 @@ def check_idle(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace, rank: Rank) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Refuse options that cannot work, before anything is loaded."""
     least = {"lora": 0, "warmup": 0, "workers": 0, "seed": 0}
     most = {"workers": 1024, "seed": 2**63 - 1, "ema": 1}
     for name, value in vars(args).items():
@@ -342,7 +342,7 @@ def make_source(
     if loss.needs_positives and all(len(s) == s.image_of.max() + 1 for s in sources):
         told = "no image has two captions, which --imc paired needs"
         raise DataError(f"--data {named}: {told}; {remedy}")
-    # The checkpoint's kit keeps which photos the weights have seen, those of the start included.
+    # The checkpoint lists all training images, those of the initial checkpoint included.
     before = model.about.get("train_images", torch.empty(0, dtype=torch.int64)).numpy()
     photos = np.unique(np.concatenate([before, *(source.photos for source in sources)]))
     model.about["train_images"] = torch.from_numpy(photos)
@@ -372,7 +372,7 @@ def make_loader(run: Run, source: Any, start: int, readers: Any = None) -> Itera
         mine = (batch[here] for batch in source.batches(start, args.steps))
         loader = DataLoader(source, batch_sampler=mine, **options)
     # Workers start with signals blocked: the whole process group gets them, and only this process
-    # shall act. A worker that dies is seen while we wait for it, not amid a step.
+    # may handle them. A dead worker is noticed while waiting for a batch, not during a step.
     mask: Any = getattr(signal, "pthread_sigmask", lambda *_: None)
     before = mask(getattr(signal, "SIG_BLOCK", 0), SIGNALS)
     made = iter(loader)
@@ -382,23 +382,23 @@ def make_loader(run: Run, source: Any, start: int, readers: Any = None) -> Itera
     return (data.unbundle(bundle) for bundle in made)
 
 
-# SLURM warns with SIGUSR1 before it takes a node away (--signal=USR1@120); torchrun hands it on
-# only with TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1.
+# SLURM sends SIGUSR1 before the time limit (--signal=USR1@120); torchrun forwards it only with
+# TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1.
 SIGNALS = {getattr(signal, x) for x in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, x)}
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave the signals to the process that trains."""
+    """Ignore signals in a worker; the training process handles them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def loader_fault(error: Exception) -> DataError:
-    """What went wrong while a batch was made, in one sentence; a worker brings its traceback."""
+    """A loader's error as one sentence, without the traceback that a worker adds."""
     told = (str(error).strip().splitlines() or [""])[-1]
     if not isinstance(error, DataError | OSError | RuntimeError | MemoryError):
         raise error
-    # torch's frames hold the error, and it them: the loader would outlive its queues.
+    # torch's frames and the error refer to each other: the loader would outlive its queues.
     error.__traceback__ = None
     if isinstance(error, DataError):
         return DataError(re.sub(r"^[\w.]*DataError: ", "", told))
@@ -412,7 +412,7 @@ class Towers(nn.Module):
     """Both towers in one forward, as DistributedDataParallel needs it."""
 
     def __init__(self, net: Any, captioned: bool = False) -> None:
-        """Wrap an open_clip model; `captioned` also runs CoCa's decoder on the captions."""
+        """Wrap an open_clip model; with `captioned` CoCa's decoder also runs on the captions."""
         super().__init__()
         self.net, self.captioned = net, captioned
 
@@ -445,19 +445,19 @@ class LoRA(nn.Module):
     """W + up · down, of low rank, in place of a frozen W (arXiv 2106.09685; alpha = r)."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
-        """Begin at zero change of a weight [out, in]."""
+        """Start with a zero update of a weight [out, in]."""
         super().__init__()
         self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
         self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that the layer computes with."""
+        """The updated weight [out, in]."""
         return weight + self.up @ self.down
 
 
 def plain_weights(net: nn.Module) -> dict[str, Tensor]:
-    """The state_dict in open_clip's layout, with LoRA's changes merged into the weights."""
+    """The state_dict in open_clip's layout, with LoRA's updates merged into the weights."""
     state = {}
     for key, value in net.state_dict().items():
         module, _, name = key.partition(".parametrizations.")
@@ -475,7 +475,7 @@ def read_loss(spec: str) -> Any:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise DataError(f"--loss {spec}: must be FILE.py:CLASS, as my_loss.py:MyLoss")
-    fingerprint(path)  # it can be read
+    fingerprint(path)  # raises DataError if it cannot be read
     found: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(found)
     with loss_faults(spec):
@@ -488,7 +488,7 @@ def read_loss(spec: str) -> Any:
 
 @contextlib.contextmanager
 def loss_faults(spec: str | None) -> Iterator[None]:
-    """What the code of --loss raises, as one sentence with its line."""
+    """Turn an exception of the code of --loss into a DataError with its line number."""
     try:
         yield
     except Exception as error:  # of whatever kind
@@ -536,18 +536,18 @@ def make_loss(args: argparse.Namespace, types: Sequence[str] = NEGATIVE_TYPES) -
 
 
 class Run(NamedTuple):
-    """A run: its options and place, and what changes while it trains."""
+    """A run: its options and rank, and the objects that change during training."""
 
     args: argparse.Namespace
     rank: Rank
     model: Model
     net: Any  # the model's module
     towers: Any  # Towers, or DistributedDataParallel of it
-    teacher: Towers | None  # a moving average of the model, for --distill
+    teacher: Towers | None  # EMA of the model, for --distill
     loss: Any  # CEClipLoss, or the one of --loss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    limit: Tensor  # of logit_scale
+    limit: Tensor  # largest logit_scale (before exp)
 
 
 def make_run(
@@ -557,14 +557,14 @@ def make_run(
     loss, net = make_loss(args, types).to(rank.device), model.net
     captioned = bool(args.caption_weight)
     if captioned and not hasattr(net, "text_decoder"):
-        raise DataError(f"--caption-weight: {args.model} has no decoder of captions, as CoCa has")
+        raise DataError(f"--caption-weight: {args.model} has no caption decoder, as CoCa has")
     if hasattr(net, "text_decoder"):
         net.text_decoder.requires_grad_(captioned)
     if args.grad_checkpointing:
         net.set_grad_checkpointing()
     if args.tune == "text":
         net.visual.requires_grad_(False)
-    if args.lora:  # a change of low rank for each linear layer and attention
+    if args.lora:  # a low-rank update for each linear layer and attention
         net.requires_grad_(False)
     for module in list(net.modules()) if args.lora else ():
         name = "weight" if isinstance(module, nn.Linear) else "in_proj_weight"
@@ -572,7 +572,7 @@ def make_run(
         if isinstance(module, nn.Linear | nn.MultiheadAttention) and weight is not None:
             if args.lora > min(weight.shape):
                 size = " x ".join(map(str, weight.shape))
-                raise DataError(f"--lora {args.lora}: a weight of the model is {size}; give less")
+                raise DataError(f"--lora {args.lora}: the model has a {size} weight; lower --lora")
             parametrize.register_parametrization(module, name, LoRA(weight, args.lora))
     teacher = Towers(copy.deepcopy(net)).requires_grad_(False) if args.distill else None
     towers: nn.Module = Towers(net, captioned)
@@ -588,7 +588,7 @@ def make_run(
     groups += [{"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(rank.device.type, enabled=args.precision == "fp16")
-    # CLIP's limit of 100, unless the weights begin above it; SigLIP's loss has none.
+    # CLIP's limit of 100, unless the initial weights exceed it; SigLIP has no limit.
     limit = net.logit_scale.detach().clone().clamp(min=math.log(100))
     if getattr(net, "logit_bias", None) is not None:
         limit.fill_(torch.inf)
@@ -609,9 +609,9 @@ def encode(towers: nn.Module, part: Batch, args: argparse.Namespace) -> list[Ten
 def batch_loss(
     run: Run, parts: list[Batch], features: list[list[Tensor]], taught: list[list[Tensor]]
 ) -> dict[str, Tensor]:
-    """The loss of the whole batch, from what `encode` returned for its parts; thresholds move on.
+    """The loss of the whole batch from the outputs of `encode` for its parts; updates thresholds.
 
-    `taught` is what the teacher returned for them, if there is one.
+    `taught` holds the teacher's outputs for the parts, and is empty without a teacher.
     """
     args = run.args
     split = [data.split_features(f[1], part) for f, part in zip(features, parts, strict=True)]
@@ -643,9 +643,9 @@ def batch_loss(
 def gradients(run: Run, parts: list[Batch]) -> dict[str, Tensor]:
     """Accumulate the gradients of the whole batch into `.grad`; returns the loss's parts.
 
-    With several parts, gradients are cached (Gao et al., arXiv 2101.06983): features without a
-    graph, the loss of all of them once, then part by part the towers again, with the gradient of
-    the loss by that part's features. That is exact, and only one part's graph is ever held.
+    With several parts, gradients are cached (Gao et al., arXiv 2101.06983): compute all features
+    without a graph, then the loss once, then for each part run the towers again and backpropagate
+    the loss's gradient by its features. This is exact, and only one part's graph is in memory.
     """
     args, taught = run.args, []
     if run.teacher is not None:
@@ -656,7 +656,7 @@ def gradients(run: Run, parts: list[Batch]) -> dict[str, Tensor]:
         run.scaler.scale(out["loss"]).backward()
         return out
     cuda = [run.rank.device] if run.rank.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.no_grad():  # dropout will repeat itself
+    with torch.random.fork_rng(cuda), torch.no_grad():  # dropout repeats below
         first = [encode(run.towers, part, args) for part in parts]
     leaves = [[x.detach().requires_grad_() for x in features] for features in first]
     out = batch_loss(run, parts, leaves, taught)
@@ -671,7 +671,7 @@ def gradients(run: Run, parts: list[Batch]) -> dict[str, Tensor]:
 
 
 def train_step(run: Run, parts: list[Batch], lr: float) -> dict[str, float]:
-    """One step; without effect on weights and thresholds if loss or gradient is not finite.
+    """One step; leaves weights and thresholds unchanged if loss or gradient is not finite.
 
     Returns:
         the loss's parts, `grad_norm`, and `applied`: 1 if the weights were changed.
@@ -692,7 +692,7 @@ def train_step(run: Run, parts: list[Batch], lr: float) -> dict[str, float]:
     with torch.no_grad():
         if finite:
             run.net.logit_scale.copy_(run.net.logit_scale.minimum(run.limit))
-        if finite and run.teacher is not None:  # it follows, as in DeGLA (arXiv 2504.16801)
+        if finite and run.teacher is not None:  # EMA update, as in DeGLA (arXiv 2504.16801)
             pairs = zip(run.teacher.parameters(), run.net.parameters(), strict=True)
             for old, new in pairs:
                 old.lerp_(new, 1 - args.ema)
@@ -719,13 +719,13 @@ def checkpoint(run: Run, step: int, readers: Any = None) -> dict[str, Any]:
 
 
 def kit(run: Run, step: int) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
+    """The metadata of a checkpoint."""
     own = {"recipe": run.args.loss or run.args.recipe, "types": run.loss.types, "step": step}
     return {**run.model.about, **own, **versions()}
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint whole or not at all: the one before it stays until this one is on disk."""
+    """Write a checkpoint atomically: the previous one stays until this one is on disk."""
     try:
         with negatives.writing(path, overwrite=True) as file:
             torch.save(content, file)
@@ -735,8 +735,8 @@ def save(content: dict[str, Any], path: Path) -> None:
 
 
 def save_step(run: Run, step: int, readers: Any) -> DataError | None:
-    """Save the run on the first rank, and its weights where an epoch ended; returns what failed."""
-    if run.rank.world > 1 and reads_shards(run.args):  # where the readers of all ranks are
+    """Save the run on rank 0, and its weights at the end of an epoch; returns an error, or None."""
+    if run.rank.world > 1 and reads_shards(run.args):  # positions of the readers of all ranks
         found: list[Any] = [None] * run.rank.world
         dist.all_gather_object(found, readers)
         for others in found:
@@ -756,14 +756,14 @@ def save_step(run: Run, step: int, readers: Any) -> DataError | None:
 
 
 def epoch_path(args: argparse.Namespace, step: int) -> Path | None:
-    """Where the weights of an epoch, or of the run, that ends with this step go."""
+    """File for the weights if this step ends an epoch or the run, else None."""
     if step % args.steps_per_epoch and step != args.steps:
         return None
     return args.out / f"epoch_{math.ceil(step / args.steps_per_epoch):02d}.pt"
 
 
 def resume(run: Run, path: Path) -> tuple[int, dict[int, Any]]:
-    """Load latest.pt into the run; returns the step to go on with, and readers of shards."""
+    """Load latest.pt into the run; returns the next step, and the states of shard readers."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         train, types = content["train"], content["kit"].get("types", NEGATIVE_TYPES)
@@ -777,7 +777,7 @@ def resume(run: Run, path: Path) -> tuple[int, dict[int, Any]]:
             run.teacher.net.load_state_dict(train["teacher"])
         for name in ("optimizer", "scaler", "loss"):
             getattr(run, name).load_state_dict(train[name])
-        for p, state in run.optimizer.state.items():  # the fused step trusts these shapes
+        for p, state in run.optimizer.state.items():  # fused AdamW does not check shapes
             if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
                 x.shape != (() if key == "step" else p.shape) or not x.isfinite().all()
                 for key, x in state.items()
@@ -810,7 +810,7 @@ def versions() -> dict[str, str]:
 
 
 def run_record(args: argparse.Namespace, rank: Rank) -> dict[str, Any]:
-    """What args.json keeps: the command line, fingerprints of the files that it names, versions."""
+    """The content of args.json: options, fingerprints of the files that they name, versions."""
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -841,13 +841,13 @@ def check_run(out: Path, record: dict[str, Any]) -> None:
         files = [*zip(before["data"] or [], seen, record["data"], strict=False)]
         files.append((before.get("loss"), kept.get("loss"), record["loss"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        # A run that was cut off while it wrote its first file left nothing, or args.json.partial.
+        # A run interrupted while writing its first file leaves nothing, or args.json.partial.
         with contextlib.suppress(OSError):
             if all(path.suffix in (".partial", ".lock") for path in out.iterdir()):
                 return
         told = "its args.json is damaged" if os.path.lexists(out / "args.json") else "is not a run"
         raise DataError(f"--out {out}: exists, but {told}; choose another --out") from None
-    if not any(out.glob("*.pt")):  # it saved nothing, and begins anew with other options too
+    if not any(out.glob("*.pt")):  # nothing saved: it starts again, with other options too
         return
     if changed:
         raise DataError(
@@ -863,13 +863,13 @@ def check_run(out: Path, record: dict[str, Any]) -> None:
 
 
 def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) -> None:
-    """Make the run directory and its args.json, unless they are there; go back to step `start`."""
+    """Make the run directory and args.json if missing; drop metrics after step `start`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not held:
             held.append(negatives.lock(out))
             if os.path.lexists(out / "latest.pt"):
-                raise DataError(f"--out {out}: another run trained into it just now; start again")
+                raise DataError(f"--out {out}: another run has just trained into it; start again")
         if not any(out.glob("*.pt")):
             evaluate.write_text(out / "args.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
@@ -879,7 +879,7 @@ def start_run(out: Path, record: dict[str, Any], start: int, held: list[Any]) ->
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop the lines that a cut-off run wrote after its last checkpoint; it writes them again."""
+    """Drop the lines after the last checkpoint of an interrupted run; it writes them again."""
     if not os.path.lexists(path):
         return
     kept = []
@@ -889,8 +889,8 @@ def trim_metrics(path: Path, step: int) -> None:
             try:
                 kept += [line] if json.loads(line)["step"] <= step else []
             except (ValueError, LookupError, TypeError, RecursionError):
-                if number < len(lines):  # the last one may be torn
-                    told = "is no line of metrics; mend it, or move the file away"
+                if number < len(lines):  # the last line may be incomplete
+                    told = "is not a line of metrics; correct it, or move the file away"
                     raise DataError(f"{path}:{number}: {told}") from None
         evaluate.write_text(path, "".join(kept))
     except OSError as error:
@@ -901,16 +901,16 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 class Validation:
-    """Scores the run's weights on --val, logs to val.jsonl, and keeps the best as best.pt.
+    """Scores the run's weights on --val, logs to val.jsonl, and saves the best as best.pt.
 
-    All ranks call it: each encodes its share. With --distill the moving average is scored too.
+    All ranks call it; each encodes its share. With --distill the teacher (EMA) is scored too.
     """
 
     def __init__(self, run: Run) -> None:
-        """Read what --val names: a suite below --val-root, in whole or in part, or a manifest.
+        """Read --val: a suite below --val-root (complete or not), or a manifest.
 
-        A manifest's captions are compared with each of their negatives, and searched among all
-        images. The best figure so far is in val.jsonl, where a run goes on.
+        A manifest's captions are compared with each of their negatives, and used for retrieval
+        over all its images. A resumed run reads the best score so far from val.jsonl.
         """
         args, self.run, self.best = run.args, run, -math.inf
         if args.val in VAL_SUITES:
@@ -924,7 +924,7 @@ class Validation:
             try:
                 self.best = max((float(line["best"]) for line in lines), default=self.best)
             except (LookupError, TypeError, ValueError):
-                told = "holds a line without the best figure; mend it, or move the file away"
+                told = "holds a line without the best score; correct it, or move the file away"
                 raise DataError(f"{self.path}: {told}") from None
 
     def _manifest(self, path: Path, root: Path) -> Suite:
@@ -939,7 +939,7 @@ class Validation:
                     items.append(evaluate.TestItem((kind,), number, (image,), texts))
         lost = [image for image in captions if not Path(image).is_file()]
         if lost or not captions:
-            what = f"{len(lost)} images are not there, the first is {lost[0]}" if lost else ""
+            what = f"{len(lost)} images are missing, the first is {lost[0]}" if lost else ""
             raise DataError(f"--val {path}: {what or 'holds no captions'}; see --val-root")
         every = [text for said in captions.values() for text in said]
         image_of = [i for i, said in enumerate(captions.values()) for _ in said]
@@ -975,7 +975,7 @@ class Validation:
             figures = self._figures(net)
             self.metric = self.metric or next(iter(figures))
             if self.metric not in figures:
-                raise DataError(f"--best {self.metric}: is none of {', '.join(figures)}")
+                raise DataError(f"--best {self.metric}: is not one of {', '.join(figures)}")
             value = figures[self.metric]
             better, self.best = value > self.best, max(self.best, value)
             if run.rank.number == 0:
@@ -1000,7 +1000,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str, float]], None]:
-    """Where --log sends the metrics of a step; nowhere without --log."""
+    """A function that sends a step's metrics to --log; it does nothing without --log."""
     if args.log is None:
         return lambda step, figures: None
     try:
@@ -1022,24 +1022,24 @@ def open_mirror(args: argparse.Namespace, start: int) -> Callable[[int, dict[str
         run = wandb.init(**which, dir=str(args.out), config=kept["options"])
         return lambda step, figures: run.log(figures, step=step)
     except ImportError:
-        raise DataError(f"--log {args.log}: is missing; pip install {args.log}") from None
+        raise DataError(f"--log {args.log}: is not installed; pip install {args.log}") from None
 
 
 class Log:
-    """Counts what went by since the last line of metrics.jsonl."""
+    """Counts images, tokens and skipped steps, and writes lines of metrics.jsonl."""
 
     def __init__(self, run: Run, start: int) -> None:
-        """Begin to count at step `start`."""
+        """Start counting at step `start`."""
         self.run, self.start = run, start
         self.mirror = open_mirror(run.args, start) if run.rank.number == 0 else None
         self.images = self.tokens = self.faults = self.same = 0
-        self.skipped = self.bad = 0  # steps in a row: not applied, and not for fp16's scale
+        self.skipped = self.bad = 0  # consecutive steps not applied; not due to fp16's loss scale
         self.began = self.mark = time.perf_counter()
 
     def add(
         self, parts: list[Batch], step: int, out: dict[str, float], searching: bool
     ) -> DataError | None:
-        """Count a step; at times, and where it was lost, write a line; returns what failed."""
+        """Count a step; write a line if due, or if the step was lost; returns an error or None."""
         args, rank, done, lost = (
             self.run.args,
             self.run.rank,
@@ -1097,18 +1097,18 @@ def memory(device: torch.device) -> float:
 # The loop
 
 MAX_BAD_STEPS = 3
-FAULT = 255  # a rank cannot go on; above every signal's number
+FAULT = 255  # a rank cannot continue; larger than every signal's number
 
 
 class Stopped(BaseException):
-    """A signal came while we waited for data."""
+    """A signal arrived while waiting for data."""
 
 
 class Stop:
-    """Remembers a SIGTERM, SIGINT or SIGUSR1 until the step is done; a second one ends at once.
+    """Records a SIGTERM, SIGINT or SIGUSR1 until the step is done; a second one exits at once.
 
-    While the run waits for data a signal ends the wait. Seconds are counted by a thread, for a
-    process that waits in C++ for other ranks runs no handler of Python's.
+    A signal during the wait for data ends the wait. A thread watches for the second signal, because
+    no Python handler runs while the process waits for other ranks in C++.
     """
 
     def __enter__(self) -> Stop:
@@ -1122,7 +1122,7 @@ class Stop:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the signals back; end loading processes, which may wait for ever."""
+        """Restore the signal handlers; end loading processes, which may wait forever."""
         signal.set_wakeup_fd(self.wakeup)
         self.pipe.close()
         for number, handler in self.before.items():
@@ -1137,7 +1137,8 @@ class Stop:
 
     @staticmethod
     def _watch(pipe: socket.socket) -> None:
-        # timeout(1) and torchrun pass on a signal that the process group has got already.
+        # timeout(1) and torchrun forward a signal that the process group has received already:
+        # copies of the first signal within `patience` seconds are not a second one.
         patience, first = 3.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5, 0.0
         while number := pipe.recv(1):
             if number[0] in SIGNALS:
@@ -1148,14 +1149,14 @@ class Stop:
         pipe.close()
 
     def wait(self, loader: Iterator[list[Batch]]) -> tuple[list[Batch], DataError | None]:
-        """The next batch, or what failed; neither where a signal is there, or comes."""
+        """The next batch and no error, or no batch and the error (None after a signal)."""
         self.waiting = True
         try:
             if not self.signal:
                 return next(loader), None
         except Stopped:
             pass
-        except Exception as error:  # of whatever kind torch makes of a worker's
+        except Exception as error:  # torch re-raises a worker's error as any type
             if not self.signal:
                 return [], loader_fault(error)
         finally:
@@ -1163,7 +1164,7 @@ class Stop:
         return [], None
 
     def agreed(self, rank: Rank, fault: DataError | None) -> int:
-        """FAULT, the signal or 0: the largest of all ranks, so that all stop together."""
+        """FAULT, the signal or 0: the maximum over ranks, so that all stop together."""
         code = self.signal if fault is None else FAULT
         if rank.world == 1:
             return code
@@ -1173,7 +1174,7 @@ class Stop:
 
 
 def end_workers() -> None:
-    """End the processes that load data."""
+    """Kill the data loading processes."""
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -1186,9 +1187,9 @@ def train(
     readers: dict[int, Any],
     after: Callable[[int], None],
 ) -> int:
-    """Train from step `start` to the end, logging and saving on the way; returns the exit code.
+    """Train from step `start` to the end, logging and saving; returns the exit code.
 
-    `after` is called with the number of steps done after each of them.
+    `after` is called after each step with the number of steps done.
     """
     args, rank, log = run.args, run.rank, Log(run, start)
     unsaved: DataError | None = None
@@ -1201,7 +1202,7 @@ def train(
             break
         if run.loss.reset_each_epoch and step % args.steps_per_epoch == 0:
             run.loss.threshold.reset()
-        # A step's random numbers are its own, so that a checkpoint need not hold their state.
+        # Each step seeds its own generator, so checkpoints need no random state.
         seed = hash((args.seed, step, rank.number)) % 2**63
         torch.default_generator.manual_seed(seed)  # torch.manual_seed also notes a stack trace
         if rank.device.type == "cuda":
@@ -1213,7 +1214,7 @@ def train(
         scale = run.scaler.get_scale()
         out = train_step(run, parts, lr)
         done = step + 1
-        # fp16 finds its scale by overflowing, which is no fault until the scale is down at 1.
+        # GradScaler lowers its scale on overflow; that is an error only once the scale is 1.
         searching = run.scaler.is_enabled() and math.isfinite(out["loss"]) and scale > 1
         readers.update([parts[-1].state] if parts[-1].state else [])
         unsaved = log.add(parts, step, {**out, "lr": lr}, searching)
@@ -1232,7 +1233,7 @@ def train(
     for error in filter(None, (fault, unsaved)):
         print(f"train.py: error: {error}", file=sys.stderr)
     if rank.number == 0 and code and (code != FAULT or done):
-        print(f"stopped at step {done}; the same command goes on", flush=True)
+        print(f"stopped at step {done}; repeat the command to resume", flush=True)
     elif rank.number == 0 and log.skipped:
         print(f"the last {log.skipped} steps were not finite, and not applied", flush=True)
     return 2 if code == FAULT or unsaved else 128 + code if code else 0
@@ -1246,7 +1247,7 @@ def dry_run(run: Run, source: Any) -> None:
     except Exception as error:
         raise loader_fault(error) from None
     finally:
-        end_workers()  # they ignore SIGTERM, and Python would wait for them as it ends
+        end_workers()  # they ignore SIGTERM, and Python would wait for them at exit
     out = train_step(run, parts, 0.0)
     count = sum(p.numel() for p in run.net.parameters())
     name, recipe = args.model or args.pretrained, args.loss or args.recipe
@@ -1265,9 +1266,9 @@ def dry_run(run: Run, source: Any) -> None:
 def prepare(
     args: argparse.Namespace, rank: Rank, held: list[Any]
 ) -> tuple[dict[str, Any], Model, bool]:
-    """Refuse what cannot work, lock the run directory if it is there, and load the model.
+    """Check options, lock the run directory if it exists, and load the model.
 
-    Returns what args.json keeps, the model, and whether the run begins anew.
+    Returns the content of args.json, the model, and whether the run starts from step 0.
     """
     check_args(args, rank)
     record = run_record(args, rank)
@@ -1285,12 +1286,12 @@ def prepare(
         )
     if args.micro_batch and any(isinstance(m, nn.BatchNorm2d) for m in model.net.modules()):
         name = model.about["model"]
-        raise DataError(f"--micro-batch: {name} has batch norms, which see a part at a time")
+        raise DataError(f"--micro-batch: {name} has batch norm, whose statistics would be a part's")
     return record, model, fresh
 
 
 def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> None:
-    """Refuse ranks that would go on from different steps, or with different options or files."""
+    """Refuse ranks that would resume from different steps, or with different options or files."""
     options = {key: value for key, value in record["options"].items() if key not in FREE}
     mine = (start, options, record["data"], record["loss"])
     every: list[Any] = [mine] * rank.world
@@ -1299,19 +1300,19 @@ def same_start(out: Path, rank: Rank, start: int, record: dict[str, Any]) -> Non
     for number, other in enumerate(every):
         if other[0] != start:
             raise DataError(
-                f"--out {out}: rank {rank.number} goes on from step {start}, rank {number} from "
+                f"--out {out}: rank {rank.number} resumes from step {start}, rank {number} from "
                 f"step {other[0]}; --out must be one folder on a disk that all ranks share"
             )
         if other != mine:
             told = "other options or another --data or --loss file"
-            raise DataError(f"rank {number} has {told}; make them alike")
+            raise DataError(f"rank {number} has {told}; give all ranks the same")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build everything, find where a cut-off run was, train; returns the exit code."""
+    """Build everything, resume an interrupted run, train; returns the exit code."""
     args = parse_args(argv)
     rank = evaluate.start_process(args.device)
-    held: list[Any] = []  # the lock, until this function ends
+    held: list[Any] = []  # keeps the lock until this function ends
     record, model, fresh = evaluate.together(lambda: prepare(args, rank, held))
     loss, shards = make_loss(args), reads_shards(args)
     source: Any = evaluate.together(lambda: make_source(args, model, loss, rank))
@@ -1328,7 +1329,7 @@ def main(argv: list[str] | None = None) -> int:
     if rank.number == 0:
         start_run(args.out, record, start, held)
         if start and (path := epoch_path(args, start)) and not path.exists():
-            content = checkpoint(run, start)  # it was cut off between its files
+            content = checkpoint(run, start)  # the run was interrupted between the two files
             save({key: content[key] for key in ("state_dict", "kit")}, path)
         if start >= args.steps:
             print(f"{args.out} is done: {start} steps; nothing to do")
@@ -1353,13 +1354,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_main() -> int:
-    """Run main; where another rank has ended, say so."""
+    """Run main; report if another rank has exited."""
     try:
         return main()
     except RuntimeError as error:
         if not dist.is_initialized() or not re.search("Connection|timed out", str(error)):
             raise
-        print(f"train.py: error: another rank has ended ({why(error)})", file=sys.stderr)
+        print(f"train.py: error: another rank has exited ({why(error)})", file=sys.stderr)
         return 2
 
 
@@ -1367,7 +1368,7 @@ if __name__ == "__main__":
     code = negatives.run_script(
         run_main, "train.py", quiet=lambda: dist.is_initialized() and dist.get_rank() > 0
     )
-    gc.collect()  # DistributedDataParallel must go before its group: its threads would abort
+    gc.collect()  # free DistributedDataParallel before its group, or its threads abort
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -8,7 +8,7 @@
 
 The folder holds the weights (safetensors), the model's config with its activation, the
 preprocessing, the tokenizer and README.md, the model card. It is loaded again and its features
-compared with the checkpoint's before it gets its name; a difference above 1e-5 is an error.
+compared with the checkpoint's before it is renamed to --out; a difference above 1e-5 is an error.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Find every mistake that can be found before the model is built.
+    """Check all options that can be checked before the model is built.
 
     Raises:
-        DataError: names the flag and what to mend.
+        DataError: names the flag and how to correct it.
     """
     if args.out.exists() and not (
         args.out.name and args.out.is_dir() and not any(args.out.iterdir())
@@ -65,7 +65,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise DataError(f"--license {args.license}: is no licence id; give one such as mit")
     if args.private and not args.push:
-        raise DataError("--private: goes with --push ORG/NAME; leave it out")
+        raise DataError("--private: needs --push ORG/NAME; leave it out")
     if args.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
         raise DataError(f"--push {args.push}: is not ORG/NAME")
     needed = ["transformers"] * (args.to == "transformers") + ["huggingface_hub"] * bool(args.push)
@@ -111,7 +111,7 @@ def write_open_clip(folder: Path, model: Model, push: str | None) -> None:
 
 
 def write_tokenizer(folder: Path, model: Model) -> None:
-    """Write the tokenizer's files; CLIP's own as transformers names them."""
+    """Write the tokenizer's files; those of CLIP under the names of transformers."""
     words: Any = model.tokenizer
     if not hasattr(words, "bpe_ranks"):
         words.tokenizer.save_pretrained(folder)
@@ -298,7 +298,7 @@ letters); this tokenizer does not."""
 
 
 def model_card(args: argparse.Namespace, model: Model, digest: str, result: Any) -> str:
-    """README.md of the folder: how to load it, what it is, what it scored."""
+    """README.md of the folder: how to load it, model details, results."""
 
     about = model.about
     prefix = {"open_clip": "hf-hub:" if args.push else "local-dir:"}.get(args.to, "")
@@ -349,7 +349,7 @@ def push(folder: Path, name: str, private: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Build the model, write the folder, compare its features, give it its name."""
+    """Build the model, write the folder, compare its features, rename it to --out."""
     args = parse_args(argv)
     check_args(args)
     import evaluate
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
         card = model_card(args, model, digest, result)
         (room / "README.md").write_text(card, encoding="utf-8")
         for path in room.iterdir():
-            path.chmod(0o644)  # safetensors lets its owner alone read it
+            path.chmod(0o644)  # safetensors makes it readable by its owner only
         if args.out.is_dir():
             args.out.rmdir()  # it is empty
         room.rename(args.out)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Rebuild the README's result tables from the JSON that evaluate.py wrote, or judge such a JSON.
 
-A table stands between two comments; what is between them is replaced:
+A table is the text between two comments, which is replaced:
 
   <!-- table: scripts/results/NAME.json SUITE -->
   <!-- end -->
@@ -12,7 +12,7 @@ for the JSON of record of a script of scripts/paper.
   python scripts/make_tables.py            # rewrite README.md and scripts/*.md
   python scripts/make_tables.py --check    # exit code 1 where a page differs
 
-With --judge, as scripts/paper calls it, results are held to published figures: paper /
+With --judge, as scripts/paper calls it, results are compared with published scores: paper /
 independently measured / ours / difference / within tolerance; exit code 1 where a reproduced row
 is outside.
 
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit with code 1 if a table of --file is not as its results are",
+        help="write nothing; exit with code 1 if a table of --file differs from its results",
     )
     text = "pages to rewrite (default: README.md and scripts/*.md, those with tables)"
     parser.add_argument("--file", type=Path, nargs="+", metavar="PAGE", help=text)
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--judge",
         metavar="TABLE",
-        help="hold --results to the published figures of this group of suites, such as table3",
+        help="compare --results with the published scores of this group of suites, such as table3",
     )
     add("--results", type=Path, help="results.json of evaluate.py; a missing file means not run")
     add(
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--world",
         choices=("coco", "shapes"),
         default="coco",
-        help="data that the checkpoints were trained on; nothing is published of shapes "
+        help="data that the checkpoints were trained on; shapes has no published scores "
         "(default: coco)",
     )
     add("--record", type=Path, help="JSON file to write: every figure with its verdict")
@@ -91,7 +91,7 @@ SHORT += [(model, "vl_compo") for model in ("CLIP", "NegCLIP", "CE-CLIP")]
 def published(suite: str) -> dict[tuple[str, str], dict[str, float]]:
     """Published figures by (model, source), with the averages that follow from them.
 
-    Where only the mean of some subsets is printed it stands for each of them in the averages.
+    If only the mean of some subsets is printed, it is used for each of them in the averages.
     """
     info = evaluate.suite_info(suite)
     rows = {}
@@ -129,9 +129,9 @@ def _shown(suite: str) -> dict[tuple[str, str], dict[str, float]]:
 def markdown(results: dict[str, dict[str, Any]], published_rows: bool = True) -> str:
     """One table for each suite: subsets, averages and costs down, checkpoints across.
 
-    Beside ours: readers of the texts alone and, with `published_rows`, published figures with
-    their source and the difference of the last checkpoint from the paper's CE-CLIP, where all
-    items of the row were scored.
+    Also columns of the text-only baselines and, with `published_rows`, published scores with their
+    source, and the difference of the last checkpoint from the paper's CE-CLIP where all items of
+    the row were scored.
     """
     lines: list[str] = []
     for suite in next(iter(results.values()))["suites"]:
@@ -175,8 +175,8 @@ def _left_out(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     return next(iter(results.values())).get("left_out", {})
 
 
-ABSENT = "--"  # nothing was scored
-FEW = 100  # items, below which a reader of texts alone says little
+ABSENT = "--"  # no scored items
+FEW = 100  # items, below which a text-only baseline is not informative
 
 
 def _cell_text(score: dict[str, Any]) -> str:
@@ -212,7 +212,7 @@ def partly(suites: dict[str, Any]) -> str:
 
 
 def _remarks(suite: str, scored: dict[str, Any]) -> list[str]:
-    """Below a table: ties, what was found out, overlap with training data, paired tests."""
+    """Remarks below a table: ties, notes, overlap with training data, paired tests."""
     info = evaluate.suite_info(suite)
     rows = {name: {**s["subsets"], **s["costs"]} for name, s in scored.items()}
     ties = {name: sum(cell["ties"] for cell in cells.values()) for name, cells in rows.items()}
@@ -240,8 +240,8 @@ TABLE_1 = ["aro", "valse"]  # of the paper: one table
 def latex(results: dict[str, dict[str, Any]]) -> str:
     """Tables of booktabs in the papers' column order: published rows, then ours.
 
-    Each has a caption and a label. A star marks figures of part of the items; one note below the
-    table says of how many.
+    Each has a caption and a label. A star marks scores of incomplete rows; a note below the table
+    gives the numbers of items.
     """
     suites = list(next(iter(results.values()))["suites"])
     one = [suite for suite in TABLE_1 if suite in suites]
@@ -349,7 +349,7 @@ WIDTH = 120  # columns of a terminal
 
 
 def show(table: str) -> str:
-    """The markdown lined up for a terminal; wide tables go on below, with their first column."""
+    """Align the markdown for a terminal; wide tables are split, repeating the first column."""
     shown: list[str] = []
     block: list[list[str]] = []
     for line in [*table.splitlines(), ""]:
@@ -443,12 +443,12 @@ def half(x: dict[str, Any]) -> float:
 
 
 def fill(text: str, base: Path) -> str:
-    """Put every table into its place."""
+    """Replace every table."""
     return BLOCK.sub(lambda m: f"{m[1]}\n{make_table(base / m[2], m[3])}\n{m[5]}", text)
 
 
 def check_marks(text: str, path: Path) -> None:
-    """Refuse a table mark whose end is missing: what stands up to the next end would be lost."""
+    """Refuse a table mark without an end mark: all text up to the next end mark would be lost."""
     opened = 0
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("<!-- table: "):
@@ -474,11 +474,11 @@ ARO_MEAN = "mean of VG-Relation and VG-Attribution"  # what figure 5a shows, as 
 def judge_table(
     table: str, world: str, results: dict[str, Any], labels: list[str]
 ) -> list[dict[str, Any]]:
-    """Hold every figure of a table to what is published of the same model.
+    """Compare every score of a table with the published scores of the same model.
 
     Args:
         table: the name of a script of scripts/paper, a group of suites in evaluate.py.
-        world: "coco" or "shapes"; nothing is published of shapes.
+        world: "coco" or "shapes"; shapes has no published scores.
         results: what evaluate.py wrote, by label; empty if it could not run.
         labels: of the checkpoints that belong to the table, "NAME" or "NAME seed N".
 
@@ -510,7 +510,7 @@ ROWS = evaluate.read_table("published")["rows"]
 
 
 def of_model(suite: str, table: str, name: str) -> dict[str, dict[str, float]]:
-    """Published figures by source, of the model or the curve of figure 5 that a name is held to."""
+    """published scores by source of the model or curve of figure 5 that `name` is judged by."""
     if table == "figure5":
         figure = evaluate.read_table("published")["figure5"]
         recipe, _, epoch = name.partition(" epoch ")
@@ -522,7 +522,7 @@ def of_model(suite: str, table: str, name: str) -> dict[str, dict[str, float]]:
 
 
 def in_order(suite: str, rows: list[str]) -> list[str]:
-    """Each row once, in the order of the paper's columns, then the rest as they are."""
+    """Each row once, in the order of the paper's columns, then the others."""
     first = [column[0] for column in evaluate.suite_info(suite).get("columns", [])]
     first += evaluate.suite_info(suite)["expected"]
     return sorted(dict.fromkeys(rows), key=[*first, *rows].index)
@@ -651,7 +651,7 @@ def run_judge(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Rewrite the file, or say which tables differ."""
+    """Rewrite the pages, or print which tables differ."""
     args = parse_args(argv)
     pages = [ROOT / "README.md", *sorted((ROOT / "scripts").glob("*.md"))]
     if args.judge:
@@ -662,7 +662,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def refresh(page: Path, check: bool) -> bool:
-    """Rewrite the tables of a page, or say how they differ; whether they are as they should be."""
+    """Rewrite the tables of a page, or print how they differ; returns whether they are current."""
     try:
         old = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How good are negatives?  Figures of whole files, and blind readings of a few.
+"""How good are negatives?  Statistics of whole files, and blind ratings of samples.
 
   python scripts/negatives_report.py FILE ... --mlm DIR --spacy en_core_web_sm --markdown
   python scripts/negatives_report.py reading sheets OURS --against FILE ... --out FOLDER
@@ -12,21 +12,21 @@ For each type of negatives, in per cent of the negatives if nothing else is said
   exchange  exactly the words of the caption (case aside, "a" and "an" as one) in another order
   drawn     captions that got an exchange, of those that allow one; from records whose ``how`` says
             of a type "exchange", or "instead of exchange" where one was legal and not drawn
-  n-grams   how often evaluate.py's reader of words, pairs and triples, fitted on other images,
-            scores the caption above the negative; a tie counts as half, 50 % cannot tell
-  masked    the same of a masked language model (pseudo-log-likelihood)
-  giveaway  a phrase of one to three words, each of them new (more often in the negative than in
-            its caption), gives them away.  A phrase does that if, over the type, it is new in at
-            least 10 negatives and in at least 5 times as many as those from which it is gone
-  around    the same, of phrases that may hold any words, as "a horse riding" after an exchange
-  ten new   how much of all new words the ten most used make up
-  absence   "without", "no", "far from" ... comes in; absence before: the caption has one
+  n-grams   how often evaluate.py's n-gram classifier (1 to 3 words), fitted on other images, scores
+            the caption above the negative; a tie counts as half, 50 % is chance
+  masked    the same for a masked language model (pseudo-log-likelihood)
+  giveaway  the negative has a telltale phrase of one to three new words (words more often in it
+            than in its caption): over the type, the phrase is new in at least 10 negatives, and in
+            at least 5 times as many as those that removed it
+  around    the same, for phrases with any words, as "a horse riding" after an exchange
+  ten new   percentage of all new words that are one of the ten most frequent ones
+  absence   "without", "no", "far from" ... is inserted; absence before: the caption has one
   speech    of replacements at one place: the last word keeps its part of speech (spaCy's; numbers
             are adjectives, and adverbs are prepositions)
 
-``reading sheets`` writes TYPE.txt for each type, GUIDE.txt for the readers, and key.json, which
-readers must not see.  A reader writes TYPE.marks: a line "#item<TAB>label<TAB>reason" for each
-faulty item, labels joined by "|".  ``reading count`` says how many of each maker's negatives got
+``reading sheets`` writes TYPE.txt for each type, GUIDE.txt for the raters, and key.json, which
+raters must not see.  A rater writes TYPE.marks: a line "#item<TAB>label<TAB>reason" for each
+faulty item, labels joined by "|".  ``reading count`` counts how many of each maker's negatives got
 each label, with Wilson's interval.
 """
 
@@ -56,14 +56,14 @@ import evaluate
 import negatives as kit
 from negatives import DataError
 
-IN, RATIO = 10, 5  # of a phrase that gives away
+IN, RATIO = 10, 5  # thresholds of a telltale phrase
 ABSENCE = re.compile(
     r"\b(without|no|not|none|nothing|nobody|never|neither|nor|lack(s|ing)?|missing|absent|empty"
     r"|far from|away from|free of|\w+n't)\b",
     re.IGNORECASE,
 )
 LABELS = ("mechanical", "odd", "true")
-OTHERS = {  # negatives of other makers that stand on the sheet of a type
+OTHERS = {  # types of other makers' negatives on the sheet of a type
     "relation": ("replace_rel", "swap_obj", "negclip"),
     "attribute": ("replace_att", "swap_att", "negclip"),
     "object": ("replace_obj",),
@@ -99,7 +99,7 @@ def read(path: Path) -> list[Row]:
     """Captions with negatives of a manifest, NegCLIP's .tsv or a .json of SugarCrepe.
 
     Raises:
-        DataError: the file cannot be read, is not of its kind, or has no negatives.
+        DataError: the file cannot be read, has another format, or has no negatives.
     """
     rows: list[Row] = []
     try:
@@ -198,7 +198,7 @@ def measure(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _worst(found: Iterable[set[str]], bad: set[str]) -> Iterator[str]:
-    """The ten phrases that give most negatives away, beside those that one before it does."""
+    """The ten phrases that detect most negatives, each beyond those before it."""
     rest = [both for phrases in found if (both := phrases & bad)]
     for _ in range(10):
         uses = Counter(phrase for phrases in rest for phrase in phrases)
@@ -209,9 +209,9 @@ def _worst(found: Iterable[set[str]], bad: set[str]) -> Iterator[str]:
 
 
 def told(pairs: Sequence[Pair], **reader: Any) -> float:
-    """How often a reader of texts alone picks the caption, in per cent; a tie is half.
+    """How often a text-only model prefers the caption, in per cent; a tie is half.
 
-    The reader of n-grams, or a masked language model given as ``model``.
+    It is the n-gram classifier, or a masked language model given as ``model``.
     """
     items = [evaluate.TestItem((), "", (image,), (*both,)) for image, *both in pairs]
     scores = (evaluate.score_masked if reader else evaluate.score_ngrams)(items, **reader)
@@ -316,7 +316,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def draw_gallery(rows: Sequence[Row], out: Path) -> None:
-    """Some captions that have every negative and fit a line; what is new is red."""
+    """Some captions that have every negative and fit a line; new words are red."""
     import matplotlib.pyplot as plt
 
     good = [row for row in rows if all(row.negatives.values()) and 40 < len(row.caption) < 75]
@@ -331,7 +331,7 @@ def draw_gallery(rows: Sequence[Row], out: Path) -> None:
         y, at = 1 - (k + 1) / (len(lines) + 1), 0.11
         figure.text(0.01, y, name, color="gray", **font)
         fresh = {i for _, place in changed(old, new) for i in range(place.start, place.stop)}
-        if len(old) == len(new):  # exchanged words can be told by their place
+        if len(old) == len(new):  # exchanged words differ by position
             fresh = {i for i, (one, two) in enumerate(zip(old, new, strict=True)) if one != two}
         for i, word in enumerate(new):
             style: dict[str, Any] = {"color": "#b3261e", "weight": "bold"} if i in fresh else {}
@@ -347,7 +347,7 @@ def write_sheets(args: argparse.Namespace) -> None:
     """A shuffled sheet for each type, the guide and the key."""
     makers = {"ours": read(args.ours), **{path.stem: read(path) for path in args.against}}
     if len(makers) < 1 + len(args.against):
-        raise DataError("--against: two makers have one name; rename their files")
+        raise DataError("--against: two makers have the same name; rename their files")
     if args.out.exists():
         raise DataError(f"--out {args.out} exists; move it away, it may hold marks")
     captions = defaultdict(list)
@@ -380,14 +380,14 @@ def write_sheets(args: argparse.Namespace) -> None:
         (args.out / f"{kind}.txt").write_text(sheet, "utf-8")
     (args.out / "GUIDE.txt").write_text(GUIDE, "utf-8")
     (args.out / "key.json").write_text(json.dumps(key, indent=1) + "\n", "utf-8")
-    print(f"{len(key)} items in {args.out}; give readers GUIDE.txt and the sheets, not key.json")
+    print(f"{len(key)} items in {args.out}; give raters GUIDE.txt and the sheets, not key.json")
 
 
 def count_marks(folder: Path) -> dict[str, Any]:
     """Of each type and maker: how many were read, and per cent with each label [value, low, high].
 
     Raises:
-        DataError: the key or a line of marks is not what it should be, or there are no marks.
+        DataError: the key or a line of marks is malformed, or there are no marks.
     """
     sheets: dict[str, dict[int, str]] = defaultdict(dict)
     try:
@@ -446,7 +446,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     if argv[:1] == ["reading"]:
         commands = parser.add_subparsers(dest="command", required=True)
-        add = commands.add_parser("sheets", help="write sheets for readers").add_argument
+        add = commands.add_parser("sheets", help="write sheets for raters").add_argument
         add("ours", type=Path, help="a manifest with negatives")
         add("--against", type=Path, nargs="*", default=[], metavar="FILE", help="of other makers")
         add("--items", type=count, default=60, help="of ours, for each type (60)")
@@ -459,9 +459,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(argv[1:])
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="files, or: reading sheets | count")
-    add("--mlm", metavar="DIR", help="masked language model (transformers) that reads them")
-    add("--spacy", metavar="NAME", help="pipeline that tells parts of speech")
-    add("--pairs", type=count, default=1000, help="pairs of each type that these two read (1000)")
+    add("--mlm", metavar="DIR", help="masked language model (transformers) for column masked")
+    add("--spacy", metavar="NAME", help="spaCy pipeline for parts of speech")
+    add("--pairs", type=count, default=1000, help="pairs of each type for these two (1000)")
     add("--speed", type=Path, metavar="CAPTIONS", help="time negatives.py beside --spacy's tagging")
     add("--gallery", type=Path, metavar="FILE.png", help="image of some captions of the first FILE")
     add("--out", type=Path, metavar="FILE.json", help="where to save the figures")
@@ -475,7 +475,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of every file, printed as they come."""
     if len({path.stem for path in args.files}) < len(args.files):
-        raise DataError("two FILEs have one name; rename one")
+        raise DataError("two FILEs have the same name; rename one")
     if args.gallery and not args.gallery.parent.is_dir():
         raise DataError(f"--gallery {args.gallery}: there is no such folder; make it first")
     if args.gallery:

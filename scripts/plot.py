@@ -95,7 +95,7 @@ def read_results(paths: list[Path]) -> Results:
     """All results by label.
 
     Raises:
-        DataError: a file that is no results.json, or a label that two of them have.
+        DataError: a file is not a results.json, or two files have the same label.
     """
     read: Results = {}
     for path in paths:
@@ -122,7 +122,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a file of JSON lines, after its place FILE:LINE.
 
     Raises:
-        DataError: names the line that is none.
+        DataError: names the malformed line.
     """
     try:
         texts = path.read_text(encoding="utf-8").splitlines()
@@ -163,7 +163,7 @@ def read_run(folder: Path) -> RunLog:
 
 
 def read_runs(folders: list[Path]) -> dict[str, list[RunLog]]:
-    """Runs by name; two of one name and seed are told apart by the folder above."""
+    """Runs by name; the parent folder distinguishes two of the same name and seed."""
     runs = [read_run(folder) for folder in folders]
     keys = [run[:2] for run in runs]
     out: dict[str, list[RunLog]] = {}
@@ -203,7 +203,7 @@ def sort_inputs(inputs: list[Path]) -> tuple[list[Path], list[Path], list[Path]]
 
 
 class Bar(NamedTuple):
-    """A figure of one model: mean over seeds, its 95 % interval, the seeds."""
+    """A score of one model: mean over seeds, its 95 % interval, the seeds."""
 
     value: float
     low: float
@@ -390,7 +390,7 @@ def published_summary(source: str) -> dict[str, Points]:
 
 
 def draw_tradeoff(results: Results, plt: Any) -> Any:
-    """Our models filled, published ones hollow; None where results share no gain and cost."""
+    """Our models filled, published ones hollow; None if models share no gain and cost scores."""
     import make_tables
 
     import evaluate
@@ -418,7 +418,7 @@ def draw_tradeoff(results: Results, plt: Any) -> Any:
 
 
 def draw_panels(panels: dict[str, tuple[Points, Points]], title: str, plt: Any) -> Any:
-    """One axes for each cost; mixes alpha_A of interpolate.py are joined by a line."""
+    """One axes for each cost; a line joins the interpolations alpha_A of interpolate.py."""
     most = max(len(ours) + len(theirs) for ours, theirs in panels.values())
     size = (4.6 * len(panels), 3.6 + 0.08 * most)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
@@ -443,7 +443,7 @@ def draw_panels(panels: dict[str, tuple[Points, Points]], title: str, plt: Any) 
 
 
 def label_points(axis: Any, points: Points) -> None:
-    """Write each label at the nearest place inside the axes that is free."""
+    """Write each label at the nearest free position inside the axes."""
     box = axis.get_window_extent()
     at = {label: axis.transData.transform(point) for label, point in points.items()}
     taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in at.values()]
@@ -570,7 +570,7 @@ def pick_records(path: Path, count: int) -> tuple[list[dict[str, Any]], list[str
     """Records evenly spaced over a manifest, of those with a negative of every type if there are.
 
     Raises:
-        DataError: a line that is no record, or no record with negatives.
+        DataError: a line is not a record, or no record has negatives.
     """
     records: list[dict[str, Any]] = []
     types: dict[str, None] = {}
@@ -595,8 +595,8 @@ def pick_records(path: Path, count: int) -> tuple[list[dict[str, Any]], list[str
 def split_edit(caption: str, text: str, edits: Any = None) -> list[tuple[str, bool]]:
     """A negative in pieces, spaces kept, and whether each differs from the caption.
 
-    The edits of its record, if they give this text, tell what was exchanged; else words are
-    compared. An empty piece stands where words are missing.
+    The record's edits, if they give this text, say what was exchanged; else words are compared. An
+    empty piece marks removed words.
     """
     pieces: list[tuple[str, bool]] = []
     end = 0
@@ -629,7 +629,7 @@ def wrap_pieces(pieces: list[tuple[str, bool]], width: int) -> list[list[tuple[i
 
 
 def draw_gallery(path: Path, count: int, plt: Any) -> Any:
-    """Captions with their negatives, edits in red; a caret where words were only taken away."""
+    """Captions with their negatives, edits in red; a caret marks removed words."""
     records, types = pick_records(path, count)
     rows: list[tuple[str, list[tuple[int, str, bool]], bool]] = []
     for record in records:
@@ -663,7 +663,7 @@ def draw_gallery(path: Path, count: int, plt: Any) -> Any:
                 "weight": "bold" if marked or bold else "normal",
             }
             axis.text(margin + column, y, word, **font, **mark)
-            if marked and not word.strip() and alone:  # only taken away
+            if marked and not word.strip() and alone:  # removed words
                 axis.plot(margin + column - 0.5, y + 0.45, "^", ms=4, color=EDIT)
     return figure
 

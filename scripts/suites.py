@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Read the suites' official files, and files and loaders of the user's own, into items.
+"""Read the suites' official files, and the user's own files and loaders, into items.
 
 A loader takes a `Source` (root, expected, notes) and yields TestItem, and Retrieval and Classes
 for the costs. Suites of plain rows are described in suites.json under "records" and read by
 `load_rows`; each other suite has a loader of its own. evaluate.py calls them by LOADERS.
 
-Chapters: reading rows, suites of your own, plain rows, ARO, other suites, class sets, what is
-there, and what of it was trained on.
+Chapters: reading rows, suites of your own, plain rows, ARO, other suites, class sets, which files
+exist, and overlap with training images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from evaluate import (
 
 
 class Row(dict[str, Any]):
-    """A row of a suite's file; a field that is not there is named with its place."""
+    """A row of a suite's file; a missing field is an error that names the row."""
 
     place = ""
 
@@ -58,7 +58,7 @@ class Row(dict[str, Any]):
 
 @dataclass
 class Source:
-    """A suite's files below --root; what its loader finds out goes into expected and notes."""
+    """A suite's files below --root; its loader updates `expected` and `notes`."""
 
     suite: str
     root: Path | None
@@ -106,18 +106,18 @@ class Source:
             yield str(key), row
 
     def listed(self, value: Any) -> list[Any]:
-        """Take a list of the row that was read last; a text would pass for a list of letters."""
+        """Return a field if it is a list; a string would pass as a list of letters."""
         if not isinstance(value, list):
             raise DataError(f"{self.place}: {str(value)[:40]!r} is no list; download it again")
         return value
 
     def find(self, *names: str) -> str:
-        """The first of these files below --root that is there, or else the first."""
+        """The first of these files that exists below --root, else the first one."""
         paths = [os.path.join(self.root or "", name) for name in names]
         return next((path for path in paths if os.path.isfile(path)), paths[0])
 
     def coco(self, name: str) -> str:
-        """A COCO photo by its number, in whichever pool holds it."""
+        """A COCO photo by its number, in whichever folder has it."""
         number = re.split(r"[/_]", name)[-1]
         names = [f"{pool}/{number}" for pool in ("val2017", "train2017")]
         names += [f"{pool}/COCO_{pool}_{number}" for pool in ("val2014", "train2014")]
@@ -193,10 +193,10 @@ OWN_FIELDS = ("images", "texts", "true", "subset", "id", "crop", "tags")
 
 
 def own_item(record: Any, place: str, number: int, find: Callable[[str], str]) -> TestItem:
-    """Check a record of the user's own and make it an item.
+    """Check a user's own record and make it an item.
 
     Raises:
-        DataError: names the place, the field, what it is and what it must be.
+        DataError: names the place, the field, its value and what it must be.
     """
 
     def fault(why: str) -> DataError:
@@ -235,7 +235,7 @@ def own_item(record: Any, place: str, number: int, find: Callable[[str], str]) -
 
 
 def load_own(given: str, source: Source) -> Loaded:
-    """Read a suite of the user's own."""
+    """Read a user's own suite."""
     folder = Path(given.split(".py:")[0]).parent
 
     def find(name: str) -> str:
@@ -254,7 +254,7 @@ def load_rows(source: Source) -> Loaded:
 
     rows: file of each subset; subset: the field that names it instead. images, texts: fields (or
     numbers of columns), the true text first, `true` of them. folder: path of an image; pool: "coco"
-    or "vg" instead. text_only: each item is asked without its image too. tags: fields.
+    or "vg" instead. text_only: each item is also scored without its image. tags: fields.
     """
     fields = read_table("suites")[source.suite]["records"]
     true = fields.get("true", 1)
@@ -282,7 +282,7 @@ def load_rows(source: Source) -> Loaded:
 
 
 def unpack_parquet(source: Source, folder: str) -> None:
-    """At first use, take parquet files apart: images go to images/, the rest to rows.jsonl.
+    """At first use, unpack parquet files: images to images/, the rest to rows.jsonl.
 
     Raises:
         DataError: pyarrow is missing, or the folder cannot be written.
@@ -354,14 +354,14 @@ def _boxes(subset: str, rows: list[Any], kept: list[Any], source: Source) -> Ite
         odd = "" if len(rows) == official else f"; the official file has {official}"
         note = f"{len(kept)} of {len(rows)} rows count, in {parts} parts{odd}"
         source.notes.append(f"{subset}: {note}")
-        lost = max(0, official - len(rows))  # any of them might have counted
+        lost = max(0, official - len(rows))  # any of them might have been usable
         source.expected[subset] = len(kept) + lost
     for part, key, row in kept:
         yield _boxed(subset, part, key, row, source)
 
 
 def _boxed(subset: str, part: str, key: str, row: Row, source: Source) -> TestItem:
-    """An item of ARO whose image is cropped to the box; the official order puts it second."""
+    """An item of ARO, image cropped to the box; the official order has the true text second."""
     x, y, width, height = (int(row[f"bbox_{side}"]) for side in "xywh")
     path = source.find(f"aro/images/{row['image_path']}")
     crop = Crop(path, (x, y, x + width, y + height))
@@ -382,7 +382,7 @@ KARPATHY: list[tuple[str, str, Callable[[Source, str], str]]] = [
 
 
 def pre_caption(caption: str, limit: int = 30) -> str:
-    """ARO's cleaning: lower case, some punctuation out, at most `limit` words."""
+    """ARO's cleaning: lower case, some punctuation removed, at most `limit` words."""
     caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     return " ".join(re.sub(r"\s{2,}", " ", caption).strip().split(" ")[:limit])
 
@@ -393,8 +393,8 @@ Tagged = list[tuple[str, str]]
 def tag_words(captions: Sequence[str]) -> tuple[list[Tagged], str]:
     """Split captions into words with "noun", "adjective" or "": spaCy's tags, else a word list.
 
-    Without spaCy and en_core_web_sm nouns and adjectives cannot be told apart: all content words
-    are called nouns, and so are shuffled among each other.
+    Without spaCy and en_core_web_sm nouns and adjectives are not distinguished: all content words
+    count as nouns, and are shuffled with each other.
     """
     try:
         import spacy
@@ -409,7 +409,7 @@ def tag_words(captions: Sequence[str]) -> tuple[list[Tagged], str]:
 
 
 def guess_tags(caption: str) -> Tagged:
-    """Call every content word a noun, by a list of function words."""
+    """Tag every word as a noun, except those in a list of function words."""
     function_words = set(read_table("function_words"))
     words = re.findall(r"[\w'-]+|[^\w\s]", caption)
     known = [w.lower() in function_words or w.endswith("ing") or not w[0].isalnum() for w in words]
@@ -493,7 +493,7 @@ def load_vl_checklist(source: Source) -> Loaded:
                     count += 1
                     texts = tuple(source.listed(claims[side])[0] for side in ("POS", "NEG"))
                     yield TestItem((subset, family, name.split("/")[-1]), key, (path,), texts)
-            wanted = min(seen, 1000) or 1000  # a list that is not there may hold as many
+            wanted = min(seen, 1000) or 1000  # a missing list may have that many
             source.expected[subset] = source.expected.get(subset, 0) + wanted
     source.notes.append(f"images found for {there} of the {total} items looked at")
 
@@ -765,7 +765,7 @@ def _ranked(folder: Path, known: Any) -> Classes:
 
 
 def _read_voc(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """The classes in each test photo; one that is only difficult to see counts as not there."""
+    """The classes in each test photo; a class with only "difficult" objects counts as absent."""
     bases = [folder / "VOCdevkit/VOC2007", folder / "test/VOCdevkit/VOC2007", folder]
     base = next((path for path in bases if (path / "ImageSets").is_dir()), bases[0])
     shown: dict[str, list[int]] = {}
@@ -798,7 +798,7 @@ def class_split(folder: Path, known: Any, split: str) -> tuple[list[tuple[str, i
 
     Raises:
         FileNotFoundError: there is no training split.
-        DataError: nothing to read, or a folder that is no class of this set.
+        DataError: nothing to read, or a folder that is not a class of this set.
     """
     import open_clip
     from torchvision.datasets.folder import make_dataset
@@ -926,7 +926,7 @@ def list_suites(root: Path | None) -> None:
     """Print for each suite: items found of those expected, files, GB, how to get them, licence.
 
     Raises:
-        DataError: the root is no folder, or may not be read.
+        DataError: the root is not a readable folder.
     """
     evaluate.check_root(root)
     sizes = download_sizes()
@@ -970,13 +970,13 @@ def download_sizes() -> dict[str, str]:
 
 
 def mark_seen(result: dict[str, Any], suite: Suite, photos: Any, root: Path | None) -> None:
-    """Count in each figure of a suite how many of its items show a photo of the training set.
+    """Count for each score of a suite how many of its items show a training image.
 
     Args:
-        result: of `summarise`; its cells and the whole of it get `seen`.
+        result: result of `summarise`; the key `seen` is added to it and to its cells.
         suite: its items and costs.
-        photos: `photo_number` of each training image, or None: nothing is known, nothing noted.
-        root: a photo of Visual Genome that COCO has too is known by ROOT/vg/image_data.json.
+        photos: `photo_number` of each training image; None if unknown, then nothing is added.
+        root: ROOT/vg/image_data.json gives the COCO ids of Visual Genome's photos.
     """
     if photos is None or suite.name == "shapes":
         return
@@ -1010,7 +1010,7 @@ def mark_seen(result: dict[str, Any], suite: Suite, photos: Any, root: Path | No
 
 @functools.cache
 def coco_twins(root: Path | None) -> dict[str, str]:
-    """COCO's id, as "coco ID", of each photo of Visual Genome that COCO has too."""
+    """The COCO id, as "coco ID", of each photo of Visual Genome that is also in COCO."""
     try:
         table = json.loads(((root or Path()) / "vg/image_data.json").read_text(encoding="utf-8"))
         return {str(x["image_id"]): f"coco {x['coco_id']}" for x in table if x.get("coco_id")}

@@ -403,7 +403,7 @@ def test_nothing_is_lost_or_overwritten(source, monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"out\.partial: line 4 is damaged"):
         main([*options, "--overwrite"])
     partial.write_text("precious")
-    with pytest.raises(DataError, match="not of a run of this script"):
+    with pytest.raises(DataError, match="was not written by this script"):
         main([*options, "--overwrite"])
     assert partial.read_text() == "precious"
     pytest.importorskip("fcntl")
@@ -526,7 +526,7 @@ def test_damaged_shards_are_named(tmp_path):
         info = tarfile.TarInfo("0.txt")
         info.type, info.linkname = tarfile.LNKTYPE, "1.txt"
         tar.addfile(info)
-    with pytest.raises(DataError, match="a link to what is not in it"):
+    with pytest.raises(DataError, match="has a link to a missing member"):
         main([str(bad), "--out", str(out)])
     with pytest.raises(DataError, match=r"the source .* itself"):
         main([str(whole), "--out", str(tmp_path), "--overwrite"])
@@ -767,7 +767,7 @@ def test_a_refusal_is_one_sentence_without_the_key(server, tmp_path, monkeypatch
     assert "\n" not in str(caught.value)
     assert server.asked[0][:2] == ("/v1/chat/completions", "Bearer sk-12345")
     server.behave = lambda caption, turn: (503, "loading")
-    with pytest.raises(DataError, match=r"gave no answer \(503 loading\); the same command"):
+    with pytest.raises(DataError, match=r"gave no answer \(503 loading\); repeat the command"):
         ask(server, tmp_path, "--llm-key-env", "SECRET")
     server.asked.clear()
     server.behave = lambda caption, turn: (

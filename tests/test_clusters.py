@@ -86,7 +86,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(case, code, forked):
 def test_a_second_signal_ends_a_run_that_waits_in_cpp(forked):
     first, other = forked["second"]
     assert (first["code"], other["code"]) == (143, 2)
-    assert "another rank has ended" in other["said"]
+    assert "another rank has exited" in other["said"]
 
 
 @pytest.mark.slow
@@ -96,9 +96,9 @@ def test_a_second_signal_ends_a_run_that_waits_in_cpp(forked):
         ("lock", [2, 143], r": process \d+ on .* trains into it"),
         ("srun", [0, 0], "2 steps of 4 on 2 x cpu"),
         ("no file", [2, 2], "none.jsonl: cannot be read"),
-        ("no checkpoint", [2, 2], r"rank 0 goes on from step \d, rank 1 from step 0"),
+        ("no checkpoint", [2, 2], r"rank 0 resumes from step \d, rank 1 from step 0"),
         ("evaluate", [2, 2], "none.pt: no such checkpoint"),
-        ("alone", [2], "the others did not come to localhost:"),
+        ("alone", [2], "the others did not reach localhost:"),
     ],
 )
 def test_runs_that_meet(case, codes, message, forked):
@@ -240,7 +240,7 @@ DAMAGE = {
     "args list": (lambda out: (out / "args.json").write_text("[]"), "its args.json is damaged"),
     "args deep": (lambda out: (out / "args.json").write_text("[" * 10**5), "json is damaged"),
     "args options": (lambda o: (o / "args.json").write_text('{"options": 3}'), "is damaged"),
-    "metrics": (append("metrics.jsonl", '[]\n{"step": 1}\n'), r"metrics.jsonl:3: is no line"),
+    "metrics": (append("metrics.jsonl", '[]\n{"step": 1}\n'), r"metrics.jsonl:3: is not a line"),
     "metrics link": (dangle("metrics.jsonl"), r"metrics.jsonl: cannot be rewritten"),
     "out link": (lambda o: (shutil.rmtree(o), o.symlink_to("nowhere")), "exists, but is not a run"),
 }

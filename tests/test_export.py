@@ -159,7 +159,7 @@ def test_the_card_shows_the_results_of_these_weights(tmp_path):
         (["--out", "full"], "--out full: exists and is not empty"),
         (["--out", "a.pt"], r"--out a\.pt: exists and is not empty"),
         (["--out", "hub", "--push", "name"], "--push name: is not ORG/NAME"),
-        (["--out", "hub", "--private"], "--private: goes with --push"),
+        (["--out", "hub", "--private"], "--private: needs --push"),
         (["--out", "hub", "--license", "My Own"], "--license My Own: is no licence id"),
     ],
 )

@@ -196,5 +196,5 @@ def test_a_model_without_decoder_has_no_captioning_loss(here, tmp_path):
     config = config_of("OpenAI ViT", here)
     given = ["--data", here / "train.jsonl", "--images", here, "--model", config, "--steps", 1]
     given += ["--batch-size", 4, "--caption-weight", 1, "--out", tmp_path / "run"]
-    with pytest.raises(data.DataError, match="has no decoder of captions"):
+    with pytest.raises(data.DataError, match="has no caption decoder"):
         train.main([str(option) for option in given])

@@ -151,7 +151,7 @@ PHOTOS = ["--data", "m.jsonl", "--images", "."]
         (["--warmup", "-1"], "--warmup -1: must be a number from 0"),
         (["--cap", "1e99"], r"--cap 1e\+99: must be a number from 0"),
         (["--lr", "0"], "--lr 0.0: must be a number .*above 0"),
-        (["--lora", "100000"], "--lora 100000: a weight of the model is"),
+        (["--lora", "100000"], "--lora 100000: the model has a"),
         (["--ema", "1.5", "--distill", "1"], "--ema 1.5: must be a number from 0 to 1"),
         (["--out", "x" * 300], "cannot be written"),
         (["--model", "deep.json"], "deep.json: is no model config"),
@@ -194,7 +194,7 @@ def test_overwrite_replaces_regular_files_alone(kind, tmp_path):
     command = ["shapes", "--out", str(out), "--images", str(tmp_path / "i"), "--limit", "1"]
     with pytest.raises(data.DataError, match="regular file"):
         data.main([*command, "--overwrite"])
-    with pytest.raises(data.DataError, match=r"results\.md is in the way"):
+    with pytest.raises(data.DataError, match=r"results\.md exists, not replaced"):
         evaluate.check_out(folder, True)
     assert not (tmp_path / "i").exists()
     assert kind != "link" or (tmp_path / "precious").read_text() == "mine"
@@ -227,7 +227,7 @@ def test_features_of_a_cache_that_cannot_be_the_models_are_made_again(spoil, tmp
     torch.save(kept | {"rows": spoil(kept["rows"].clone())}, file)
     again = evaluate.Encoder(model, args)
     assert not again.known
-    assert "is torn, made again" in capsys.readouterr().err
+    assert "is damaged; recomputed" in capsys.readouterr().err
     np.testing.assert_allclose(again.texts(["a dog", "a cat"]).rows, rows, atol=1e-6)
 
 
@@ -240,7 +240,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
         (tmp_path / "m.jsonl").write_text(json.dumps(record) + "\n")
         for model in (str(evaluate.SHAPES_CONFIGS["shapes-tiny"]), "shapes-tiny"):  # of 32 tokens
             data.main([*command, model])
-            assert "1 negatives are their caption to" in capsys.readouterr().out
+            assert "1 negatives have their caption's tokens in" in capsys.readouterr().out
     for model in ("nonsense", "suites", str(tmp_path / "none.json")):
         with pytest.raises(data.DataError, match="open_clip knows no such model"):
             data.main([*command, model])
@@ -255,7 +255,7 @@ def test_check_counts_negatives_that_a_model_does_not_see(tmp_path, capsys):
             '{"image": "a.png", "caption": "a", "negatives": {"object": ["b", "\\udc00"]}}',
             "byte 0: holds half a character",
         ),
-        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "images of .* are not there"),
+        ('{"image": "%s.png", "caption": "a"}' % ("x" * 300), "images of .* are missing"),
         ('{"image": "a.png", "caption": "a", "image_id": %s}' % ("1" * 5000), ":1: is not JSON"),
         ("[" * 100_000, ":1: is not JSON"),
     ],

@@ -95,7 +95,7 @@ TOWERS = {
         ({"model": "x", "config": TINY | {"what": 1}}, "cannot be built .*what"),
         ({"model": "x", "config": TOWERS["bert"]}, "cannot be built"),
         ({"model": "x", "config": TOWERS["timm"]}, "cannot be built"),
-        ({"model": "x", "config": TOWERS["tokenizer"]}, "tokenizer cannot be had"),
+        ({"model": "x", "config": TOWERS["tokenizer"]}, "tokenizer cannot be loaded"),
     ],
 )
 def test_names_in_a_checkpoint_do_not_reach_the_hub(kit, message, tmp_path, monkeypatch):

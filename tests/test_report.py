@@ -195,7 +195,7 @@ def test_a_reading_hides_the_makers_and_counts_them(files, tmp_path):
     assert (row["read"], row["odd %"][1:]) == (6, [9.7, 70.0])  # Wilson's interval of 2 out of 6
     with pytest.raises(script.DataError, match="it may hold marks"):
         run(*sheets, "--out", out)
-    with pytest.raises(script.DataError, match="two makers have one name"):
+    with pytest.raises(script.DataError, match="two makers have the same name"):
         run(*sheets, files[1], files[1], "--out", tmp_path / "new")
 
 

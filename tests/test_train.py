@@ -81,7 +81,7 @@ def same(found, wanted, tolerance=1e-5):
         (["--data", "no.jsonl"], "0 folders for 1 manifests"),
         (["--data", "no.tar"], "needs --steps"),
         (["--lora", "4", "--tune", "text"], "goes with neither"),
-        (["--model", "RN50", "--micro-batch", "2"], "batch norms"),
+        (["--model", "RN50", "--micro-batch", "2"], "batch norm"),
         (["--out", "/proc/none"], "cannot be written"),
         (["--loss", "own:Own"], "--loss own:Own: must be FILE.py:CLASS"),
         (["--loss", "no.py:Own"], "no.py: cannot be read"),

@@ -131,7 +131,7 @@ def test_a_resumed_run_scores_on(folder, tmp_path):
     assert again[:2] == before[:2]
     (tmp_path / "run/val.jsonl").write_text('{"step": 0}\n')
     torch.save(checkpoint, tmp_path / "run/latest.pt")
-    with pytest.raises(data.DataError, match=r"val\.jsonl: holds a line without the best figure"):
+    with pytest.raises(data.DataError, match=r"val\.jsonl: holds a line without the best score"):
         run(folder, tmp_path / "run", "--steps", 2, *val)
 
 
@@ -143,7 +143,7 @@ def test_a_resumed_run_scores_on(folder, tmp_path):
         (["--val", "sugarcrepe"], "--val sugarcrepe: needs --val-root"),
         (["--val", "no.jsonl", "--val-root", "."], r"no\.jsonl"),
         (["--val", "shapes", "--val-every", "0"], "--val-every 0: must be"),
-        (["--val", "M", "--val-root", "nowhere"], "4 images are not there, the first is nowhere"),
+        (["--val", "M", "--val-root", "nowhere"], "4 images are missing, the first is nowhere"),
         (["--val", "M", "--val-root", "F", "--best", "x"], "--best x: is none of mean of types"),
     ],
 )
@@ -185,5 +185,5 @@ def test_wandb_takes_the_metrics_offline(folder, tmp_path, monkeypatch):
 def test_a_missing_package_is_named(folder, tmp_path, monkeypatch, name):
     monkeypatch.setitem(train.sys.modules, "wandb", None)
     monkeypatch.setitem(train.sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(data.DataError, match=f"--log {name}: is missing; pip install {name}"):
+    with pytest.raises(data.DataError, match=f"--log {name}: is not installed; pip install {name}"):
         run(folder, tmp_path / "run", "--steps", 1, "--log", name)
