@@ -499,7 +499,9 @@ def draw_lines(axis: Any, runs: list[RunLog], key: str, label: str, colour: str)
         return
     steps = sorted(set.intersection(*(set(value) for value in values)))
     columns = [[value[step] for value in values] for step in steps]
-    axis.plot(steps, [statistics.mean(x) for x in columns], color=colour, label=label, lw=1.4)
+    dot = "o" if len(steps) == 1 else ""  # a line of one point would not show
+    means = [statistics.mean(x) for x in columns]
+    axis.plot(steps, means, dot + "-", color=colour, label=label, lw=1.4, ms=4)
     if len(values) > 1:
         low, high = [min(x) for x in columns], [max(x) for x in columns]
         axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
@@ -717,11 +719,12 @@ def draw_items(path: Path, suite: str, plt: Any) -> Any:
             text = f"{label:<9.9}{one:6.2f}{two:6.2f} {'right' if item['correct'] else 'wrong'}"
             lines.append((0.66 + 0.14 * number, text, "black", "monospace"))
         for inches, text, colour, family in lines:
-            place = (0, -inches / 1.68)  # of the image's height
-            axis.text(
-                *place,
+            axis.annotate(
                 text,
-                transform=axis.transAxes,
+                (0, 0),
+                xycoords="axes fraction",  # below the image, however high it is
+                xytext=(0, -72 * inches),
+                textcoords="offset points",
                 fontsize=6.5,
                 va="top",
                 color=colour,
