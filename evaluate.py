@@ -49,13 +49,14 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import traceback
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 # Options
@@ -714,8 +715,37 @@ def script(name: str) -> Any:
 
 
 def is_own(name: str) -> bool:
-    """Whether an entry of --suite is the user's own file or loader."""
-    return ".py:" in name or name.endswith((".json", ".jsonl"))
+    """Whether an entry of --suite names a file or a loader of the user's own."""
+    return ".py:" in name or name.endswith((".json", ".jsonl", ".py"))
+
+
+def run_file(path: str) -> dict[str, Any]:
+    """The names that a Python file of the user's own defines; it may import files beside it."""
+    module = ModuleType(f"own_{Path(path).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look for it there
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
+
+
+@contextlib.contextmanager
+def own_faults(flag: str) -> Iterator[None]:
+    """What the code of FLAG FILE.py:NAME raises, as one sentence with its line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:  # of whatever kind
+        path = os.path.abspath(flag.split(" ", 1)[1].rpartition(":")[0])
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [x.lineno for x in frames if os.path.abspath(x.filename) == path]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        where = f", line {lines[-1]}" if lines else ""
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
+        raise DataError(f"{flag}{where}: {told}; correct the file") from None
 
 
 def _test_scenes() -> Iterator[tuple[int, Scene]]:
@@ -1126,9 +1156,9 @@ def load_image(name: str | Crop, width: int) -> Image.Image:
     if name.endswith(".npy"):  # frames of EqBen, BGR
         try:
             frame = np.load(name, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1]))
+        except (OSError, ValueError, IndexError, TypeError) as error:
             raise DataError(f"{name}: cannot be decoded ({error})") from None
-        return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1]))
     return open_image(name)
 
 
@@ -2071,7 +2101,8 @@ def suite_name(given: str) -> str:
         return given
     near = difflib.get_close_matches(given, [*SUITES, *GROUPS], 1)
     hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(SUITES)}"
-    raise DataError(f"--suite {given}: no such suite; {hint}")
+    hint = "leave out the comma" if not given else f"{hint}, or a .json, .jsonl or .py:FUNCTION"
+    raise DataError(f"--suite {given or repr(given)}: no such suite; {hint}")
 
 
 def name_suites(text: str) -> list[str]:

@@ -21,7 +21,6 @@ import functools
 import gc
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -35,7 +34,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -475,32 +473,17 @@ def read_loss(spec: str) -> Any:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise DataError(f"--loss {spec}: must be FILE.py:CLASS, as my_loss.py:MyLoss")
-    fingerprint(path)  # raises DataError if it cannot be read
-    found: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(found)
+    fingerprint(path)  # it can be read
     with loss_faults(spec):
-        found.loader.exec_module(module)
-    made = getattr(module, name, None)
+        made = evaluate.run_file(path).get(name)
     if not (isinstance(made, type) and issubclass(made, nn.Module)):
         raise DataError(f"--loss {spec}: {path} has no class {name} of torch.nn.Module")
     return made
 
 
-@contextlib.contextmanager
-def loss_faults(spec: str | None) -> Iterator[None]:
-    """Turn an exception of the code of --loss into a DataError with its line number."""
-    try:
-        yield
-    except Exception as error:  # of whatever kind
-        if spec is None:
-            raise
-        path = os.path.abspath(spec.rpartition(":")[0])
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [x.lineno for x in frames if os.path.abspath(x.filename) == path]
-        lines += [error.lineno] if isinstance(error, SyntaxError) else []
-        where = f", line {lines[-1]}" if lines else ""
-        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise DataError(f"--loss {spec}{where}: {told}; correct the file") from None
+def loss_faults(spec: str | None) -> contextlib.AbstractContextManager[None]:
+    """What the code of --loss raises, as one sentence with its line."""
+    return evaluate.own_faults(f"--loss {spec}") if spec else contextlib.nullcontext()
 
 
 LOSS_OPTIONS = (

@@ -19,6 +19,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,13 +355,18 @@ def main(argv: list[str] | None = None) -> None:
     check_args(args)
     import evaluate
 
-    model = evaluate.load_model(args.model, args.checkpoint)
+    name, weights = args.model, args.checkpoint
+    if weights.startswith("hf-hub:"):
+        name, weights = weights, None
+    elif not name and ":" in weights and not Path(weights).exists():  # MODEL:TAG
+        name, _, weights = weights.rpartition(":")
+    model = evaluate.load_model(name, weights)
     digest = evaluate.hash_model(model)
     result = own_result(args.results, digest) if args.results else None
-    room = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(room, ignore_errors=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=f"{args.out.name}.", dir=args.out.parent))
     try:
-        room.mkdir(parents=True)
+        room.chmod(0o755)
         if args.to == "open_clip":
             write_open_clip(room, model, args.push)
         else:

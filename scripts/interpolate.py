@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     """Mix, evaluate, draw."""
     args, options = parse_args(argv)
     own = ("--ckpt", "--model", "--pretrained", "--baseline", "--list", "--overwrite")
-    taken = [x for x in options if x.split("=")[0] in own]
+    flags = [(x, x.split("=")[0]) for x in options if x.startswith("--") and len(x) > 2]
+    taken = [x for x, flag in flags if any(name.startswith(flag) for name in own)]  # or the start
     if taken or (options and not args.suite):
         why = "is set by this script" if taken else "needs --suite"
         raise DataError(f"{(taken or options)[0]}: {why}; leave it out")

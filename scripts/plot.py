@@ -315,9 +315,15 @@ def draw_suite(results: Results, suite: str, plt: Any) -> Any:
         axis.set_xlim(-0.55, max(2, len(table)) - 0.45)
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     order = [name for name in [*models, "chance"] if name in shown]
-    columns = max(1, min(len(order), int(size[0] / 1.3)))
-    figure.legend([shown[x] for x in order], order, loc="outside upper center", ncols=columns)
+    name_models(figure, {name: shown[name] for name in order})
     return figure
+
+
+def name_models(figure: Any, shown: dict[str, Any]) -> None:
+    """A legend above the axes, in as many columns as the longest name leaves room for."""
+    longest = max(map(len, shown), default=0)
+    columns = max(1, min(len(shown), int(figure.get_figwidth() / (0.5 + 0.08 * longest))))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns)
 
 
 # Trade-off: composition over its costs
@@ -493,7 +499,9 @@ def draw_lines(axis: Any, runs: list[RunLog], key: str, label: str, colour: str)
         return
     steps = sorted(set.intersection(*(set(value) for value in values)))
     columns = [[value[step] for value in values] for step in steps]
-    axis.plot(steps, [statistics.mean(x) for x in columns], color=colour, label=label, lw=1.4)
+    dot = "o" if len(steps) == 1 else ""  # a line of one point would not show
+    means = [statistics.mean(x) for x in columns]
+    axis.plot(steps, means, dot + "-", color=colour, label=label, lw=1.4, ms=4)
     if len(values) > 1:
         low, high = [min(x) for x in columns], [max(x) for x in columns]
         axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
@@ -519,8 +527,7 @@ def draw_runs(
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]) if title == "loss" else 0)
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    wide = max(1, int(size[0] / 1.2))
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=wide)
+    name_models(figure, shown)
     return figure
 
 
@@ -677,9 +684,11 @@ def pick_items(path: Path, suite: str) -> dict[str, list[tuple[str, dict[str, An
     It is the subset's first whose image no subset before it shows.
     """
     picked: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for label in json.loads(path.read_text(encoding="utf-8")):
-        shown: dict[str, str] = {}
-        for _, item in read_lines(path.parent / "items" / label / f"{suite}.jsonl"):
+    labels = list(json.loads(path.read_text(encoding="utf-8")))
+    for label in labels:
+        shown: dict[str, Any] = {}
+        file = path.parent / "items" / (label if len(labels) > 1 else "") / f"{suite}.jsonl"
+        for _, item in read_lines(file) if file.is_file() else ():  # a suite of costs has none
             pair = len(item["images"]) == 1 and len(item["texts"]) == 2
             if pair and item["subset"] not in shown and item["images"][0] not in shown.values():
                 shown[item["subset"]] = item["images"][0]
@@ -692,7 +701,7 @@ def draw_items(path: Path, suite: str, plt: Any) -> Any:
     picked = list(pick_items(path, suite).items())[:GROUPS_IN_ROW]
     if not picked:
         return None
-    from evaluate import load_image  # imports torch
+    from evaluate import Crop, load_image  # imports torch
 
     count = max(len(models) for _, models in picked)
     height = 2.55 + 0.14 * count  # inches: title and image 1.9, captions 0.65, a line each model
@@ -700,7 +709,8 @@ def draw_items(path: Path, suite: str, plt: Any) -> Any:
     figure.subplots_adjust(0.01, 1 - 1.9 / height, 0.99, 1 - 0.22 / height, wspace=0.06)
     for axis, (subset, models) in zip(axes[0], picked, strict=True):
         true, false = (textwrap.fill(text, 27) for text in models[0][1]["texts"])
-        axis.imshow(load_image(models[0][1]["images"][0], 192))
+        image = models[0][1]["images"][0]  # a path, or a path and a box
+        axis.imshow(load_image(image if isinstance(image, str) else Crop(*image), 192))
         axis.set(title=subset, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         lines = [(0.06, true, "#00664A", "sans-serif"), (0.36, false, EDIT, "sans-serif")]
@@ -709,11 +719,12 @@ def draw_items(path: Path, suite: str, plt: Any) -> Any:
             text = f"{label:<9.9}{one:6.2f}{two:6.2f} {'right' if item['correct'] else 'wrong'}"
             lines.append((0.66 + 0.14 * number, text, "black", "monospace"))
         for inches, text, colour, family in lines:
-            place = (0, -inches / 1.68)  # of the image's height
-            axis.text(
-                *place,
+            axis.annotate(
                 text,
-                transform=axis.transAxes,
+                (0, 0),
+                xycoords="axes fraction",  # below the image, however high it is
+                xytext=(0, -72 * inches),
+                textcoords="offset points",
                 fontsize=6.5,
                 va="top",
                 color=colour,

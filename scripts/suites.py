@@ -26,8 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageOps
+
 import evaluate
-from data import DataError, photo_number
+from data import DataError, open_image, photo_number
 from evaluate import (
     EVAL_SEED,
     SUITES,
@@ -38,10 +40,13 @@ from evaluate import (
     Suite,
     TestItem,
     error_line,
+    own_faults,
     read_table,
+    run_file,
     verdict_of,
     write_text,
 )
+from negatives import why
 
 # Reading rows
 
@@ -149,23 +154,18 @@ def own_records(given: str, root: Path | None) -> Iterator[tuple[str, Any]]:
     """
     path, _, function = given.partition(":") if ".py:" in given else (given, "", "")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--suite {given}: {path} cannot be read ({error})") from None
-    if function:
-        try:
-            space: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
-            exec(compile(text, path, "exec", dont_inherit=True), space)
-            for number, record in enumerate(space[function](root), 1):
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"--suite {given}: {path} cannot be read ({why(error)})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--suite {given}: {path} is not UTF-8 text; save it as UTF-8") from None
+    if path.endswith(".py"):
+        with own_faults(f"--suite {given}"):
+            if not callable(load := run_file(path).get(function)):
+                told = f"{path} defines no {function}" if function else "names no function"
+                raise DataError(f"--suite {given}: {told}; write {path}:FUNCTION")
+            for number, record in enumerate(load(root), 1):
                 yield f"{given} record {number}", record
-        except KeyError as error:
-            if error.args == (function,):
-                raise DataError(f"--suite {given}: {path} defines no {function}") from None
-            raise DataError(f"--suite {given}: failed with {error!r}; mend it") from None
-        except DataError:
-            raise
-        except Exception as error:  # the user's code may fail in any way
-            raise DataError(f"--suite {given}: failed with {error!r:.200}; mend it") from None
         return
     try:
         if path.endswith(".jsonl"):
@@ -175,11 +175,12 @@ def own_records(given: str, root: Path | None) -> Iterator[tuple[str, Any]]:
             return
         if not isinstance(json.loads(text), list):
             raise DataError(f"{path}:1: must be a list of records, [{{...}}, ...]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        number = error.lineno if path.endswith(".json") else number  # type: ignore[attr-defined]
-        raise DataError(f"{path}:{number}: is no JSON ({error})") from None
+        number = getattr(error, "lineno", 1) if path.endswith(".json") else number
+        mend = "correct it" if path.endswith(".jsonl") else "records line by line are .jsonl"
+        raise DataError(f"{path}:{number}: is no JSON ({error}); {mend}") from None
     at, decoder = text.index("[") + 1, json.JSONDecoder()
     row = text.count("\n", 0, at) + 1
     while (found := re.compile(r"[\s,]*").match(text, at)) and text[found.end()] != "]":
@@ -213,25 +214,40 @@ def own_item(record: Any, place: str, number: int, find: Callable[[str], str]) -
     texts: Any = record.get("texts")
     tags: Any = record.get("tags", [])
     for name, value in (("images", images), ("texts", texts), ("tags", tags)):
-        strings = isinstance(value, list) and all(isinstance(x, str) and x for x in value)
+        strings = isinstance(value, list) and all(isinstance(x, str) and x.strip() for x in value)
+        strings = strings and not re.search("[\0\ud800-\udfff]", "".join(value))
         if not strings or (not value and name != "tags"):
             raise fault(f"{name} must be a list of strings, not {value!r:.60}")
+        twice = next((x for x in value if value.count(x) > 1), None)
+        if twice is not None:
+            raise fault(f"{name} holds {twice!r:.40} twice; nobody could tell them apart")
     n, m = len(images), len(texts)
     if not (m > 1 if n == 1 else m in (1, n)):
         raise fault(f"{n} images with {m} texts; wanted 1 with 2 or more, or N with 1 or N")
     if type(true) is not int or not 1 <= true <= (m - 1 if n == 1 else 1):
-        raise fault(f"true is {true!r:.20}; it counts the true texts, of which one must be false")
+        most = m - 1 if n == 1 else 1
+        raise fault(f"true is {true!r:.20}; wanted the number of true texts, an int of 1 to {most}")
     subset = record.get("subset", Path(place.split(":")[0]).stem)
-    if not isinstance(subset, str) or not subset or verdict_of(subset):
-        raise fault(f"subset is {subset!r:.40}; it must be a name that ends in no verdict")
+    plain = isinstance(subset, str) and subset.isprintable() and subset == subset.strip() != ""
+    if not plain or "|" in subset or subset.startswith("mean of ") or verdict_of(subset):
+        raise fault(
+            f"subset is {subset!r:.40}; wanted a name of one line without |, that does not begin "
+            "with 'mean of' and does not end in text, image, group or another verdict"
+        )
+    key = record.get("id", number)
+    if type(key) not in (str, int):
+        raise fault(f"id is {key!r:.40}; wanted a string or a whole number")
     if crop is not None:
         whole = isinstance(crop, list) and len(crop) == 4 and all(type(x) is int for x in crop)
         if n > 1 or not whole or not (0 <= crop[0] < crop[2] and 0 <= crop[1] < crop[3]):
             raise fault(f"crop is {crop!r:.60}; wanted [left, top, right, bottom] of one image")
     files = [find(name) for name in images]
+    if crop and os.path.isfile(files[0]):
+        width, height = open_image(files[0], use=lambda image: ImageOps.exif_transpose(image).size)
+        if crop[2] > width or crop[3] > height:
+            raise fault(f"crop is {crop}, but {files[0]} has {width} x {height} pixels")
     shown = tuple(Crop(file, tuple(crop)) if crop else file for file in files)
-    key = str(record.get("id", number))
-    return TestItem((subset,), key, shown, tuple(texts), true, tags=tuple(tags))
+    return TestItem((subset,), str(key), shown, tuple(texts), true, tags=tuple(tags))
 
 
 def load_own(given: str, source: Source) -> Loaded:
@@ -242,8 +258,20 @@ def load_own(given: str, source: Source) -> Loaded:
         paths = [os.path.join(base, name) for base in (folder, source.root or folder)]
         return next((path for path in paths if os.path.isfile(path)), paths[0])
 
+    pairs: dict[str, bool] = {}  # whether a subset's items have a text for each image
+    ids: dict[tuple[str, str], str] = {}
     for number, (place, record) in enumerate(own_records(given, source.root)):
-        yield own_item(record, place, number, find)
+        item = own_item(record, place, number, find)
+        (subset,), pair = item.path, len(item.images) == len(item.texts)
+        if pairs.setdefault(subset, pair) != pair:
+            raise DataError(
+                f"{place}: the subset {subset!r} mixes records that have a text for each image "
+                "with others; give them subsets of their own"
+            )
+        if "id" in record and ids.setdefault((subset, item.id), place) != place:
+            first = ids[subset, item.id]
+            raise DataError(f"{place}: the id {item.id!r} stands at {first} already; change one")
+        yield item
 
 
 # Plain rows

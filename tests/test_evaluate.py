@@ -2027,11 +2027,20 @@ GOOD = {"images": "a.png", "texts": ["a", "b"]}
         ({**GOOD, "texts": "a b"}, "texts must be a list of strings, not 'a b'"),
         ({**GOOD, "texts": ["a", 7]}, "texts must be a list of strings"),
         ({**GOOD, "texts": ["a"]}, "1 images with 1 texts; wanted"),
-        ({**GOOD, "images": ["a.png"] * 3}, "3 images with 2 texts; wanted"),
+        ({**GOOD, "images": ["a.png", "b.png", "c.png"]}, "3 images with 2 texts; wanted"),
         ({**GOOD, "true": 2}, "true is 2"),
         ({**GOOD, "true": True}, "true is True"),
         ({**GOOD, "subset": "red text"}, "subset is 'red text'"),
         ({**GOOD, "subset": ""}, "subset is ''"),
+        ({**GOOD, "subset": "a|b"}, "wanted a name of one line without"),
+        ({**GOOD, "subset": "a\nb"}, "wanted a name of one line"),
+        ({**GOOD, "subset": "mean of 2 subsets"}, "does not begin"),
+        ({**GOOD, "id": [1]}, r"id is \[1\]"),
+        ({**GOOD, "texts": ["a", " "]}, "texts must be a list of strings"),
+        ({**GOOD, "texts": ["a", "a"]}, "texts holds 'a' twice"),
+        ({**GOOD, "texts": ["a", "\ud800"]}, r"list of strings, not \['a', '\\ud800'\]"),
+        ({**GOOD, "crop": [0, 0, 900, 9]}, r"crop is .*, but .*a.png has \d+ x \d+ pixels"),
+        ({**GOOD, "images": ["a.png", "b.png"]}, "the subset '.*' mixes records"),
         ({**GOOD, "crop": [5, 0, 5, 9]}, r"crop is \[5, 0, 5, 9\]"),
         ({**GOOD, "tags": [1]}, "tags must be a list of strings"),
     ],
@@ -2060,10 +2069,22 @@ def test_faults_of_own_records_name_file_and_line(record, message, tmp_path):
         ("a.jsonl", "{", r"a\.jsonl:1: is no JSON"),
         ("a.json", "[\n{]", r"a\.json:2: is no JSON"),
         ("a.json", "{}", "must be a list of records"),
+        ("a.json", "[" * 3000, r"a\.json:1: is no JSON"),
+        ("a.jsonl", "[" * 3000, r"a\.jsonl:1: is no JSON"),
+        ("a.json", "{}\n{}", r"a\.json:2: .*; records line by line are \.jsonl"),
+        ("a.jsonl", (json.dumps({**GOOD, "id": 1}) + "\n") * 2, "id '1' stands at .*:1 already"),
+        ("a.py", "x = 1", r"names no function; write .*a\.py:FUNCTION"),
+        ("a.py:", "x = 1", "names no function"),
+        ("a.py:load", "import sys\ndef load(root):\n    sys.exit(3)", "line 3: SystemExit: 3"),
+        ("my.txt", "", r"no such suite; .* or a \.json, \.jsonl or \.py:FUNCTION"),
         ("a.json", "[]", "holds no records"),
         ("a.py:load", "x = 1", "defines no load"),
-        ("a.py:load", "def load(root):\n    return [][1]", "failed with IndexError"),
-        ("a.py:load", "def load(root)", "failed with SyntaxError"),
+        (
+            "a.py:load",
+            "def load(root):\n    return [][1]",
+            r"load, line 2: IndexError: .*; correct the",
+        ),
+        ("a.py:load", "def load(root)", "load, line 1: SyntaxError"),
         ("sugarcrepe.json", "[]", "is a suite of the kit; rename the file"),
         ("a b|c.json", "[]", "may hold letters"),
         ("a.json", json.dumps([{**GOOD, "images": "none.png"}]), "put the images beside the file"),
@@ -2075,6 +2096,20 @@ def test_files_that_are_no_benchmark_are_told(name, content, message, tmp_path):
     with pytest.raises(data.DataError, match=message) as caught:
         evaluate.load_suite(str(tmp_path / name), None, False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_a_loader_with_dataclasses_and_neighbours_are_read(tmp_path):
+    photo(tmp_path / "a.png")
+    write(tmp_path / "my.json", "\ufeff" + json.dumps([GOOD]))
+    write(tmp_path / "neighbour_of_a_loader.py", f"ROWS = [{GOOD!r}]\n")
+    write(
+        tmp_path / "maker.py",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "import neighbour_of_a_loader\n@dataclass\nclass A:\n    x: int\n"
+        "def load(root):\n    return neighbour_of_a_loader.ROWS\n",
+    )
+    for name in ("my.json", "maker.py:load"):
+        assert len(evaluate.load_suite(f"{tmp_path}/{name}", None, False).items) == 1
 
 
 def test_a_baseline_that_is_no_label_and_two_files_of_one_name_are_told(tmp_path):

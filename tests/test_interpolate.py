@@ -51,6 +51,7 @@ def two_checkpoints(folder):
         (["--suite", "my.json"], "my.json:1: "),
         (["--suite", "shapes", "--workers", "-1"], "--workers 0 or more"),
         (["--suite", "shapes", "--model", "x"], "--model: is set by this script"),
+        (["--suite", "shapes", "--ckp", "x"], "--ckp: is set by this script"),
         (["--cache", "c"], "--cache: needs --suite"),
         (["--alpha", "0.5", "1.5"], "--alpha 1.5: must be from 0 to 1"),
         (["--alpha", "0.5", "0.5000001"], "given twice"),

@@ -278,3 +278,28 @@ def test_mistakes_are_one_sentence(files, options, message, tmp_path, monkeypatc
     with pytest.raises(DataError, match=message):
         plot.main(options)
     assert not [*tmp_path.rglob("*.png")]
+
+
+def test_items_of_one_model_are_found_and_boxes_are_cut_out(tmp_path, plt):
+    from PIL import Image
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    item = {"subset": "x", "texts": ["a", "b"], "scores": [[0.2, 0.1]], "correct": True}
+    item["images"] = [[str(tmp_path / "a.png"), [0, 0, 4, 4]]]
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items/s.jsonl").write_text(json.dumps(item))
+    (tmp_path / "results.json").write_text('{"m": {}}')
+    figure = plot.draw_items(tmp_path / "results.json", "s", plt)
+    assert figure.axes[0].images[0].get_array().shape[:2] == (4, 4)
+    assert plot.draw_items(tmp_path / "results.json", "zeroshot", plt) is None  # it has no items
+
+
+def test_the_legend_of_many_long_names_stays_in_the_figure(plt):
+    cell = {"accuracy": 50.0, "low": 40.0, "high": 60.0, "scored": 9, "expected": 9, "ties": 0}
+    suite = {"subsets": {"x": cell}, "averages": {}, "costs": {}}
+    results = {f"model {i:02} of a long name": {"suites": {"s": suite}} for i in range(14)}
+    figure = plot.draw_suite(results, "s", plt)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
