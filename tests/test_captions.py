@@ -94,7 +94,7 @@ def test_a_table_has_negatives_of_any_type(tmp_path):
         list(read_captions(tmp_path / "a.csv", **columns, negatives=["many"]))
     with pytest.raises(DataError, match="--negative n:1: types must be names"):
         list(read_captions(tmp_path / "a.csv", **columns, negatives=["n:1"]))
-    with pytest.raises(DataError, match=r"a\.csv:3: '\[' is no Python list"):
+    with pytest.raises(DataError, match=r"a\.csv:3: '\[' is not a list of texts"):
         list(read_captions(tmp_path / "a.csv", **columns, negatives=["few:negation"]))
     (tmp_path / "b.csv").write_text("image,caption,no,few\n1.jpg,A dog,No dog,\n2.jpg,A cat,,x\n")
     out = tmp_path / "b.jsonl"
@@ -423,7 +423,7 @@ def test_written_files_are_whole_or_not_there(tmp_path):
         file.write(b"half" * (1 // 0))
     assert not list(tmp_path.iterdir())
     partial.write_bytes(b"precious")
-    with pytest.raises(DataError, match=r"a\.partial: left by a run"), negatives.writing(path):
+    with pytest.raises(DataError, match=r"a\.partial: belongs to an interrupted"), negatives.writing(path):
         pass
     assert partial.read_bytes() == b"precious"
     with negatives.writing(path, overwrite=True) as file:
