@@ -154,7 +154,7 @@ PHOTOS = ["--data", "m.jsonl", "--images", "."]
         (["--lora", "100000"], "--lora 100000: the model has a"),
         (["--ema", "1.5", "--distill", "1"], "--ema 1.5: must be a number from 0 to 1"),
         (["--out", "x" * 300], "cannot be written"),
-        (["--model", "deep.json"], "deep.json: is no model config"),
+        (["--model", "deep.json"], "deep.json: is not a model config"),
         (["--model", "list.json"], "list.json: holds no model config"),
         (["--model", "extra.json"], r"extra.* cannot be built .*unexpected"),
     ],
