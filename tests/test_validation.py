@@ -144,7 +144,7 @@ def test_a_resumed_run_scores_on(folder, tmp_path):
         (["--val", "no.jsonl", "--val-root", "."], r"no\.jsonl"),
         (["--val", "shapes", "--val-every", "0"], "--val-every 0: must be"),
         (["--val", "M", "--val-root", "nowhere"], "4 images are missing, the first is nowhere"),
-        (["--val", "M", "--val-root", "F", "--best", "x"], "--best x: is none of mean of types"),
+        (["--val", "M", "--val-root", "F", "--best", "x"], "--best x: is not one of mean of types"),
     ],
 )
 def test_what_cannot_be_scored_is_told(folder, tmp_path, given, message):

@@ -12,6 +12,7 @@ if [ "$WORLD" = coco ]; then
   pass bash "$here/negatives.sh"
   data=(--data "$manifest" --images "$images")
 fi
+[ "$1" != base ] || shift
 cores=1 running=0
 [ "$WORLD" = coco ] || [ "$GPUS" -gt 0 ] || cores=$(nproc)  # small models train side by side
 stop() { jobs -p | xargs -r kill 2> /dev/null || true; wait; exit "$1"; }
