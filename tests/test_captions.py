@@ -423,7 +423,10 @@ def test_written_files_are_whole_or_not_there(tmp_path):
         file.write(b"half" * (1 // 0))
     assert not list(tmp_path.iterdir())
     partial.write_bytes(b"precious")
-    with pytest.raises(DataError, match=r"a\.partial: belongs to an interrupted"), negatives.writing(path):
+    with (
+        pytest.raises(DataError, match=r"a\.partial: belongs to an interrupted"),
+        negatives.writing(path),
+    ):
         pass
     assert partial.read_bytes() == b"precious"
     with negatives.writing(path, overwrite=True) as file:
