@@ -2113,7 +2113,7 @@ def test_a_byte_order_mark_and_a_loader_with_dataclasses_and_neighbours_are_read
 
 
 def test_a_baseline_that_is_no_label_and_two_files_of_one_name_are_told(tmp_path):
-    with pytest.raises(data.DataError, match="--baseline x: is none of the labels m"):
+    with pytest.raises(data.DataError, match="--baseline x: is not one of the labels m"):
         run("--ckpt", f"m={tiny(tmp_path / 'a.pt')}", "--baseline", "x")
     with pytest.raises(data.DataError, match=r"a/x.json and b/x.jsonl have the same name"):
         evaluate.name_suites("a/x.json,b/x.jsonl")
