@@ -96,7 +96,7 @@ def test_a_second_signal_ends_a_run_that_waits_in_cpp(forked):
         ("lock", [2, 143], r": process \d+ on .* trains into it"),
         ("srun", [0, 0], "2 steps of 4 on 2 x cpu"),
         ("no file", [2, 2], "none.jsonl: cannot be read"),
-        ("no checkpoint", [2, 2], r"rank 0 resumes from step \d, rank 1 from step 0"),
+        ("no checkpoint", [2, 2], r"rank 0 resumes from step \d+, rank 1 from step 0"),
         ("evaluate", [2, 2], "none.pt: no such checkpoint"),
         ("alone", [2], "the others did not reach localhost:"),
     ],
