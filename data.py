@@ -113,17 +113,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(["shards"], "--size", "Examples in a shard (default: 10000).", type=int, default=10_000)
     text = "open_clip model, shapes-tiny or config .json that will train on it (default: ViT-B-32)."
     add(["check"], "--model", text, default="ViT-B-32")
-    add_types(subs["shards"])
-    add_types(subs["check"])
+    text = "Types of negatives to read, as counting,negation (default: all of the manifest)."
+    add(["shards", "check"], "--types", text, type=split_types, default=(), metavar="A,B")
     return parser.parse_args(argv)
-
-
-def add_types(parser: argparse.ArgumentParser) -> None:
-    """Add the option --types."""
-    text = (
-        "Types of negatives to read, as counting,negation (default: all that the manifest names)."
-    )
-    parser.add_argument("--types", type=split_types, default=(), metavar="A,B", help=text)
 
 
 if __name__ == "__main__":

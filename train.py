@@ -49,8 +49,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train.py", "train.py [options]", __doc__, formatter_class=raw)
     parser.add_argument("--help-all", action="help", help="show the rare options too, and exit")
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     text = "manifests (.jsonl) or shards (.tar) with negatives (default: the shapes world)"
     add("--data", nargs="+", metavar="FILE[:WEIGHT]", help=text)
     text = "folder of the images: one for all manifests, or one for each"
@@ -65,8 +64,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--on-bad-image", choices=("stop", "skip"), help=text)
     text = "data loading processes of each rank (default 4; shapes world 0)"
     add("--workers", type=int, metavar="N", help=text)
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     text = "open_clip model or config .json (default ViT-B-32-quickgelu; shapes-resnet)"
     add("--model", metavar="NAME", help=text)
     text = "open_clip tag or checkpoint to start from (default: random)"
@@ -79,8 +77,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help=text)
     text = "where to train; auto prefers a GPU (default auto)"
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     text = "bundle of loss options: clip, negclip, ce-clip or released (default ce-clip)"
     add("--recipe", metavar="NAME", help=text)
     text = "length of the run in steps (default 600 in the shapes world)"
@@ -101,8 +98,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--grad-clip", type=float, metavar="X", help=text)
     text = "seed of weights, order and crops (default 0)"
     add("--seed", type=int, metavar="N", default=0, help=text)
-    group = parser.add_argument_group("loss")
-    add = group.add_argument
+    add = parser.add_argument_group("loss").add_argument
     text = "loss of your own: a torch.nn.Module with the forward of CEClipLoss"
     add("--loss", metavar="FILE.py:CLASS", help=text)
     text = "intra-modal loss: none, paired, paper, repulsion or released (default: the recipe's)"
@@ -113,8 +109,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--cmr-weight", type=float, metavar="X", help=text)
     text = "margins of the rank loss: adaptive, fixed, max or released (default: the recipe's)"
     add("--threshold", metavar="NAME", help=text)
-    group = parser.add_argument_group("output")
-    add = group.add_argument
+    add = parser.add_argument_group("output").add_argument
     text = "run directory, for checkpoints and metrics (default runs/RECIPE)"
     add("--out", type=Path, metavar="DIR", help=text)
     text = "steps between checkpoints (default 500; shapes world 100)"
@@ -131,8 +126,8 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     add("--val-every", type=int, metavar="N", help=text)
     text = "do one step, print what a run would do, and write nothing"
     add("--dry-run", action="store_true", help=text)
-    group = parser.add_argument_group("rare")
-    add = group.add_argument
+    rare = parser.add_argument_group("rare")
+    add = rare.add_argument
     text = "rotate photos by their EXIF orientation, or not (default apply)"
     add("--exif", choices=("apply", "ignore"), help=text)
     text = "decode JPEGs at full size, even where the crop is small"
@@ -161,7 +156,7 @@ def make_parser(everything: bool = False) -> argparse.ArgumentParser:  # noqa: P
     text = "score of --val by which best.pt is chosen (default: the suite's headline)"
     add("--best", metavar="NAME", help=text)
     if not everything:
-        for action in group._group_actions:
+        for action in rare._group_actions:
             action.help = argparse.SUPPRESS
     return parser
 

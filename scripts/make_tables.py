@@ -433,11 +433,11 @@ def record_table(record: dict[str, Any]) -> str:
     lines = pipe(["", *rows]) + pipe(["---", *["---:"] * len(rows)])
     for name in dict.fromkeys(x["name"] for x in parts):
         own = [cells[name, row] for row in rows]
-        lines += pipe([name, *(f"{x['ours']:.1f} ± {half(x):.1f}" for x in own)])
+        lines += pipe([name, *(f"{x['ours']:.1f} ± {half_width(x):.1f}" for x in own)])
     return "\n".join(lines) + "\n"
 
 
-def half(x: dict[str, Any]) -> float:
+def half_width(x: dict[str, Any]) -> float:
     """Half of a figure's interval."""
     return max(x["high"] - x["ours"], x["ours"] - x["low"])
 

@@ -773,12 +773,11 @@ def main(argv: list[str] | None = None) -> None:
 
     plt.rcParams.update(STYLE)
     figures: dict[str, Any] = {}
+    with_items = len(paths) == 1 and (paths[0].parent / "items").is_dir()
     for suite in {suite: 0 for result in results.values() for suite in result["suites"]}:
         figures[suite] = draw_suite(results, suite, plt)
-    for path in paths:
-        for suite in {suite: 0 for result in results.values() for suite in result["suites"]}:
-            if len(paths) == 1 and (path.parent / "items").is_dir():
-                figures[f"{suite}-items"] = draw_items(path, suite, plt)
+        if with_items:
+            figures[f"{suite}-items"] = draw_items(paths[0], suite, plt)
     if results:
         figures["tradeoff"] = draw_tradeoff(results, plt)
     if args.published:

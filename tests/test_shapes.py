@@ -77,10 +77,11 @@ RESULTS = Path(__file__).parents[1] / "scripts/results"
 
 def cells_of_record():
     """(file, row, cell) of every figure in the shapes world's results that is no average."""
-    for label, result in json.loads((RESULTS / "quickstart.json").read_text()).items():
-        tables = result["suites"]["shapes"]
-        for row, cell in {**tables["subsets"], **tables["costs"]}.items():
-            yield label, row, cell
+    for name in ("quickstart.json", "bases-shapes-seeds.json"):
+        for label, result in json.loads((RESULTS / name).read_text()).items():
+            tables = result["suites"]["shapes"]
+            for row, cell in {**tables["subsets"], **tables["costs"]}.items():
+                yield f"{name} {label}", row, cell
     for path in RESULTS.glob("*-shapes.json"):
         for line in json.loads(path.read_text())["rows"]:
             for cell in line["cells"] if "mean" not in line["row"] else ():

@@ -451,3 +451,5 @@ def test_help_is_short_and_names_what_there_is():
     assert all(mode in texts["threshold"] for mode in losses.THRESHOLDS)
     (precision,) = (x for x in whole if x.dest == "precision")
     assert list(precision.choices) == list(evaluate.PRECISIONS)
+    (edits,) = (x for x in whole if x.dest == "shapes_negatives")
+    assert edits.choices == data.SHAPES_NEGATIVES
